@@ -1,0 +1,122 @@
+"""Face images at the boundary: decode them, check them, and the one resize that everything uses.
+
+Pixels are RGB, channels first, ``(B, 3, H, W)`` or ``(3, H, W)``, in [0, 255], uint8 or float32.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from btnet_core.errors import ConfigError, DataError
+
+KERNELS = ("bilinear", "bicubic", "area", "nearest")
+MAX_SIDE = 8192  # pixels; a larger "face" is a mistake or a decompression bomb
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize:
+    """How images change size; recorded with every result (reproduction-notes 12, 13).
+
+    ``bilinear`` with ``antialias`` is PIL's BILINEAR in float; without it, OpenCV's INTER_LINEAR.
+    """
+
+    kernel: str = "bilinear"  # one of KERNELS
+    antialias: bool = True  # low-pass before shrinking; only for bilinear and bicubic
+    round_uint8: bool = False  # round and clip to whole levels after each resize, as uint8 pipelines do
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise ConfigError(f"kernel: got {self.kernel!r}, expected one of {', '.join(KERNELS)}")
+
+    @property
+    def name(self) -> str:
+        smooth = "+antialias" if self.antialias and self.kernel in ("bilinear", "bicubic") else ""
+        return f"{self.kernel}{smooth}, {'uint8' if self.round_uint8 else 'float'}"
+
+
+def check_pixels(pixels: Tensor, name: str = "pixels") -> Tensor:
+    """Return ``pixels`` if it is ``(..., 3, H, W)`` with values in [0, 255].
+
+    Raises:
+        DataError: another shape or dtype, a value out of range or not finite. Float images with no value
+            above 1.0 are refused too when any is fractional: they are almost surely scaled to [0, 1].
+    """
+    if pixels.ndim not in (3, 4) or pixels.shape[-3] != 3 or 0 in pixels.shape[-2:]:
+        raise DataError(f"{name}: got shape {tuple(pixels.shape)}, expected (B, 3, H, W) or (3, H, W), RGB")
+    if pixels.dtype == torch.uint8 or pixels.numel() == 0:
+        return pixels
+    if not pixels.is_floating_point():
+        raise DataError(f"{name}: got dtype {pixels.dtype}, expected uint8 or float in [0, 255]")
+    low, high = (value.item() for value in torch.aminmax(pixels))
+    if not (low >= -0.5 and high <= 255.5):  # also true for NaN; bicubic overshoot is clipped by resize
+        raise DataError(f"{name}: values span [{low:.4g}, {high:.4g}], expected [0, 255]")
+    if 0 < high <= 1.0 and bool((pixels != pixels.round()).any()):
+        raise DataError(f"{name}: values span [{low:.4g}, {high:.4g}]: scale images to [0, 255], not [0, 1]")
+    return pixels
+
+
+def resize(pixels: Tensor, size: int | tuple[int, int], how: Resize | None = None) -> Tensor:
+    """Resize ``(B, 3, H, W)`` or ``(3, H, W)`` pixels to ``size`` (rows, columns), on their device, to float32.
+
+    The aspect ratio is stretched when it differs (reproduction-notes 16). A no-op when the size is the same.
+    """
+    how = how or Resize()
+    rows, columns = (size, size) if isinstance(size, int) else size
+    if rows < 1 or columns < 1:
+        raise ConfigError(f"size: got {rows}x{columns}, expected at least 1x1")
+    images = pixels.float()
+    if images.shape[-2:] == (rows, columns):
+        return images
+    batch = images if images.ndim == 4 else images[None]
+    smooth = how.antialias and how.kernel in ("bilinear", "bicubic")
+    if batch.shape[0]:
+        batch = F.interpolate(batch, (rows, columns), mode=how.kernel, **({"antialias": True} if smooth else {}))
+    else:
+        batch = batch.new_empty(0, batch.shape[1], rows, columns)
+    batch = batch.clamp(0, 255)
+    if how.round_uint8:
+        batch = batch.round()
+    return batch if images.ndim == 4 else batch[0]
+
+
+def degrade(pixels: Tensor, r: int, how: Resize | None = None) -> Tensor:
+    """Shrink to ``r`` rows and scale back up to the original size: what an up-sampling recogniser sees.
+
+    Columns shrink in proportion (96 columns of 112 rows become 24 of 28). Returns float32 pixels.
+    """
+    rows, columns = pixels.shape[-2:]
+    return resize(resize(pixels, scaled_size(r, (rows, columns)), how), (rows, columns), how)
+
+
+def scaled_size(r: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of an image of ``size`` when it has ``r`` rows and keeps its shape."""
+    return r, max(1, round(r * size[1] / size[0]))
+
+
+def decode(data: bytes, *, where: str) -> Tensor:
+    """Decode JPEG, PNG, … bytes to uint8 RGB ``(3, H, W)``.
+
+    Raises:
+        DataError: the bytes are no image, are cut short, or decode to more than 8192 pixels a side.
+            ``where`` (file, record) is named in the message.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                if max(image.size) > MAX_SIDE:
+                    raise DataError(f"{where}: image of {image.size[0]}x{image.size[1]}, the limit is {MAX_SIDE} a side")
+                array = np.array(image.convert("RGB"))
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise DataError(f"{where}: cannot decode image ({type(error).__name__}: {error})") from error
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()

@@ -78,7 +78,9 @@ def resize(pixels: Tensor, size: int | tuple[int, int], how: Resize | None = Non
     batch = images if images.ndim == 4 else images[None]
     smooth = how.antialias and how.kernel in ("bilinear", "bicubic")
     if batch.shape[0]:
-        batch = F.interpolate(batch, (rows, columns), mode=how.kernel, **({"antialias": True} if smooth else {}))
+        batch = F.interpolate(
+            batch, (rows, columns), mode=how.kernel, **({"antialias": True} if smooth else {})
+        )
     else:
         batch = batch.new_empty(0, batch.shape[1], rows, columns)
     batch = batch.clamp(0, 255)
@@ -113,7 +115,9 @@ def decode(data: bytes, *, where: str) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 if max(image.size) > MAX_SIDE:
-                    raise DataError(f"{where}: image of {image.size[0]}x{image.size[1]}, the limit is {MAX_SIDE} a side")
+                    raise DataError(
+                        f"{where}: image of {image.size[0]}x{image.size[1]}, the limit is {MAX_SIDE} a side"
+                    )
                 array = np.array(image.convert("RGB"))
     except DataError:
         raise

@@ -232,9 +232,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0, 0.1)
-    backbone.head.features.weight.requires_grad_(
-        False
-    )  # fixed at 1: the embedding's scale is the loss's affair
+    backbone.head.features.weight.requires_grad_(False)  # fixed at 1: the embedding's scale is the loss's affair
     return backbone
 
 
@@ -273,9 +271,7 @@ def write_safetensors(path: Path | str, tensors: dict[str, Tensor], metadata: di
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata
-    )
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     temporary.replace(path)
 
 
@@ -315,9 +311,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
     """``load_state_dict`` whose error names the file and the first tensors that do not fit."""
     expected = module.state_dict()
     counters = {name for name in expected if name.endswith("num_batches_tracked")} - state.keys()
-    state = state | {
-        name: expected[name] for name in counters
-    }  # absent in old checkpoints, unused in evaluation
+    state = state | {name: expected[name] for name in counters}  # absent in old checkpoints, unused in evaluation
     wrong = [f"missing {name}" for name in expected.keys() - state.keys()]
     wrong += [f"unexpected {name}" for name in state.keys() - expected.keys()]
     wrong += [
@@ -327,9 +321,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
     ]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError(
-            f"{where}: does not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:5])}{more}"
-        )
+        raise CheckpointError(f"{where}: does not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:5])}{more}")
     module.load_state_dict(state)
 
 
@@ -339,9 +331,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged or unsafe files
-        raise CheckpointError(
-            f"{path}: cannot read weights safely ({type(error).__name__}: {error})"
-        ) from error
+        raise CheckpointError(f"{path}: cannot read weights safely ({type(error).__name__}: {error})") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

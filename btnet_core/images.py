@@ -78,9 +78,7 @@ def resize(pixels: Tensor, size: int | tuple[int, int], how: Resize | None = Non
     batch = images if images.ndim == 4 else images[None]
     smooth = how.antialias and how.kernel in ("bilinear", "bicubic")
     if batch.shape[0]:
-        batch = F.interpolate(
-            batch, (rows, columns), mode=how.kernel, **({"antialias": True} if smooth else {})
-        )
+        batch = F.interpolate(batch, (rows, columns), mode=how.kernel, **({"antialias": True} if smooth else {}))
     else:
         batch = batch.new_empty(0, batch.shape[1], rows, columns)
     batch = batch.clamp(0, 255)

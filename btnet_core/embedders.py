@@ -1,0 +1,104 @@
+"""The compared methods as one kind of callable: ``embedder(pixels, r) -> (B, D)`` (paper 4.1).
+
+Each takes faces of canonical size, shrinks them to r itself and embeds them in its own way: the baselines scale back
+up to S, BTNet goes through the branch. Pixels are RGB ``(B, 3, S, S)`` in [0, 255]; embeddings are not normalised.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from btnet_core.backbones import Backbone
+from btnet_core.btnet import BTNet
+from btnet_core.errors import ConfigError
+from btnet_core.images import Resize, degrade, resize, scaled_size
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU; anything else is torch's own name for a device."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device: got {device!r} ({error})") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {device!r} was asked for, but torch sees no CUDA device")
+    return resolved
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """True where bfloat16 matrix products have hardware: recent GPUs, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
+    """Autocast for ``precision`` "fp32", "bf16", "fp16" or "auto" (bf16 where it is fast)."""
+    if precision == "auto":
+        precision = "bf16" if fast_bf16(device) else "fp32"
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+class Embedder:
+    """Base: batching, inference mode, autocast, channels_last. Subclasses embed one batch in ``_embed``."""
+
+    def __init__(self, *modules: nn.Module, how: Resize | None, device: str = "auto", precision: str = "auto",
+                 batch_size: int = 128) -> None:  # fmt: skip
+        self.device, self.how = resolve_device(device), how or Resize()
+        self.precision, self.batch_size = precision, batch_size
+        for module in modules:
+            module.to(self.device, memory_format=torch.channels_last).eval()
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor, r: int) -> Tensor:
+        """``(B, 3, S, S)`` pixels shrunk to resolution r -> ``(B, D)`` float32 on the CPU."""
+        with autocast(self.device, self.precision):
+            batches = [self._embed(batch.to(self.device), r) for batch in pixels.split(self.batch_size)]
+        return torch.cat(batches).float().cpu()
+
+    def _embed(self, pixels: Tensor, r: int) -> Tensor:
+        raise NotImplementedError
+
+
+class UpsamplingEmbedder(Embedder):
+    """phi_hr, phi_mr: shrink to r, scale back up to S, embed with the trunk."""
+
+    def __init__(self, backbone: Backbone, *, how: Resize | None = None, **options) -> None:  # noqa: ANN003
+        super().__init__(backbone, how=how, **options)
+        self.backbone = backbone
+
+    def _embed(self, pixels: Tensor, r: int) -> Tensor:
+        faces = degrade(self.backbone.crop(pixels), r, self.how)
+        return self.backbone(self.backbone.normalise(faces).contiguous(memory_format=torch.channels_last))
+
+
+class MultiModelEmbedder(Embedder):
+    """phi_mm: as UpsamplingEmbedder, with a model of its own for each resolution."""
+
+    def __init__(self, backbones: dict[int, Backbone], *, how: Resize | None = None, **options) -> None:  # noqa: ANN003
+        super().__init__(*backbones.values(), how=how, **options)
+        self.single = {r: UpsamplingEmbedder(backbone, how=how, **options) for r, backbone in backbones.items()}
+
+    def _embed(self, pixels: Tensor, r: int) -> Tensor:
+        if r not in self.single:
+            raise ConfigError(f"resolution {r}: phi_mm has models for {sorted(self.single)}")
+        return self.single[r]._embed(pixels, r)
+
+
+class BranchEmbedder(Embedder):
+    """phi_bt: shrink to r and embed through the branch of r."""
+
+    def __init__(self, btnet: BTNet, *, how: Resize | None = None, **options) -> None:  # noqa: ANN003
+        super().__init__(btnet, how=how, **options)
+        self.btnet = btnet
+
+    def _embed(self, pixels: Tensor, r: int) -> Tensor:
+        trunk = self.btnet.trunk
+        faces = resize(trunk.crop(pixels), scaled_size(r, trunk.config.size), self.how)
+        return self.btnet(trunk.normalise(faces).contiguous(memory_format=torch.channels_last), r)

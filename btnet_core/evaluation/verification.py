@@ -1,0 +1,203 @@
+"""1:1 verification (Section 4.2): ten-fold accuracy, ROC, TAR@FAR, and the r1&r2 protocol of Table 1.
+
+One decision rule everywhere: two images are called the same person iff ``similarity > threshold`` (strictly).
+The metrics take plain arrays and return shares in [0, 1]; ``evaluate_pairs`` reports in %, like the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from btnet_core.errors import ConfigError, DataError
+from btnet_core.images import Resize, resize
+
+CANONICAL = 112  # S, rows and columns
+TABLE1_SETTINGS = ((112, 7), (112, 14), (112, 28), (7, 7), (14, 14), (28, 28), (112, 112))
+Embedder = Callable[[Tensor, int], Tensor]  # (pixels (B, 3, 112, 112), r) -> (B, D) un-normalised
+
+
+@dataclass(frozen=True)
+class TenFold:
+    """Accuracy over folds as shares: mean and (population) standard deviation, then one value a fold."""
+
+    mean: float
+    std: float
+    accuracies: tuple[float, ...]
+    thresholds: tuple[float, ...]  # chosen on the other folds
+
+
+class Roc(NamedTuple):
+    """All operating points, strictest first: (0, 0) … (1, 1); point k accepts similarity > thresholds[k]."""
+
+    fpr: np.ndarray
+    tpr: np.ndarray
+    thresholds: np.ndarray
+
+
+class OperatingPoint(NamedTuple):
+    """TAR (or TPIR) and the FAR (or FPIR) really reached, as shares, at ``threshold``."""
+
+    rate: float
+    false_rate: float
+    threshold: float
+
+
+def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
+    """Accuracy of each fold at the threshold that is best on the other folds: exact, O(P log P + P folds).
+
+    Folds are consecutive blocks (the first P mod ``folds`` hold one pair more). Ties: see ``best_threshold``.
+    ``similarity``, ``same``: (P,) scores, larger = more alike; (P,) bool.
+    """
+    similarity, same = check_scores(similarity, same)
+    if not 2 <= folds <= len(same):
+        raise ConfigError(f"folds: got {folds} for {len(same)} pairs, expected 2 to the number of pairs")
+    sizes = [len(block) for block in np.array_split(same, folds)]
+    order = np.argsort(similarity)
+    value, label, fold = similarity[order], same[order], np.repeat(np.arange(folds), sizes)[order]
+    accuracies, thresholds = [], []
+    for k in range(folds):
+        train = fold != k
+        thresholds.append(best_threshold(value[train], label[train]))
+        accuracies.append(float(np.mean((value[~train] > thresholds[-1]) == label[~train])))
+    return TenFold(float(np.mean(accuracies)), float(np.std(accuracies)), tuple(accuracies), tuple(thresholds))
+
+
+def best_threshold(value: np.ndarray, label: np.ndarray) -> float:
+    """The threshold with the most correct decisions among ascending scores ``value``.
+
+    Candidates: midpoints between neighbouring distinct scores, the largest score (none accepted) and the number
+    just below the smallest (all accepted). Of several best the largest is taken, as the field does (the first
+    of an ascending grid of distances).
+    """
+    correct = np.concatenate([[0], np.cumsum(np.where(label, -1, 1))])  # [k]: the k lowest rejected, less a constant
+    correct[1:-1][value[1:] == value[:-1]] = -len(value) - 1  # no threshold parts equal scores
+    k = len(value) - int(np.argmax(correct[::-1]))
+    if k in (0, len(value)):
+        return float(np.nextafter(value[0], -np.inf) if k == 0 else value[-1])
+    middle = value[k - 1] + (value[k] - value[k - 1]) / 2
+    return float(middle if middle < value[k] else value[k - 1])  # neighbours in float64 have no middle
+
+
+def roc(similarity: Any, same: Any) -> Roc:
+    """Every point of the ROC curve, by one sort; equal scores are one point."""
+    similarity, same = check_scores(similarity, same, both=True)
+    order = np.argsort(-similarity)
+    value, label = similarity[order], same[order]
+    last = np.append(np.flatnonzero(value[1:] != value[:-1]), len(value) - 1)  # of each run of equal scores
+    accepted, true = np.append(0, last + 1), np.append(0, np.cumsum(label)[last])
+    thresholds = np.append(value[last], np.nextafter(value[-1], -np.inf))
+    return Roc((accepted - true) / np.sum(~label), true / np.sum(label), thresholds)
+
+
+def auc(similarity: Any, same: Any) -> float:
+    """Area under the ROC curve, exact: P(same > different) + P(equal) / 2."""
+    fpr, tpr, _ = roc(similarity, same)
+    return float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1])) / 2)
+
+
+def tar_at_far(similarity: Any, same: Any, far: float, *, authors: bool = False) -> OperatingPoint:
+    """The largest TAR whose FAR does not exceed ``far`` (reproduction-notes 27), in O(P).
+
+    ``authors``: the ROC point whose FAR is nearest to ``far``, above or below; of equally near ones the largest TAR.
+    """
+    similarity, same = check_scores(similarity, same, both=True)
+    if authors:
+        curve = roc(similarity, same)
+        k = len(curve.fpr) - 1 - int(np.argmin(np.abs(curve.fpr - far)[::-1]))
+        return OperatingPoint(float(curve.tpr[k]), float(curve.fpr[k]), float(curve.thresholds[k]))
+    threshold = strictest_needed(similarity[~same], far)
+    accepted = similarity > threshold
+    return OperatingPoint(float(np.mean(accepted[same])), float(np.mean(accepted[~same])), threshold)
+
+
+def strictest_needed(negatives: np.ndarray, share: float) -> float:
+    """The smallest t for which at most ``share`` of ``negatives`` lie strictly above t (-inf if all may)."""
+    if not 0 <= share <= 1:
+        raise ConfigError(f"false accept share: got {share}, expected 0 to 1")
+    allowed = min(int(share * len(negatives)) + 1, len(negatives))  # + 1: 0.29 * 100 is 28.999… in floats
+    allowed -= allowed / len(negatives) > share
+    if allowed == len(negatives):
+        return float("-inf")
+    k = len(negatives) - 1 - allowed
+    return float(np.partition(negatives, k)[k])
+
+
+def check_scores(similarity: Any, same: Any, both: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) float64 and (P,) bool arrays, or DataError; ``both``: same and different pairs must occur."""
+    similarity, same = np.asarray(similarity, np.float64), np.asarray(same).astype(bool)
+    if similarity.ndim != 1 or similarity.shape != same.shape or not len(same):
+        raise DataError(f"similarity, same: got {similarity.shape} and {same.shape}, expected twice (P,), P >= 1")
+    if not np.isfinite(similarity).all():
+        raise DataError(f"similarity: {np.sum(~np.isfinite(similarity))} of {len(same)} values are not finite")
+    if both and same.all() == same.any():
+        raise DataError(f"same: all {len(same)} pairs are {'same' if same[0] else 'different'}; both are needed")
+    return similarity, same
+
+
+@torch.inference_mode()
+def embed_images(
+    embedder: Embedder, images: Callable[[np.ndarray], Tensor], count: int, r: int, *, mirror: int | None = None,
+    device: torch.device | str = "cpu", how: Resize | None = None, batch_size: int = 256,
+) -> Tensor:  # fmt: skip
+    """(count, D) un-normalised f_r(image), plus f_mirror(flipped image) where ``mirror`` names a resolution.
+
+    ``images(indices)`` gives pixels; other sizes than 112x112 are brought to it first with ``how``.
+    """
+    parts = []
+    for start in range(0, count, batch_size):
+        pixels = resize(images(np.arange(start, min(start + batch_size, count))).to(device), CANONICAL, how)
+        z = embedder(pixels, r).float()
+        parts.append((z if mirror is None else z + embedder(pixels.flip(-1), mirror).float()).cpu())
+    return torch.cat(parts)
+
+
+def pair_similarities(
+    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]], *, flip: bool = True, **options: Any
+) -> dict[tuple[int, int], np.ndarray]:
+    """Cosine (P,) of each pair with its first image at r1 rows and its second at r2, per setting (r1, r2).
+
+    Each image is embedded once per resolution; with ``flip`` the mirrored image's embedding is added before
+    normalising. ``pairs`` is a PairSet (datasets/faces.py); ``options`` are those of ``embed_images``.
+    """
+    unit = {
+        r: F.normalize(embed_images(embedder, pairs.images, pairs.num_images, r, mirror=r if flip else None, **options))
+        for r in sorted({r for setting in settings for r in setting}, reverse=True)
+    }
+    first, second = (torch.as_tensor(np.asarray(side), dtype=torch.int64) for side in (pairs.first, pairs.second))
+    return {(a, b): (unit[a][first] * unit[b][second]).sum(1).double().numpy() for a, b in settings}
+
+
+def evaluate_pairs(
+    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]] = TABLE1_SETTINGS, *,
+    cross: str = "both", folds: int = 10, **options: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Table 1's protocol: {"112&7": {accuracy, std, folds, auc, directions}, …}, in % but for the thresholds.
+
+    ``cross="both"`` averages both directions fold by fold when r1 != r2; "authors" puts only the first image of
+    each pair at r1 (reproduction-notes 28). ``options``: flip, device, how, batch_size.
+    """
+    if cross not in ("both", "authors"):
+        raise ConfigError(f"cross: got {cross!r}, expected 'both' or 'authors'")
+    ways = {(a, b): list(dict.fromkeys([(a, b), (b, a)])) if cross == "both" else [(a, b)] for a, b in settings}
+    scores = pair_similarities(embedder, pairs, list({way: 0 for group in ways.values() for way in group}), **options)
+    report = {}
+    for (a, b), group in ways.items():
+        done = []
+        for way in group:
+            fit = ten_fold_accuracy(scores[way], pairs.same, folds)
+            row = {"accuracy": fit.mean, "std": fit.std, "folds": fit.accuracies, "auc": auc(scores[way], pairs.same)}
+            percent = {name: (100 * np.asarray(value)).tolist() for name, value in row.items()}
+            done.append({"first": way[0], "second": way[1], **percent, "thresholds": list(fit.thresholds)})
+        mean = np.mean([row["folds"] for row in done], axis=0)
+        report[f"{a}&{b}"] = {
+            "accuracy": float(mean.mean()), "std": float(mean.std()), "folds": mean.tolist(),
+            "auc": float(np.mean([row["auc"] for row in done])), "directions": done,
+        }  # fmt: skip
+    return report

@@ -1,0 +1,287 @@
+"""MXNet RecordIO face sets (``train.rec``, ``train.idx``, ``property``), read and written without mxnet.
+
+A record is ``magic (uint32), cflag (3 bits) | length (29 bits), payload padded to 4 bytes``; the payload of a face
+is an IRHeader ``flag (uint32), label (float32), id, id2 (uint64)``, ``flag`` float32 labels, then JPEG or PNG bytes.
+Where the magic occurs 4-byte-aligned inside a payload, the writer drops it and splits the record there (cflag 1
+first, 2 middle, 3 last part); the reader puts it back. InsightFace's layout: record 0 has flag 2 and labels
+``[images + 1, end of keys]``, images have keys ``1 … images``, then one record per identity with flag 2 and labels
+``[first key, end key]``. A file without a header record holds images only (as ``im2rec`` writes it).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from btnet_core.datasets import integer_table
+from btnet_core.errors import DataError
+
+MAGIC = struct.pack("<I", 0xCED7230A)
+_PART, _HEADER = struct.Struct("<4sI"), struct.Struct("<IfQQ")
+_LENGTH = (1 << 29) - 1
+_EXACT = 2**24  # float32 holds every integer up to here
+
+
+class Record(NamedTuple):
+    """What one payload holds."""
+
+    flag: int
+    labels: np.ndarray  # float32 (max(flag, 1),)
+    id: int
+    image: bytes
+
+
+def parse_record(payload: bytes, *, where: str) -> Record:
+    """Take a payload apart. Raises :class:`DataError`, naming ``where``, when it is shorter than it says."""
+    if len(payload) < _HEADER.size:
+        raise DataError(f"{where}: {len(payload)} bytes, a record has a header of {_HEADER.size}")
+    flag, label, number, _ = _HEADER.unpack_from(payload)
+    end = _HEADER.size + 4 * flag
+    if len(payload) < end:
+        raise DataError(f"{where}: header announces {flag} labels, the record has {len(payload)} bytes")
+    labels = np.frombuffer(payload, "<f4", flag, _HEADER.size) if flag else np.array([label], np.float32)
+    return Record(flag, labels, number, payload[end:])
+
+
+class RecordFile:
+    """Random access to the records of ``x.rec`` through ``x.idx``, by position in the order of keys.
+
+    The file is memory-mapped when first read, in each process anew after pickling, so that one object serves
+    several threads, forked or spawned workers.
+
+    Raises:
+        DataError: a file is missing or empty, or the index does not fit it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        index = self.path.with_suffix(".idx")
+        for file in (self.path, index):
+            if not file.is_file():
+                raise DataError(f"{file}: no such file; a RecordIO set is a .rec with its .idx beside it")
+        self.size = self.path.stat().st_size
+        if index.stat().st_size > 40 * (self.size // 8 + 1):
+            raise DataError(f"{index}: longer than an index of {self.path.name} ({self.size} bytes) can be")
+        table = integer_table(index.read_bytes(), 2, where=str(index))
+        if not len(table):
+            raise DataError(f"{index}: empty index")
+        self.keys, self.offsets = table[np.argsort(table[:, 0], kind="stable")].T.copy()
+        if (np.diff(self.keys) == 0).any():
+            raise DataError(f"{index}: a key occurs twice")
+        wrong = np.flatnonzero((self.offsets % 4 != 0) | (self.offsets > self.size - _PART.size))
+        if len(wrong):
+            raise DataError(
+                f"{index}: {len(wrong)} offsets do not fit {self.path.name} ({self.size} bytes), "
+                f"first key {self.keys[wrong[0]]}, offset {self.offsets[wrong[0]]}"
+            )
+        self._map: mmap.mmap | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def bytes(self) -> mmap.mmap:
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._map
+
+    def where(self, position: int) -> str:
+        """File, key and offset of a record, for messages."""
+        return f"{self.path}, index {self.keys[position]}, offset {self.offsets[position]}"
+
+    def payload(self, position: int) -> bytes:
+        """The payload of one record, its parts joined."""
+        data, offset, parts = self.bytes, int(self.offsets[position]), []
+        while True:
+            if offset + _PART.size > len(data):
+                raise DataError(f"{self.where(position)}: the file ends inside the record")
+            magic, word = _PART.unpack_from(data, offset)
+            flag, length = word >> 29, word & _LENGTH
+            offset += _PART.size
+            if magic != MAGIC:
+                raise DataError(f"{self.where(position)}: no record starts at byte {offset - _PART.size}")
+            if flag > 3 or (flag in (0, 1)) != (not parts):
+                raise DataError(f"{self.where(position)}: part flag {flag} out of sequence")
+            if offset + length > len(data):
+                raise DataError(f"{self.where(position)}: the file ends inside the record")
+            parts.append(data[offset : offset + length])
+            if flag in (0, 3):
+                return MAGIC.join(parts)
+            offset += (length + 3) & ~3
+
+    def record(self, position: int) -> Record:
+        return parse_record(self.payload(position), where=self.where(position))
+
+
+class FaceRecords:
+    """The images of a RecordIO face set: ``labels`` int64 ``(N,)``, ``num_identities``, ``image(i) -> bytes``.
+
+    With InsightFace's identity records, labels come from the first and last image of each identity (a set of five
+    million opens without reading all of it) and every image is checked against them when it is read.
+
+    Raises:
+        DataError: see :class:`RecordFile`; a header or label that is not what the layout says.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self.file = file = RecordFile(path / "train.rec" if path.is_dir() else path)
+        self.classes, self.image_size = self._property()
+        first = file.record(0)
+        self.start, self.count = 0, len(file)  # positions of the images
+        starts = None
+        if first.flag == 2 and not first.image:
+            images_end, keys_end = self._bounds(0, first)
+            if file.keys[0] != 0 or keys_end != len(file) or file.keys[-1] != len(file) - 1:
+                raise DataError(
+                    f"{file.where(0)}: header announces keys 0 to {keys_end - 1}, the index has {len(file)} "
+                    f"from {file.keys[0]} to {file.keys[-1]}"
+                )
+            self.start, self.count = 1, images_end - 1
+            starts = self._starts(images_end, keys_end)
+        self.labels = self._scan() if starts is None else self._from_ranges(starts)
+        self.num_identities = self.classes or int(self.labels.max()) + 1
+        limit = self.num_identities if self.classes else self.count
+        wrong = np.flatnonzero(self.labels >= limit)
+        if len(wrong):
+            raise DataError(f"{self.where(wrong[0])}: label {self.labels[wrong[0]]}, expected 0 to {limit - 1}")
+
+    def _property(self) -> tuple[int, tuple[int, int] | None]:
+        path = self.file.path.with_name("property")
+        if not path.is_file():
+            return 0, None
+        text = path.read_bytes()[:100].strip().replace(b",", b" ")
+        classes, rows, columns = integer_table(text, 3, where=str(path))[0].tolist() if text else (0, 0, 0)
+        if not classes:
+            raise DataError(f"{path}: expected 'classes,rows,columns' with at least one class")
+        return classes, (rows, columns)
+
+    def _bounds(self, position: int, record: Record) -> tuple[int, int]:
+        low, high = record.labels[:2].tolist() if len(record.labels) >= 2 else (0.0, 0.0)
+        if not (1 <= low <= high <= len(self.file) and low % 1 == high % 1 == 0):  # also false for NaN
+            raise DataError(f"{self.file.where(position)}: header labels {record.labels[:4].tolist()} are no range")
+        return int(low), int(high)
+
+    def _starts(self, images_end: int, keys_end: int) -> np.ndarray | None:
+        """First key of each identity, then the end; None when the identity records do not tile the images."""
+        ranges = sorted(self._bounds(p, self.file.record(p)) for p in range(images_end, keys_end))
+        if not ranges or ranges[0][0] != 1 or any(a[1] != b[0] for a, b in pairwise(ranges)):
+            return None
+        return np.array([low for low, _ in ranges] + [images_end]) if ranges[-1][1] == images_end else None
+
+    def _label(self, i: int, record: Record | None = None) -> int:
+        label = float((record or self.file.record(self.start + i)).labels[0])
+        if not (0 <= label < 2**31 and label % 1 == 0):
+            raise DataError(f"{self.where(i)}: label {label}, expected an integer from 0")
+        return int(label)
+
+    def _from_ranges(self, starts: np.ndarray) -> np.ndarray:
+        sizes = np.diff(starts)
+        of_first = [self._label(start - 1) if size else 0 for start, size in zip(starts, sizes, strict=False)]
+        for label, start, end in zip(of_first, starts, starts[1:], strict=False):
+            if end > start and self._label(end - 2) != label:
+                return self._scan()
+        return np.repeat(np.array(of_first, np.int64), sizes)
+
+    def _scan(self) -> np.ndarray:
+        return np.array([self._label(i) for i in range(self.count)], np.int64)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def where(self, i: int) -> str:
+        return self.file.where(self.start + i)
+
+    def image(self, i: int) -> bytes:
+        """Encoded image ``i`` (0-based). Raises :class:`DataError` when its label is not ``labels[i]``."""
+        record = self.file.record(self.start + i)
+        if self._label(i, record) != self.labels[i]:
+            raise DataError(f"{self.where(i)}: label {record.labels[0]}, its identity record says {self.labels[i]}")
+        return record.image
+
+
+class RecordWriter:
+    """Write ``x.rec`` and ``x.idx`` under temporary names, put in place when the ``with`` block ends well."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._parts = [self.path.with_suffix(suffix + ".part") for suffix in (".rec", ".idx")]
+        self._file = open(self._parts[0], "wb")  # noqa: SIM115 (closed in __exit__)
+        self._index: list[str] = []
+
+    def write(self, key: int, payload: bytes) -> None:
+        if len(payload) > _LENGTH:
+            raise DataError(f"{self.path}: record {key} of {len(payload)} bytes, the limit is {_LENGTH}")
+        self._index.append(f"{key}\t{self._file.tell()}\n")
+        cuts, at = [-4], payload.find(MAGIC)
+        while at >= 0:
+            if at % 4 == 0:
+                cuts.append(at)
+            at = payload.find(MAGIC, at + (4 if at % 4 == 0 else 1))
+        for i, cut in enumerate(cuts):
+            part = payload[cut + 4 : cuts[i + 1] if i + 1 < len(cuts) else None]
+            flag = 0 if len(cuts) == 1 else 1 if i == 0 else 3 if i + 1 == len(cuts) else 2
+            self._file.write(_PART.pack(MAGIC, flag << 29 | len(part)) + part + bytes(-len(part) % 4))
+
+    def rewrite_first(self, payload: bytes) -> None:
+        """Replace the first record by one of the same length."""
+        self._file.seek(_PART.size)
+        self._file.write(payload)
+        self._file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        if kind is None:
+            self._parts[1].write_text("".join(self._index))
+            os.replace(self._parts[0], self.path.with_suffix(".rec"))
+            os.replace(self._parts[1], self.path.with_suffix(".idx"))
+        else:
+            for part in self._parts:
+                part.unlink(missing_ok=True)
+
+
+def _range_record(low: int, high: int, key: int) -> bytes:
+    return _HEADER.pack(2, 0.0, key, 0) + struct.pack("<2f", low, high)
+
+
+def write_face_records(folder: str | Path, faces: Iterable[tuple[bytes, int]], size: tuple[int, int]) -> int:
+    """Write ``train.rec``, ``train.idx`` and ``property`` in InsightFace's layout; return the number of images.
+
+    Args:
+        faces: (JPEG or PNG bytes, label), sorted by label; labels are 0, 1, 2, … without gaps.
+        size: rows and columns of the images, for ``property``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    key, starts = 1, []
+    with RecordWriter(folder / "train.rec") as writer:
+        writer.write(0, _range_record(1, 1, 0))
+        for image, label in faces:
+            if label == len(starts):
+                starts.append(key)
+            if label != len(starts) - 1:
+                raise DataError(f"{folder}: image {key} has label {label}, expected {len(starts)} or the one before")
+            writer.write(key, _HEADER.pack(0, label, key, 0) + image)
+            key += 1
+        if not starts or key + len(starts) > _EXACT:
+            raise DataError(f"{folder}: {key - 1} images; the layout holds 1 to {_EXACT} records")
+        for i, (low, high) in enumerate(pairwise([*starts, key])):
+            writer.write(key + i, _range_record(low, high, key + i))
+        writer.rewrite_first(_range_record(key, key + len(starts), 0))
+    (folder / "property").write_text(f"{len(starts)},{size[0]},{size[1]}")
+    return key - 1

@@ -49,6 +49,15 @@ class BackboneConfig:
             raise ConfigError(f"width, embedding and std must be positive, got {self}")
 
 
+class PReLU(nn.PReLU):
+    """nn.PReLU; in bf16 on a CPU as relu(x) + a min(x, 0), the same values about three times as fast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+            return super().forward(x)
+        return torch.addcmul(torch.relu(x), self.weight.to(x.dtype).view(-1, 1, 1), torch.clamp_max(x, 0))
+
+
 class Stem(nn.Sequential):
     """IResNet's first layer: conv3x3 stride 1, BN, PReLU."""
 
@@ -59,7 +68,7 @@ class Stem(nn.Sequential):
             OrderedDict(
                 conv=nn.Conv2d(3, channels, 3, padding=1, bias=False),
                 bn=nn.BatchNorm2d(channels),
-                prelu=nn.PReLU(channels),
+                prelu=PReLU(channels),
             )
         )
 
@@ -77,7 +86,7 @@ class Unit(nn.Module):
         self.bn1 = nn.BatchNorm2d(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.prelu = nn.PReLU(c_out)
+        self.prelu = PReLU(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, stride, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(c_out)
         self.shortcut: nn.Sequential | None = None
@@ -112,7 +121,7 @@ class ConvBlock(nn.Sequential):
             bn=nn.BatchNorm2d(c_out),
         )
         if not linear:
-            layers["prelu"] = nn.PReLU(c_out)
+            layers["prelu"] = PReLU(c_out)
         super().__init__(layers)
         self.stride = stride
 
@@ -131,8 +140,8 @@ class Bottleneck(nn.Module):
         self.residual = stride == 1 and c_in == c_out
         inner = expansion * c_in
         self.conv = nn.Sequential(
-            nn.Conv2d(c_in, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.PReLU(inner),
-            nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False), nn.BatchNorm2d(inner), nn.PReLU(inner),
+            nn.Conv2d(c_in, inner, 1, bias=False), nn.BatchNorm2d(inner), PReLU(inner),
+            nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False), nn.BatchNorm2d(inner), PReLU(inner),
             nn.Conv2d(inner, c_out, 1, bias=False), nn.BatchNorm2d(c_out),
         )  # fmt: skip
 
@@ -206,7 +215,7 @@ class Backbone(nn.Module):
 
 def embed_features(head: nn.Module, z: Tensor) -> Tensor:
     """Final feature map -> embedding, outside autocast: bf16 has too few digits to compare faces with."""
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast("cpu" if z.is_meta else z.device.type, enabled=False):  # meta: costs.count_macs
         return head(z.float())
 
 

@@ -40,7 +40,7 @@ ROUNDINGS = ("floor", "near", "ceil")
 BN_MODES = ("all", "authors", "frozen_bn")
 
 
-def select_branch(width, height, *, indicator="max", rounding="ceil", resolutions=(7, 14, 28, 112)):  # noqa: ANN001, ANN201
+def select_branch(width, height, *, indicator="max", rounding="ceil", resolutions=(7, 14, 28, 112)):
     """Resolution of the branch that a face of ``width`` x ``height`` pixels goes to (paper 4.3.2, Figure 8).
 
     The indicator is min, max or the integer mean of the two sides. ``floor`` takes the largest resolution not above
@@ -313,7 +313,7 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def to_pixels(image, where: str) -> Tensor:  # noqa: ANN001
+def to_pixels(image, where: str) -> Tensor:
     """A PIL image, path, ``(H, W, 3)`` array or ``(3, H, W)`` tensor as checked RGB pixels ``(3, H, W)``.
 
     Raises:

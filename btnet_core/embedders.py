@@ -6,6 +6,7 @@ up to S, BTNet goes through the branch. Pixels are RGB ``(B, 3, S, S)`` in [0, 2
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
 import torch
@@ -45,7 +46,7 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-class Embedder:
+class Embedder(ABC):
     """Base: batching, inference mode, autocast, channels_last. Subclasses embed one batch in ``_embed``."""
 
     def __init__(self, *modules: nn.Module, how: Resize | None, device: str = "auto", precision: str = "auto",
@@ -62,14 +63,15 @@ class Embedder:
             batches = [self._embed(batch.to(self.device), r) for batch in pixels.split(self.batch_size)]
         return torch.cat(batches).float().cpu()
 
+    @abstractmethod
     def _embed(self, pixels: Tensor, r: int) -> Tensor:
-        raise NotImplementedError
+        """One batch on the device -> embeddings of any float dtype."""
 
 
 class UpsamplingEmbedder(Embedder):
     """phi_hr, phi_mr: shrink to r, scale back up to S, embed with the trunk."""
 
-    def __init__(self, backbone: Backbone, *, how: Resize | None = None, **options) -> None:  # noqa: ANN003
+    def __init__(self, backbone: Backbone, *, how: Resize | None = None, **options) -> None:
         super().__init__(backbone, how=how, **options)
         self.backbone = backbone
 
@@ -81,7 +83,7 @@ class UpsamplingEmbedder(Embedder):
 class MultiModelEmbedder(Embedder):
     """phi_mm: as UpsamplingEmbedder, with a model of its own for each resolution."""
 
-    def __init__(self, backbones: dict[int, Backbone], *, how: Resize | None = None, **options) -> None:  # noqa: ANN003
+    def __init__(self, backbones: dict[int, Backbone], *, how: Resize | None = None, **options) -> None:
         super().__init__(*backbones.values(), how=how, **options)
         self.single = {r: UpsamplingEmbedder(backbone, how=how, **options) for r, backbone in backbones.items()}
 
@@ -94,7 +96,7 @@ class MultiModelEmbedder(Embedder):
 class BranchEmbedder(Embedder):
     """phi_bt: shrink to r and embed through the branch of r."""
 
-    def __init__(self, btnet: BTNet, *, how: Resize | None = None, **options) -> None:  # noqa: ANN003
+    def __init__(self, btnet: BTNet, *, how: Resize | None = None, **options) -> None:
         super().__init__(btnet, how=how, **options)
         self.btnet = btnet
 

@@ -39,15 +39,23 @@ class Cost:
 def route_cost(btnet: BTNet, r: int) -> Cost:
     """Parameters and MACs of resolution ``r``; raises ConfigError if ``btnet`` has no such way in."""
     route, whole = btnet.route(r), _count(btnet.trunk.parameters())
-    common = {"r": r, "route": _count(route.parameters()), "macs": count_macs(route, _input_size(btnet, r))}
+    couple_at, branch, stored, authors = "", whole, whole, whole
+    state = dict(route.named_buffers())
     if isinstance(route, Route):
+        couple_at, branch, state = route.couple_at, _count(route.branch.parameters()), route.own_state()
         stored = _count(route.trainable(bn="all").values())
         authors = _count(route.trainable(bn="authors").values())
-        running = [t for name, t in route.own_state().items() if name.endswith(("running_mean", "running_var"))]
-        parts = {"couple_at": route.couple_at, "branch": _count(route.branch.parameters())}
-        return Cost(**common, **parts, stored=stored, authors=authors, running=_count(running), share=stored / whole)
-    running = [t for name, t in route.named_buffers() if not name.endswith("num_batches_tracked")]
-    return Cost(**common, couple_at="", branch=whole, stored=whole, authors=whole, running=_count(running), share=1.0)
+    return Cost(
+        r=r,
+        couple_at=couple_at,
+        route=_count(route.parameters()),
+        branch=branch,
+        stored=stored,
+        authors=authors,
+        running=_count(t for name, t in state.items() if name.endswith(("running_mean", "running_var"))),
+        share=stored / whole,
+        macs=count_macs(route, _input_size(btnet, r)),
+    )
 
 
 def cost_table(btnet: BTNet) -> list[Cost]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -35,7 +35,8 @@ def _pool(pid: int) -> ThreadPoolExecutor:  # one in each process: threads do no
 def stack(read: Callable[[int], Tensor], indices: Iterable[int], size: tuple[int, int]) -> Tensor:
     """uint8 ``(n, 3, *size)`` of ``read(i)`` for each index, read by several threads."""
     wanted = [int(i) for i in indices]
-    out = torch.empty(len(wanted), 3, *size, dtype=torch.uint8)
+    with torch.inference_mode(False):  # threads of the pool are outside it and must be allowed to write
+        out = torch.empty(len(wanted), 3, *size, dtype=torch.uint8)
 
     def fill(start: int) -> None:
         for k in range(start, min(start + 16, len(wanted))):
@@ -293,7 +294,8 @@ def _holds(people: list[np.ndarray], half: int) -> bool:
 
 def _same_pairs(people: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
     """One new pair of each person in turn, until there are ``count``."""
-    able, used, pairs = [images for images in people if len(images) > 1], {}, []
+    able, used = [images for images in people if len(images) > 1], dict[int, Iterator[int]]()
+    pairs: list[tuple[int, int]] = []
     while len(pairs) < count:
         for i, images in enumerate(able):
             if i not in used:
@@ -322,8 +324,8 @@ def open_pairs(spec: str) -> PairSet:
     from btnet_core.datasets import verification
 
     if spec.startswith("pairs:"):
-        faces, _, options = spec[6:].rpartition(":")
-        return draw_pairs(open_faces(faces), **{"count": 6000, **parse_options(options, spec, count=int, seed=int)})
+        inner, _, options = spec[6:].rpartition(":")
+        return draw_pairs(open_faces(inner), **{"count": 6000, **parse_options(options, spec, count=int, seed=int)})
     if spec.startswith("synthetic:"):
         parts = spec[10:].split(",")
         own = parse_options(",".join(part for part in parts if part.startswith("pairs=")), spec, pairs=int)

@@ -1,0 +1,83 @@
+"""The three scales at which the same notebooks run: demo, lfw, paper. Every result names the one that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from btnet_core.backbones import BackboneConfig
+from btnet_core.errors import ConfigError
+
+SIX_SETS = ("lfw.bin", "cfp_ff.bin", "cfp_fp.bin", "agedb_30.bin", "calfw.bin", "cplfw.bin")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a scale trains, on what, and how its numbers may be read. Specs are those of datasets.open_faces/pairs."""
+
+    name: str
+    claim: str  # one sentence shown beside every number
+    faces: str  # training faces
+    pairs: tuple[str, ...]  # verification sets; accuracies are their mean
+    others: str  # identity-labelled faces of people outside `faces`: stand-ins for galleries and templates
+    backbone: BackboneConfig  # of the trunk that is trained here
+    pretrained: str = ""  # phi_hr trained by others; "" trains it here
+    resolutions: tuple[int, ...] = (28, 14, 7)  # of the branches, rows in pixels
+    pictures: bool = False  # whether its faces may be shown in committed figures
+    trunk: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # TrainConfig fields for phi_hr, phi_mr
+    specialist: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for each phi_mm
+    branch: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for each branch of phi_bt
+
+    def run_dir(self, given: str = "") -> Path:
+        """The folder of this scale's runs: ``given``, or ``runs/<name>`` of the repository."""
+        return Path(given) if given else Path(__file__).resolve().parents[1] / "runs" / self.name
+
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            name="demo",
+            claim="Synthetic faces and a small trunk trained for minutes on a CPU: shows the method, not its numbers.",
+            faces="synthetic:identities=400,images=16,seed=0",
+            pairs=("pairs:synthetic:identities=200,images=8,seed=0,first=100000:count=2000,seed=0",),
+            others="synthetic:identities=200,images=8,seed=0,first=100000",
+            backbone=BackboneConfig(name="iresnet18", width=0.25, embedding=128),
+            pictures=True,
+            trunk={"epochs": 2, "batch": 64, "lr": 0.8, "warmup_epochs": 0.2},
+            specialist={"epochs": 1, "batch": 64, "lr": 0.4, "warmup_epochs": 0.1},
+            branch={"epochs": 3, "batch": 64, "lr": 0.4},
+        ),
+        Scale(
+            name="lfw",
+            claim="LFW and CelebA faces (15,675 images) and a MobileFaceNet that others trained: real, but small.",
+            faces="faces_train",
+            pairs=("lfw_devtest_6000.bin",),
+            others="lfw_devtest",
+            backbone=BackboneConfig(name="iresnet18", width=0.25, embedding=128),
+            pretrained="mobilefacenet_casia.safetensors",
+            trunk={"epochs": 4, "batch": 128, "lr": 0.2, "warmup_epochs": 0.5},
+            specialist={"epochs": 2, "batch": 128, "lr": 0.2, "warmup_epochs": 0.25},
+            branch={"epochs": 8, "batch": 128, "lr": 0.2},
+        ),
+        Scale(
+            name="paper",
+            claim="MS1Mv3 and the hyper-parameters of Appendix A.2, as the paper.",
+            faces="ms1m-retinaface-t1",
+            pairs=SIX_SETS,
+            others="lfw",
+            backbone=BackboneConfig(name="iresnet50"),
+        ),
+    )
+}
+
+
+def get_scale(name: str) -> Scale:
+    """The scale of that name; ConfigError lists the known ones."""
+    if name not in SCALES:
+        raise ConfigError(f"scale: got {name!r}, expected one of {', '.join(SCALES)}")
+    return SCALES[name]

@@ -3,11 +3,11 @@
 A face is drawn in its own frame: ``u`` to the right and ``v`` down, in pixels of the aligned 112x112 crop, origin
 at (56, 64); eyes near (+-17.6, -12), nose tip (0, 8), mouth corners (+-14.5, 28). Each image maps its pixels back
 to that frame through a small 3-D rotation with depth, so edges stay smooth at any pose. Shading follows the
-normals of a height field; albedo comes from one texture per identity (pores, freckles, moles, wrinkles, beard).
+normals of a height field; fine albedo (mottling, freckles, moles, wrinkles, beard) is one texture per identity.
 
-Every parameter is a hash of (seed, identity, image, its place in the table below): an image depends on nothing
-else, is the same in any batch and on any platform up to rounding. Who somebody is shows mostly in details of a
-few pixels (irises, lids, brows, lips, marks); skin and hair are shared by many and change with light and habit.
+Every parameter is a hash of (seed, identity, image, its place in a table below): an image depends on nothing else
+and is the same in any batch and on any platform up to rounding. Who somebody is shows mostly in details of a few
+pixels (irises, lids, brows, lips, marks); skin and hair are shared by many and change with light and habit.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from btnet_core.errors import ConfigError
 
 VERSION = 1  # of the renderer: part of every checksum; raise it whenever a pixel changes
 SIDE = 112
-BLOCK = 32  # images rendered together
+BLOCK = 16  # images rendered together: enough to amortise calls, few enough for the processor's cache
 
-# Each factor is uniform between the two numbers (pixels, unless it is a share or an angle in radians).
+# Each factor is uniform between two numbers (pixels, unless it is a share or an angle in radians).
 IDENTITY = {
     # coarse: shared by many
     "gender": (0, 1), "tone": (0, 1), "undertone": (-1, 1), "hair_hue": (0, 1), "hair_style": (0, 1),
-    "width": (37, 41), "jaw": (1.75, 2.6), "chin": (42, 47), "hairline": (-50, -40), "part": (-14, 14),
+    "width": (37, 41), "jaw": (1.8, 2.6), "chin": (42, 47), "hairline": (-48, -38), "part": (-14, 14), "age": (0, 1),
     # fine: who it is
-    "eye_x": (16.5, 18.9), "eye_y": (-13.2, -11.2), "eye_w": (7.2, 9.4), "eye_up": (2.8, 4.7), "eye_low": (1.5, 2.8),
-    "tilt": (-0.10, 0.17), "crease": (1.2, 4.2), "bag": (0, 1), "lash": (0.6, 1.5), "iris_r": (3.2, 4.0),
-    "iris_hue": (0, 1), "iris_light": (0, 1), "brow_y": (-24, -19.5), "brow_arch": (0, 4.2), "brow_slope": (-0.16, 0.14),
-    "brow_t": (1.1, 2.7), "brow_in": (5, 9.5), "brow_out": (26, 31), "brow_dark": (0.5, 1), "nose_w": (6.2, 10),
-    "nose_y": (6, 11), "nose_ridge": (3.0, 5.5), "nose_high": (5, 9), "nostril": (0.4, 1), "mouth_w": (12.5, 17),
-    "mouth_y": (26, 29.5), "lip_up": (1.8, 4.6), "lip_low": (2.8, 6.4), "bow": (0, 1.7), "lip_red": (0, 1),
-    "cheek": (0, 4), "chin_dimple": (0, 1), "ear": (0, 3), "age": (0, 1), "freckles": (-1, 1), "beard": (-1.2, 1),
-    "glasses": (0, 1), "frame_w": (12, 15), "frame_h": (7.5, 10.5), "frame_round": (2, 4), "frame_hue": (0, 1),
-    "mottle": (0.5, 1), "tex_u": (0, 1), "tex_v": (0, 1), "scar": (0, 1), "scar_u": (-26, 26), "scar_v": (-36, 36),
-    "scar_turn": (0, 3.1),
+    "eye_x": (16.5, 18.9), "eye_y": (-13.2, -11.2), "eye_w": (7.4, 9.4), "eye_up": (3.0, 4.9), "eye_low": (1.7, 2.9),
+    "tilt": (-0.08, 0.17), "crease": (1.2, 4.2), "bag": (0, 1), "lash": (0.6, 1.5), "iris_r": (3.5, 4.3),
+    "iris_hue": (0, 1), "iris_light": (0, 1), "brow_y": (-24, -20), "brow_arch": (0, 4.2), "brow_slope": (-0.12, 0.16),
+    "brow_t": (1.3, 2.9), "brow_in": (5, 9.5), "brow_out": (26, 31), "brow_dark": (0.5, 1), "nose_w": (6, 9.6),
+    "nose_y": (6, 10.5), "nose_ridge": (3.4, 5.6), "nose_high": (4, 7), "nostril": (0.4, 1), "mouth_w": (12.5, 17),
+    "mouth_y": (26, 29.5), "lip_up": (2.0, 4.6), "lip_low": (3.0, 6.4), "bow": (0, 1.7), "lip_red": (0, 1),
+    "cheek": (0, 4), "chin_dimple": (0, 1), "ear": (0, 3), "freckles": (-1, 1), "beard": (-1.2, 1), "glasses": (0, 1),
+    "frame_w": (12, 14.5), "frame_h": (7.5, 10.5), "frame_round": (2, 4), "frame_hue": (0, 1), "mottle": (0.5, 1),
+    "scar": (0, 1), "scar_u": (-26, 26), "scar_v": (-36, 36), "scar_turn": (0, 3.1), "tex_u": (0, 256), "tex_v": (0, 256),
 }  # fmt: skip
+MOLE = {"u": (-30, 30), "v": (-38, 42), "radius": (0.8, 1.9), "dark": (-0.5, 0.7)}  # five a person, dark > 0 shows
 IMAGE = {
     "yaw": (-0.32, 0.32), "pitch": (-0.16, 0.16), "roll": (-0.07, 0.07), "zoom": (0.96, 1.05), "shift_x": (-1.6, 1.6),
-    "shift_y": (-1.6, 1.6), "open": (-0.6, 1), "smile": (-0.6, 1), "raise_brow": (-0.8, 1.2), "lid": (0.72, 1.05),
-    "gaze": (-1.2, 1.2), "light_x": (-0.9, 0.9), "light_y": (-0.8, 0.25), "key": (0.65, 1.1), "fill": (0.3, 0.6),
-    "warm": (-1, 1), "tint": (-1, 1), "exposure": (0.72, 1.2), "hair_tone": (0.6, 1.5), "hair_move": (-1, 1),
-    "hair_len": (-8, 8), "flush": (0, 1), "wear": (0, 1), "shave": (0.5, 1.1), "blur": (-0.4, 0.7), "grain": (0.3, 1.6),
-    "grain_u": (0, 1), "grain_v": (0, 1), "back_r": (0, 1), "back_g": (0, 1), "back_b": (0, 1), "back_turn": (0, 6.3),
+    "shift_y": (-1.6, 1.6), "open": (-0.6, 1), "smile": (-0.3, 1.1), "raise_brow": (-0.8, 1.2), "lid": (0.72, 1.05),
+    "gaze": (-1.2, 1.2), "light_x": (-0.9, 0.9), "light_y": (-0.8, 0.2), "key": (0.65, 1.1), "fill": (0.3, 0.6),
+    "warm": (-1, 1), "tint": (-1, 1), "exposure": (0.6, 1.0), "hair_tone": (0.6, 1.5), "hair_move": (-1, 1),
+    "hair_len": (-8, 8), "flush": (0.4, 1), "wear": (0, 1), "shave": (0.3, 0.8), "blur": (-0.4, 0.7), "grain": (1, 3),
+    "grain_u": (0, 256), "grain_v": (0, 256), "back_r": (0, 1), "back_g": (0, 1), "back_b": (0, 1), "back_turn": (0, 6.3),
     "cover": (0, 1), "cover_kind": (0, 1), "cover_at": (-3, 3), "cover_hue": (0, 1), "cloth": (0, 1),
 }  # fmt: skip
-MOLES = 5
-SKIN = ((240, 208, 188), (228, 186, 158), (204, 154, 120), (158, 110, 80), (112, 74, 54))  # sRGB, light to dark
-HAIR = ((28, 22, 20), (52, 36, 26), (88, 58, 38), (126, 84, 50), (176, 134, 84), (128, 62, 34), (150, 146, 142))
+# sRGB, each list from its first to its last
+SKIN = ((234, 200, 180), (222, 180, 152), (200, 150, 118), (158, 110, 80), (112, 74, 54))
+HAIR = ((28, 22, 20), (52, 36, 26), (88, 58, 38), (118, 86, 60), (170, 138, 98), (120, 62, 38), (150, 146, 142))
 IRIS = ((62, 38, 22), (98, 62, 32), (122, 98, 52), (92, 116, 78), (84, 118, 150), (112, 132, 146), (60, 92, 132))
-FABRIC = ((52, 60, 82), (120, 40, 44), (70, 92, 74), (196, 190, 180), (60, 58, 60), (112, 140, 168), (186, 150, 84))
+CLOTH = ((52, 60, 82), (120, 40, 44), (70, 92, 74), (196, 190, 180), (60, 58, 60), (112, 140, 168), (186, 150, 84))
 FRAME = ((24, 22, 24), (70, 44, 28), (40, 44, 66), (120, 112, 104), (96, 30, 36))
 
 
@@ -71,41 +71,37 @@ def _mix(h: np.ndarray) -> np.ndarray:
 
 def _uniform(count: int, *keys: int | np.ndarray) -> np.ndarray:
     """``count`` numbers in [0, 1) for each entry of the broadcast integer ``keys``: (n, count) float64."""
-    h = np.zeros(1, np.uint64)
+    h, golden = np.zeros(1, np.uint64), np.uint64(0x9E3779B97F4A7C15)
     for key in keys:
-        h = _mix(h + np.uint64(0x9E3779B97F4A7C15) + np.atleast_1d(np.asarray(key)).astype(np.uint64))
-    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return (_mix(h[:, None] + steps) >> np.uint64(11)) * 2.0**-53
+        h = _mix(h + golden + np.atleast_1d(np.asarray(key)).astype(np.uint64))
+    return (_mix(h[:, None] + np.arange(1, count + 1, dtype=np.uint64) * golden) >> np.uint64(11)) * 2.0**-53
 
 
 def _draw(table: dict[str, tuple[float, float]], *keys: int | np.ndarray) -> dict[str, Tensor]:
+    """A value (n, 1, 1) for each factor of the table, in its range."""
     low, high = np.array(list(table.values()), float).T
     values = torch.from_numpy((low + (high - low) * _uniform(len(table), *keys)).astype(np.float32))
-    return {name: values[:, k, None, None] for k, name in enumerate(table)}
+    return dict(zip(table, values.T.contiguous()[..., None, None], strict=True))
 
 
 @cache
-def _noise(size: int = 256) -> Tensor:
-    """Periodic white, fine (1.2 px) and soft (3 px) noise of unit variance, (3, size, size)."""
-    u = torch.from_numpy(_uniform(size * size * 3, 20230711)).view(3, size, size)
-    white = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
-    f = torch.fft.fftfreq(size, dtype=torch.float64)
-    f2 = f[:, None] ** 2 + f[None] ** 2
-    low = [torch.exp(-2 * (torch.pi * s) ** 2 * f2) for s in (0.0, 1.2, 3.0)]
-    noise = torch.fft.ifft2(torch.fft.fft2(white) * torch.stack(low)).real
-    return (noise / noise.std((1, 2), keepdim=True)).float()
+def _noise() -> dict[str, Tensor]:
+    """Periodic 256x256 noise of unit variance: white grain, fine and soft mottling, upright strands."""
+    white = torch.special.ndtri(torch.from_numpy(_uniform(4 << 16, 1)).view(4, 256, 256).clamp(1e-6, 1 - 1e-6))
+    f2 = torch.fft.fftfreq(256, dtype=torch.float64) ** 2
+    spreads = {"grain": (0.45, 0.45), "fine": (1.2, 1.2), "soft": (3.0, 3.0), "strand": (14.0, 1.0)}  # rows, columns
+    result = {}
+    for plane, (name, (rows, columns)) in zip(white, spreads.items(), strict=True):
+        low = torch.exp(-2 * torch.pi**2 * (rows**2 * f2[:, None] + columns**2 * f2))
+        smooth = torch.fft.ifft2(torch.fft.fft2(plane) * low).real
+        result[name] = (smooth / smooth.std()).float().reshape(-1)
+    return result
 
 
-def _sample(texture: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Periodic bilinear look-up of (h, w) ``texture`` at column ``u``, row ``v`` (texels), any shape."""
-    h, w = texture.shape
-    i, j = v.floor(), u.floor()
-    a, b = v - i, u - j
-    i, j = i.long() % h, j.long() % w
-    flat, i1, j1 = texture.reshape(-1), (i + 1) % h * w, (j + 1) % w
-    i = i * w
-    top = torch.lerp(flat[i + j], flat[i + j1], b)
-    return torch.lerp(top, torch.lerp(flat[i1 + j], flat[i1 + j1], b), a)
+def _sample(name: str, u: Tensor, v: Tensor) -> Tensor:
+    """Periodic nearest look-up of a noise at columns ``u`` and rows ``v`` (same shapes)."""
+    index = ((v.int() & 255) << 8) + (u.int() & 255)
+    return _noise()[name].index_select(0, index.view(-1)).view(index.shape)
 
 
 def _palette(colours: Sequence[Sequence[int]], at: Tensor) -> Tensor:
@@ -116,302 +112,306 @@ def _palette(colours: Sequence[Sequence[int]], at: Tensor) -> Tensor:
     return torch.lerp(table[low], table[low + 1], (x - low)[:, None])[..., None, None]
 
 
-def _edge(distance: Tensor, soft: float | Tensor = 1.0) -> Tensor:
-    """Coverage in [0, 1] of a pixel at signed ``distance`` inside an outline: an antialiased step."""
-    return (distance / soft + 0.5).clamp(0, 1)
+def _rgb(red: float, green: float, blue: float) -> Tensor:
+    return torch.tensor([red, green, blue])[:, None, None]
+
+
+def _edge(distance: Tensor, soft: float = 1.0) -> Tensor:
+    """Coverage in [0, 1] of a pixel ``distance`` pixels inside an outline: an antialiased step."""
+    return (distance * (1 / soft)).add_(0.5).clamp_(0, 1)
+
+
+def _smooth(x: Tensor) -> Tensor:
+    x = x.clamp(0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def _bell(square: Tensor) -> Tensor:
+    """(1 - square / 8)^4, in place: a Gaussian exp(-square / 2) that ends at 2.8 widths, cheap on any machine."""
+    return square.mul_(-0.125).add_(1).clamp_(min=0).square_().square_()
 
 
 def _bump(x: Tensor, width: float | Tensor) -> Tensor:
-    return torch.exp(-0.5 * (x / width) ** 2)
+    return _bell((x / width).square_())
 
 
 def _spot(u: Tensor, v: Tensor, at_u, at_v, width_u, width_v) -> Tensor:
-    return torch.exp(-0.5 * (((u - at_u) / width_u) ** 2 + ((v - at_v) / width_v) ** 2))
+    return _bell(((u - at_u) / width_u).square_() + ((v - at_v) / width_v).square_())
 
 
-def _skin_texture(p: SimpleNamespace, moles: Tensor) -> Tensor:
-    """(n, 3, 176, 144) at 1.5 texels a pixel: darkening, redness and beard of the skin of n identities."""
+def _paint(canvas: Tensor, colour: Tensor, mask: Tensor) -> None:
+    """Lay ``colour`` (n, 3, ...) over ``canvas`` (n, 3, h, w) where ``mask`` (n, h, w) is 1, in place."""
+    canvas.lerp_(colour.expand_as(canvas), mask[:, None])
+
+
+def _people(seed: int, identity: np.ndarray) -> tuple[SimpleNamespace, Tensor]:
+    """Factors of each identity and its skin (n, 3, 176, 144), 1.5 texels a pixel: darkening, redness, beard."""
+    p = SimpleNamespace(**_draw(IDENTITY, seed, identity, 1))
     v, u = torch.meshgrid((torch.arange(176) - 88) / 1.5 - 4, (torch.arange(144) - 72) / 1.5, indexing="ij")
-    u, v, au = u[None], v[None], u.abs()[None]
-    fine, soft = (_sample(_noise()[k], u * s + p.tex_u * 256, v * s + p.tex_v * 256) for k, s in ((1, 1.0), (2, 0.9)))
+    u, v = u.expand(len(identity), -1, -1), v.expand(len(identity), -1, -1)
+    au, wide = u.abs(), 1.5 * u + p.tex_u
+    fine, soft = (_sample(name, wide + 256, 1.5 * v + p.tex_v + 256) for name in ("fine", "soft"))
     dark = p.mottle * (0.035 * fine + 0.04 * soft)
     cheeks = _spot(au, v, 20, 4, 11, 8) + _spot(au, v, 0, 2, 7, 6)
-    dark = dark + p.freckles.clamp(min=0) * 0.38 * ((fine + 0.6 * soft - 1.0) * 1.6).clamp(0, 1) * cheeks
-    for k in range(MOLES):
-        at_u, at_v, size, depth, _ = moles[:, k].T[..., None, None]
-        dark = dark + 0.75 * depth * _edge(0.9 + 1.0 * size - ((u - at_u) ** 2 + (v - at_v) ** 2).sqrt(), 1.3)
+    dark += 0.2 * p.freckles.clamp(min=0) * ((fine + 0.25 * soft - 0.9) * 1.6).clamp(0, 1) * cheeks
+    for k in range(5):
+        mole = SimpleNamespace(**_draw(MOLE, seed, identity, 2, k))
+        dark += mole.dark.clamp(min=0) * _edge(mole.radius - ((u - mole.u) ** 2 + (v - mole.v) ** 2).sqrt(), 1.3)
     turn_u, turn_v = torch.cos(p.scar_turn), torch.sin(p.scar_turn)
-    along = (u - p.scar_u) * turn_u + (v - p.scar_v) * turn_v
-    across = (v - p.scar_v) * turn_u - (u - p.scar_u) * turn_v + 0.02 * along**2
-    dark = dark - 0.25 * (p.scar > 0.75) * _bump(across, 0.8) * _edge(6 - along.abs(), 4)
-    lines = torch.sin(1.05 * v + 0.9 * soft + 6 * p.tex_u) ** 8 * _spot(au, v, 0, -35, 16, 5)
-    old = (p.age - 0.35).clamp(min=0)
-    dark = dark + old * (0.28 * lines + 0.14 * _spot(au, v, 17, -4, 7, 2.2))
+    along, across = (u - p.scar_u) * turn_u + (v - p.scar_v) * turn_v, (v - p.scar_v) * turn_u - (u - p.scar_u) * turn_v
+    dark -= 0.16 * (p.scar > 0.85) * _bump(across + 0.02 * along**2, 0.8) * _edge(6 - along.abs(), 4)
+    lines = torch.sin(1.05 * v + 0.9 * soft + p.tex_u).square_().square_().square_() * _spot(au, v, 0, -35, 16, 5)
+    dark += (p.age - 0.35).clamp(min=0) * (0.28 * lines + 0.14 * _spot(au, v, 17, -4, 7, 2.2))
     red = 0.9 * _spot(au, v, 22, 8, 9, 8) + 0.7 * _spot(au, v, 0, 7, 6, 5) + 0.3 * _spot(au, v, 0, 42, 8, 5) + 0.1 * soft
-    jaw = _edge(v - 14 - 0.05 * (au - p.mouth_w).clamp(min=0) ** 2 * 0 + 0.35 * (36 - au).clamp(max=0), 9) * _edge(v - 15 + 0.02 * (au - 22).clamp(min=0) ** 2, 6)
-    hole = _spot(au, v, 0, p.mouth_y + 1, p.mouth_w * 0.55, 4.5)
-    hairs = (0.72 + 0.2 * fine + 0.1 * soft).clamp(0, 1)
-    beard = jaw * (1 - hole) * hairs * p.beard.clamp(min=0) * (p.gender > 0.5)
-    return torch.stack([dark, red, beard], 1)
+    cheek_line = torch.where(v < 22, 22 - 0.6 * (au - 2).clamp(min=0), 14 - 0.5 * (au - 24).clamp(min=0))
+    beard = _smooth((v - cheek_line) / 8 + 0.4) * (1 - _spot(au, v, 0, p.mouth_y + 1, 0.55 * p.mouth_w, 4.5))
+    beard *= (0.75 + 0.09 * fine + 0.06 * soft).clamp(0, 1) * p.beard.clamp(min=0) * (p.gender > 0.5)
+    return p, torch.stack([dark, red, beard], 1)
+
+
+def _resolve(p: SimpleNamespace) -> None:
+    """What several factors decide together: hair style, colours."""
+    woman, style = p.gender < 0.5, p.hair_style
+    p.volume = torch.where(woman, 0.5 + 0.8 * style, 0.1 + 0.5 * style)
+    p.length = torch.where(woman, -10 + 130 * style, -14 + 120 * (style - 0.75).clamp(min=0)) + p.hair_len
+    p.side_len = torch.where(woman, p.length - 4, -8 + 10 * style + 0.4 * p.hair_len)
+    p.front = p.hairline + torch.where(woman, 12 * (style > 0.6) * (p.part.abs() < 6), -4.0 * (style < 0.3))
+    p.front = p.front + 0.8 * p.hair_move
+    p.temple = torch.where(woman, -2.0, 1.0) + 0.6 * p.hair_move
+    p.skin = _palette(SKIN, 0.04 + 0.86 * p.tone**1.3) * (1 + _rgb(0.02, 0, -0.05) * p.undertone[:, None])
+    hue = p.hair_hue * (1 - 0.6 * p.tone)
+    p.hair, p.brow = _palette(HAIR, hue) * p.hair_tone[:, None], 0.55 * _palette(HAIR, 0.7 * hue)
+    p.iris = _palette(IRIS, p.iris_hue * (1 - 0.75 * (p.tone > 0.7))) * (0.4 + 0.6 * p.iris_light[:, None])
+    p.lips = p.skin * (1 - _rgb(0.2, 0.56, 0.48) * (0.45 + 0.55 * p.lip_red[:, None]))
+    tint = torch.stack([0.12 * p.warm, 0.05 * p.tint, -0.14 * p.warm], 1)
+    p.key_rgb, p.fill_rgb = (1 + tint) * (p.exposure * p.key)[:, None], (1 - 0.6 * tint) * (p.exposure * p.fill)[:, None]
+    wall = torch.stack([p.back_r, p.back_g, p.back_b], 1)
+    p.wall = 0.06 + 0.45 * (0.75 * wall[:, 1:2] + 0.25 * wall)
 
 
 def _relief(p: SimpleNamespace, u: Tensor, v: Tensor) -> Tensor:
     """Height of the face towards the viewer, in pixels."""
     au = u.abs()
-    rise = _edge(v + 14, 12) * _edge(p.nose_y + 1.5 - v, 5) * (0.45 + 0.55 * _edge(v + 4, 22))
-    z = -(u**2) / 62 - (u / 38) ** 4 * 6 - (v + 6) ** 2 / 150
-    z = z + p.nose_high * rise * _bump(u, p.nose_ridge) + 2.4 * _spot(u, v, 0, p.nose_y - 1, 4.2, 3.6)
-    z = z + 2.0 * _spot(au, v, p.nose_w * 0.72, p.nose_y + 1.2, 2.8, 2.8)
-    z = z + 2.0 * _spot(au, v, 15, -20, 11, 4) - 3.2 * _spot(au, v, p.eye_x - 1, -12, 8, 5) + 1.4 * _spot(au, v, p.eye_x, -12, 5, 4)
-    z = z + p.cheek * _spot(au, v, 24, 5, 8, 7) + 3.0 * _spot(u, v, 0, 25, 13, 8) + 3.2 * _spot(u, v, 0, p.chin - 7, 9, 5.5)
-    z = z - 1.3 * _spot(u, v, 0, p.mouth_y + p.lip_low + 4, 8, 2.6) - 0.8 * p.chin_dimple * _spot(u, v, 0, p.chin - 6, 1.6, 3)
-    return z
+    rise = _bump(v - p.nose_y + 3, 12) * _smooth((p.nose_y + 4 - v) / 10)
+    z = p.nose_high * rise * _bump(u, p.nose_ridge) - u**2 / 62 - (u / 38) ** 4 * 6 - (v + 6) ** 2 / 150
+    z += 1.6 * _spot(u, v, 0, p.nose_y - 1, 4.4, 4) + 1.6 * _spot(au, v, 0.72 * p.nose_w, p.nose_y + 1, 3, 3)
+    z += 2.0 * _spot(au, v, 15, -20, 11, 4) + p.cheek * _spot(au, v, 24, 5, 8, 7)
+    z += 1.4 * _spot(au, v, p.eye_x, -12, 5, 4) - 3.2 * _spot(au, v, p.eye_x - 1, -12, 8, 5)
+    z += 3.0 * _spot(u, v, 0, 25, 13, 8) + 3.2 * _spot(u, v, 0, p.chin - 7, 9, 5.5)
+    z -= 1.3 * _spot(u, v, 0, p.mouth_y + p.lip_low + 4, 8, 2.6)
+    return z - 0.8 * p.chin_dimple * _spot(u, v, 0, p.chin - 6, 1.6, 3)
 
 
-def _coarse(p: SimpleNamespace) -> dict[str, Tensor]:
-    """Smooth fields on every second pixel, then interpolated: face frame, light, gloss and large outlines."""
+def _fields(p: SimpleNamespace) -> SimpleNamespace:
+    """Smooth fields, made on every second pixel and interpolated: face frame, light, distances to large outlines."""
     y, x = torch.meshgrid(torch.arange(0, 113, 2.0), torch.arange(0, 113, 2.0), indexing="ij")
-    x, y = x[None] - 56 - p.shift_x, y[None] - 64 - p.shift_y
+    x, y = x - 56 - p.shift_x, y - 64 - p.shift_y
     a, b = (x + p.roll * y) / p.zoom, (y - p.roll * x) / p.zoom
-    u, v = a, b
-    sin_y, sin_p = torch.sin(p.yaw), torch.sin(p.pitch)
-    for _ in range(3):
+    u, v, sin_y, sin_p = a, b, torch.sin(p.yaw), torch.sin(p.pitch)
+    for _ in range(3):  # the point of the face that this pixel sees
         z = 4 - u**2 / 75 - v**2 / 150 + 0.8 * p.nose_high * _spot(u, v, 0, 4, 7, 9)
         u, v = (a - sin_y * z) / torch.cos(p.yaw), (b - sin_p * z) / torch.cos(p.pitch)
-    au, out = u.abs(), {"u": u, "v": v}
-    height = _relief(p, u, v) - sin_y * u * 1.0 - sin_p * v
-    dy, dx = torch.gradient(height, spacing=2.0, dim=(1, 2))
-    norm = torch.rsqrt(dx**2 + dy**2 + 1)
-    lz = torch.rsqrt(p.light_x**2 + p.light_y**2 + 1)
-    facing = (-dx * p.light_x - dy * p.light_y + 1) * norm * lz
+    dy, dx = torch.gradient(_relief(p, u, v) - sin_y * u - sin_p * v, spacing=2.0, dim=(1, 2))
+    steep = torch.rsqrt(dx**2 + dy**2 + 1)
+    facing = (1 - dx * p.light_x - dy * p.light_y) * steep * torch.rsqrt(p.light_x**2 + p.light_y**2 + 1)
     shadow = 0.35 * _spot(u, v, -4.5 * p.light_x, p.nose_y + 5.5, 6, 3) + 0.4 * _spot(u, v, 0, p.chin + 12, 30, 6)
-    out["diffuse"] = ((facing + 0.25) / 1.25).clamp(min=0) * (1 - shadow)
-    half = (-dx * p.light_x - dy * (p.light_y - 0.2) + 2.4) * norm * torch.rsqrt(p.light_x**2 + (p.light_y - 0.2) ** 2 + 5.8)
-    out["gloss"] = half.clamp(0, 1) ** 24
+    half_y = p.light_y - 0.2  # towards halfway between the light and the viewer
+    glance = (2.4 - dx * p.light_x - dy * half_y) * steep * torch.rsqrt(p.light_x**2 + half_y**2 + 5.8)
     low, high = ((v + 4) / (p.chin + 4)).clamp(min=0), ((-4 - v) / 66).clamp(min=0)
-    out["face"] = (1 - (u / p.width) ** 2 - low**p.jaw - high**2.2) * p.width / 2.1
-    out["ear"] = 6.2 - (((au - p.width - 0.5 - 0.6 * p.ear) / 0.75) ** 2 + ((v - 0.5) * 0.56) ** 2).sqrt()
+    crown = 1 - (u / (p.width + 1.5 + 6 * p.volume)) ** 2 - ((v + 14).clamp(max=0) / (48 + 8 * p.volume)) ** 2
+    rounding = ((p.front + 0.012 * p.part * u + 0.03 * p.hair_move * u - v) / 30 + 1).clamp(min=0)
+    opening = p.width - 3.5 + p.temple + 5 * (1 - (p.side_len - v) / 40).clamp(0, 1)
+    fields = {
+        "u": u,
+        "v": v,
+        "diffuse": (0.8 * facing + 0.2).clamp(min=0) * (1 - shadow),
+        "gloss": 0.1 * p.key * glance.clamp(0, 1) ** 24,
+        "face": (1 - (u / p.width) ** 2 - low**p.jaw - high**2.2) * p.width / 2.1,
+        "ear": 6.2 - (((u.abs() - p.width - 0.5 - 0.6 * p.ear) / 0.75) ** 2 + ((v - 0.5) * 0.56) ** 2).sqrt(),
+        "crown": 20 * crown,
+        "open": (1 - (u.abs() / opening) ** 3 - rounding**2.6) * 12,
+        "strand": 62 * torch.atan2(u - p.part, 52 - 0.5 * v) + p.tex_u + 256,
+        "radius": (0.6 * (u - 0.6 * p.part) ** 2 + (v + 5) ** 2).sqrt(),
+        "back": 0.85 + 0.004 * (x * torch.cos(p.back_turn) + y * torch.sin(p.back_turn)),
+    }
+    c = torch.stack(list(fields.values()))
+    c = torch.stack([c[:, :, :-1], (c[:, :, :-1] + c[:, :, 1:]) / 2], 3).flatten(2, 3)
+    c = torch.stack([c[..., :-1], (c[..., :-1] + c[..., 1:]) / 2], 4).flatten(3, 4)
+    return SimpleNamespace(**dict(zip(fields, c, strict=True)))
 
 
-    crown = (1 - (u / (p.width + 5 + 3 * p.volume)) ** 2 - ((v + 14).clamp(max=0) / (50 + 8 * p.volume)) ** 2) * 20
-    out["hair_back"] = torch.minimum(crown, (p.length - v) * 0.6)
-    sweep = p.sweep * u + p.hair_move * 0.03 * u
-    open_v = ((p.front + sweep - v) / 26 + 1).clamp(min=0)
-    out["hair_open"] = (1 - (au / (p.width - 3.5 + p.temple)) ** 4 - open_v**3) * 11
-    out["hair_side"] = p.side_len - v
-    angle = torch.atan2(u - p.part, 40 - 0.55 * v.clamp(max=40))
-    out["strand"] = angle * 60 + 0.02 * v * p.hair_move
-    out["radius"] = ((u - p.part * 0.6) ** 2 * 0.6 + (v + 5) ** 2).sqrt()
-    turn = (x * torch.cos(p.back_turn) + y * torch.sin(p.back_turn)) / 80
-    out["back"] = turn.clamp(-1, 1)
-    fields = F.interpolate(torch.stack(list(out.values()), 1), (113, 113), mode="bilinear", align_corners=True)
-    return dict(zip(out, fields[..., :SIDE, :SIDE].unbind(1), strict=True))
-
-
-def _composites(p: SimpleNamespace) -> None:
-    """Derive what several factors decide together: hair style, skin, colours."""
-    woman, style = p.gender < 0.5, p.hair_style
-    p.volume = torch.where(woman, 0.6 + style, 0.2 + 0.9 * style)
-    p.length = torch.where(woman, -10 + 130 * style, -14 + 30 * (style - 0.75).clamp(min=0) * 4) + p.hair_len
-    p.side_len = torch.where(woman, p.length - 4, -16 + 16 * style + 0.5 * p.hair_len)
-    p.front = p.hairline + torch.where(woman, 14 * (style > 0.6) * (p.part.abs() < 6), -4 * (style < 0.3) * 1.0)
-    p.front = p.front + 0.8 * p.hair_move
-    p.sweep = 0.012 * p.part
-    p.temple = torch.where(woman, -2.5, 1.5) + 0.6 * p.hair_move
-    p.skin = _palette(SKIN, 0.05 + 0.8 * p.tone**1.4)
-    warm = torch.tensor([0.02, 0.0, -0.05])[:, None, None]
-    p.skin = p.skin * (1 + warm * p.undertone[:, None])
-    p.hair = _palette(HAIR, p.hair_hue * (1 - 0.6 * p.tone)) * p.hair_tone[:, None]
-    p.iris = _palette(IRIS, p.iris_hue * (1 - 0.75 * (p.tone > 0.7))) * (0.6 + 0.8 * p.iris_light[:, None])
-    p.lips = p.skin * (1 - torch.tensor([0.22, 0.52, 0.46])[:, None, None] * (0.45 + 0.55 * p.lip_red[:, None]))
-
-
-def _paint(canvas: Tensor, colour: Tensor, mask: Tensor) -> Tensor:
-    """Lay ``colour`` (n, 3, ...) over ``canvas`` (n, 3, h, w) where ``mask`` (n, h, w) is 1."""
-    return torch.lerp(canvas, colour.expand_as(canvas), mask[:, None])
-
-
-def _eyes(p: SimpleNamespace, face: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Eyes, lids and brows on the band ``face`` (n, 3, h, 112) of skin."""
+def _eyes(p: SimpleNamespace, face: Tensor, u: Tensor, v: Tensor) -> None:
+    """Eyes, lids and brows, in place on the part ``face`` (n, 3, h, w) of the skin."""
     au, side = u.abs(), u.sign()
-    x, y = au - p.eye_x, v - p.eye_y
-    y = y + p.tilt * x
-    s = (x / p.eye_w).clamp(-1.4, 1.4)
+    x = au - p.eye_x
+    y, s = v - p.eye_y + p.tilt * x, (x / p.eye_w).clamp(-1.4, 1.4)
     bell = (1 - (s - 0.12 * (1 - s**2)) ** 2).clamp(min=0)
     upper, lower = y + p.eye_up * p.lid * bell, (p.eye_low - 0.25 * p.smile) * bell - y
-    skin = p.skin
     fade = _edge(1.12 - s.abs(), 0.3)
-    face = face * (1 - 0.34 * _bump(upper + p.crease, 0.8) * fade)[:, None]
-    face = face * (1 - 0.16 * _bump(y + p.eye_up + 1, 3.2) * fade)[:, None]
-    face = face * (1 - 0.22 * p.bag * _bump(lower + 3.2, 1.1) * fade - 0.12 * _bump(lower + 0.7, 0.8) * fade)[:, None]
-    white = torch.tensor([0.80, 0.75, 0.72])[:, None, None] * (1 - 0.45 * _bump(upper - 0.2, 1.5) - 0.25 * s**2)[:, None]
-    gx, gy = x - p.gaze * side, y + 0.35
-    r = (gx**2 + gy**2).sqrt()
-    iris = p.iris * (0.55 + 0.75 * _edge(r - 0.5 * p.iris_r, 2.5) - 0.75 * _edge(r - p.iris_r + 0.7, 1.0))[:, None]
-    iris = iris * (1 - 0.35 * _bump(upper, 1.8))[:, None]
-    eye = _paint(white, iris, _edge(p.iris_r - r, 1.0))
-    eye = eye * (1 - 0.96 * _edge(0.42 * p.iris_r - r, 1.0))[:, None]
-    glint = _spot(gx * side, gy, 1.1 * p.light_x, -1.2, 0.75, 0.75)
-    eye = eye + 0.8 * glint[:, None]
-    pink = _spot(x, y, -p.eye_w + 0.9, 0.4, 1.0, 0.8)
-    eye = _paint(eye, skin * 0.9, 0.8 * pink)
-    face = _paint(face, eye, _edge(torch.minimum(upper, lower), 1.0))
-    lash = _bump(upper + 0.25 * p.lash, 0.42 * p.lash * (1.1 + 0.35 * s)) * fade * (p.lid * 0 + 0.9)
-    face = _paint(face, 0.25 * p.hair.clamp(max=0.1) + 0.004, lash)
+    dark = 0.34 * _bump(upper + p.crease, 0.8) + 0.16 * _bump(y + p.eye_up + 1, 3.2)
+    dark += 0.22 * p.bag * _bump(lower + 3.2, 1.1) + 0.12 * _bump(lower + 0.7, 0.8)
+    face *= (1 - dark * fade)[:, None]
+    shade = _bump(upper, 1.7)
+    eye = _rgb(0.66, 0.62, 0.60) * (1 - 0.45 * shade - 0.25 * s**2)[:, None]
+    x, y = x - p.gaze * side, y + 0.35
+    r = (x**2 + y**2).sqrt()
+    light = 0.55 + 0.75 * _edge(r - 0.5 * p.iris_r, 2.5) - 0.75 * _edge(r - p.iris_r + 0.7)
+    _paint(eye, p.iris * (light * (1 - 0.35 * shade))[:, None], _edge(p.iris_r - r))
+    eye *= (1 - 0.96 * _edge(0.42 * p.iris_r - r))[:, None]
+    eye += 0.8 * _spot(x * side, y, 1.1 * p.light_x, -1.2, 0.75, 0.75)[:, None]
+    _paint(eye, 0.9 * p.skin, 0.8 * _spot(s * p.eye_w, y, 0.9 - p.eye_w, 0.7, 1.0, 0.8))
+    _paint(face, eye, _edge(torch.minimum(upper, lower)) * (bell > 0))
+    lash = _bump(upper + 0.25 * p.lash, 0.42 * p.lash * (1.1 + 0.35 * s)) * fade * 0.9
+    _paint(face, 0.25 * p.hair.clamp(max=0.1) + 0.004, lash)
     t = (au - p.brow_in) / (p.brow_out - p.brow_in)
-    line = p.brow_y - p.raise_brow - p.brow_arch * (1 - ((t - 0.62) / 0.62) ** 2) + 1.8 + p.brow_slope * (au - 16)
-    thick = p.brow_t * (1.15 - 0.85 * t.clamp(0, 1) ** 2)
-    noise = _sample(_noise()[1], (au + 0.7 * v) * 1.6 + 256 * p.tex_u, (v - 0.4 * au) * 0.5 + 256 * p.tex_v)
-    brow = _edge(thick - (v - line).abs() + 0.15 * noise, 1.7) * _edge(t + 0.02, 0.16) * _edge(1 - t, 0.12)
-    return _paint(face, p.brow, brow * p.brow_dark * (0.82 + 0.1 * noise))
+    line = p.brow_y + 1.8 - p.raise_brow - p.brow_arch * (1 - (t / 0.62 - 1) ** 2) + p.brow_slope * (au - 16)
+    noise = _sample("fine", (au + 0.7 * v) * 2.2 + p.tex_u + 256, (v - 0.4 * au) * 0.7 + p.tex_v + 256)
+    inside = p.brow_t * (1.15 - 0.85 * t.clamp(0, 1) ** 2) - (v - line).abs() + 0.15 * noise
+    brow = _edge(inside, 1.7) * _edge(t + 0.02, 0.16) * _edge(1 - t, 0.12)
+    _paint(face, p.brow, brow * p.brow_dark * (0.82 + 0.06 * noise))
 
 
-def _mouth(p: SimpleNamespace, face: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Lips, teeth and the folds around them on the band ``face`` of skin."""
-    width = p.mouth_w + 1.1 * p.smile
+def _mouth(p: SimpleNamespace, face: Tensor, u: Tensor, v: Tensor) -> None:
+    """Lips, teeth and the folds around them, in place on the part ``face`` of the skin."""
+    au, width = u.abs(), p.mouth_w + 1.1 * p.smile
     s = u / width
     bell = (1 - s**2).clamp(min=0)
     gap = 3.2 * p.open.clamp(min=0) * bell
-    y = v - p.mouth_y + 2.2 * p.smile * s**2 - 0.25 * torch.cos(9 * s)
+    y = v - p.mouth_y + 2.2 * p.smile * s**2 - 0.5 * _bump(u, 2.5) + 0.25
     top, low = y + 0.45 * gap, y - 0.55 * gap
-    upper = top + p.lip_up * bell**0.8 - p.bow * _bump(u, 2.0) * 0.9
-    lower = p.lip_low * bell - low
-    fold_x = p.nose_w + 3 + (width - p.nose_w + 1.5) * ((v - p.nose_y) / (p.mouth_y - p.nose_y)).clamp(0, 1.2)
-    fold = _bump(u.abs() - fold_x, 1.5) * _edge(v - p.nose_y - 2, 6) * _edge(p.mouth_y + 1 - v, 6)
-    face = face * (1 - (0.10 + 0.12 * p.age + 0.12 * p.smile.clamp(min=0)) * fold)[:, None]
-    face = face * (1 - 0.22 * _spot(u, lower, 0, -1.8, 0.6 * width, 1.5) - 0.25 * _bump(u.abs() - width, 1.2) * _bump(y, 1.3))[:, None]
-    lip = p.lips * (0.86 - 0.16 * _bump(top, 1.6) + 0.26 * _spot(u, low, 0, 0.5 * p.lip_low, 0.5 * width, 1.2) - 0.06 * (top < 0))[:, None]
-    face = _paint(face, lip, _edge(torch.minimum(upper, lower), 1.2) * 0.92 * _edge(1.02 - s.abs(), 0.12))
-    teeth = 0.55 * _edge(0.62 * gap - top, 1.0) * (1 - 0.5 * s**2)
-    inside = torch.tensor([0.10, 0.03, 0.03])[:, None, None] + teeth[:, None]
-    inner = torch.minimum(top, -low)
-    face = _paint(face, inside, _edge(inner, 1.0) * (gap > 0.01))
-    return face * (1 - 0.55 * _bump(y, 0.65 + 0.1 * gap) * (gap < 1.5) * _edge(1.0 - s.abs(), 0.1))[:, None]
+    upper, lower = top + p.lip_up * bell.sqrt() * (0.4 + 0.6 * bell) - p.bow * _bump(u, 2.0), p.lip_low * bell - low
+    down = (v - p.nose_y) / (p.mouth_y - p.nose_y)
+    fold = _bump(au - p.nose_w - 3 - (width - p.nose_w + 1.5) * down.clamp(0, 1.2), 1.5) * _edge(v - p.nose_y - 2, 6)
+    dark = (0.08 + 0.12 * p.age + 0.12 * p.smile.clamp(min=0)) * fold * _edge(p.mouth_y + 1 - v, 6)
+    dark += 0.22 * _spot(u, lower, 0, -1.8, 0.6 * width, 1.5) + 0.25 * _spot(au, y, width, 0, 1.2, 1.3)
+    face *= (1 - dark)[:, None]
+    light = 0.96 - 0.16 * _bump(top, 1.6) + 0.3 * _spot(u, low, 0, 0.5 * p.lip_low, 0.5 * width, 1.2) - 0.1 * (top < 0)
+    _paint(face, p.lips * light[:, None], _edge(torch.minimum(upper, lower), 1.2) * _edge(1.02 - s.abs(), 0.12))
+    teeth = 0.55 * _edge(0.62 * gap - top) * (1 - 0.5 * s**2)
+    _paint(face, _rgb(0.10, 0.03, 0.03) + teeth[:, None], _edge(torch.minimum(top, -low)) * (gap > 0.01))
+    face *= (1 - 0.55 * _bump(y, 0.65 + 0.1 * gap) * (gap < 1.5) * _edge(1 - s.abs(), 0.1))[:, None]
 
 
-def _nose(p: SimpleNamespace, face: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Nostrils, wings and the shade under the tip on the band ``face`` of skin."""
+def _nose(p: SimpleNamespace, face: Tensor, u: Tensor, v: Tensor) -> None:
+    """Nostrils, wings and the shade under the tip, in place on the part ``face`` of the skin."""
     au, y = u.abs(), v - p.nose_y
-    dark = 0.7 * p.nostril * _spot(au, y, 0.52 * p.nose_w, 3.1, 1.5 + 0.08 * p.nose_w, 0.95)
+    dark = (0.45 + 0.4 * p.nostril) * _spot(au, y, 0.5 * p.nose_w, 3.3, 1 + 0.1 * p.nose_w, 1.0)
     wing = ((au - 0.62 * p.nose_w) ** 2 / 0.9 + (y - 0.3) ** 2).sqrt() - 0.42 * p.nose_w
-    dark = dark + 0.26 * _bump(wing, 0.8) * _edge(au - 0.75 * p.nose_w, 1.5) * _edge(3.2 - y.abs(), 2)
-    dark = dark + 0.20 * _spot(u, y, 0, 4.2, 0.6 * p.nose_w, 1.4) + 0.10 * _bump(au - 0.62 * p.nose_w, 1.2) * _edge(-y - 2, 3) * _edge(y + 16, 6)
-    return face * (1 - dark)[:, None]
+    dark += 0.26 * _bump(wing, 0.8) * _edge(au - 0.75 * p.nose_w, 1.5) * _edge(3.2 - y.abs(), 2)
+    dark += 0.2 * _spot(u, y, 0, 4.2, 0.6 * p.nose_w, 1.4)
+    face *= (1 - dark)[:, None]
 
 
-def _glasses(p: SimpleNamespace, canvas: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Frames for the people who wear them, in most of their images."""
-    au, y = u.abs() - 1.3 * p.yaw * u.sign() * 4, v - p.eye_y - 1.0
+def _glasses(p: SimpleNamespace, canvas: Tensor, f: SimpleNamespace, solid: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames and a faint reflection."""
+    au, y = f.u.abs() - 5 * p.yaw * f.u.sign(), f.v - p.eye_y - 1
     q = p.frame_round
-    ring = 1 - ((au - 17.5).abs() / p.frame_w) ** q - ((y / p.frame_h).abs()) ** q
-    distance = ring * p.frame_h / q
-    worn = ((p.glasses > 0.74) & (p.wear > 0.25)).float()
-    frame = _edge(1.1 - distance.abs(), 1.0)
-    frame = torch.maximum(frame, _edge(1.0 - (y + 2.2 + 0.05 * u**2 * 0).abs(), 1.0) * _edge(17.5 - p.frame_w - au, 1))
-    frame = torch.maximum(frame, _edge(1.0 - (y + 3.0).abs(), 1.0) * _edge(au - 17.5 - p.frame_w + 0.5, 1) * _edge(p.width + 1 - au, 2))
-    lens = canvas * (1 - 0.08 * worn * _edge(distance, 1.0))[:, None] + (0.03 * worn * _edge(distance, 1) * _edge(y + au * 0.4 - 6, 2))[:, None]
-    return _paint(lens, _palette(FRAME, p.frame_hue), 0.95 * frame * worn)
+    lens = (1 - ((au - 17.5).abs() / p.frame_w) ** q - (y.abs() / p.frame_h) ** q) * p.frame_h / q
+    bridge = torch.minimum(1 - (y + 2.2).abs(), 17.5 - p.frame_w - au)
+    temple = torch.minimum(1 - (y + 3).abs(), torch.minimum(au - 17 - p.frame_w, p.width - 2 - au))
+    glass = _edge(lens)
+    canvas *= (1 - 0.08 * glass)[:, None]
+    canvas += (0.03 * glass * _edge(y + 0.4 * au - 6, 2))[:, None]
+    _paint(canvas, _palette(FRAME, p.frame_hue), 0.95 * _edge(torch.maximum(torch.maximum(1.1 - lens.abs(), bridge), temple)))
+    return canvas, solid
 
 
-def _finish(p: SimpleNamespace, image: Tensor) -> Tensor:
-    """Exposure, lens blur, compression of the colour planes and grain; (n, 3, 112, 112) linear to uint8."""
-    image = (image * p.exposure[:, None]).clamp(min=0)
-    image = (image * (1 + 0.25 * image) / (1 + 0.45 * image)).sqrt()  # a soft shoulder, then gamma 2
-    wide = F.pad(image, (1, 1, 1, 1), mode="replicate")
-    rows = wide[:, :, 1:-1] * 2 + wide[:, :, :-2] + wide[:, :, 2:]
-    soft = (rows[..., 1:-1] * 2 + rows[..., :-2] + rows[..., 2:]) / 16
-    image = torch.lerp(image, soft, p.blur.clamp(min=0)[:, None])
-    chroma = image - image[:, 1:2]
-    half = F.interpolate(F.avg_pool2d(chroma, 2), SIDE, mode="bilinear")
-    image = image[:, 1:2] + half
-    row, column = (p.grain_v * 256).long().view(-1), (p.grain_u * 256).long().view(-1)
-    step = torch.arange(SIDE)
-    noise = _noise().mul(torch.tensor([0.8, 0.8, 0.0])[:, None, None]).sum(0)
-    grain = noise[((row[:, None] + step) % 256)[:, :, None], ((column[:, None] + step) % 256)[:, None]]
-    image = image * 255 + (grain * p.grain * 1.6)[:, None]
-    return image.clamp(0, 255).round().to(torch.uint8)
+def _cover(p: SimpleNamespace, canvas: Tensor, f: SimpleNamespace, solid: Tensor) -> tuple[Tensor, Tensor]:
+    """What hides part of a face: a scarf from below or a woollen hat from above."""
+    hat = p.cover_kind < 0.5
+    rim = torch.where(hat, -30 - f.v + 0.008 * f.u**2, f.v - 17 - 0.004 * f.u**2) + p.cover_at
+    rib = torch.sin(1.3 * torch.where(hat, 1.1 * f.u, f.v + 0.01 * f.u**2))
+    mask = _edge(torch.minimum(rim, torch.where(hat, f.crown + 5, rim)), 1.4)
+    _paint(canvas, _palette(CLOTH, p.cover_hue) * (1 + 0.13 * rib - 0.25 * _bump(rim, 3))[:, None], mask)
+    return canvas, torch.maximum(solid, mask)
 
 
-def _render(p: SimpleNamespace, texture: Tensor) -> Tensor:
-    """Draw n faces from their parameters (each (n, 1, 1)) and skin textures (n, 3, 176, 144): uint8."""
-    _composites(p)
-    f = SimpleNamespace(**_coarse(p))
-    u, v = f.u, f.v
-    au = u.abs()
-    # behind: hair, neck and clothes, ears
-    strand = _sample(_noise()[1], f.strand + 256 * p.tex_u, f.radius * 0.12 + 256 * p.tex_v)
-    strand2 = _sample(_noise()[2], f.strand * 1.3 + 256 * p.tex_u, f.radius * 0.07 + 256 * p.tex_v)
-    ring = _bump(f.radius - 46, 7)
-    hair = p.hair * (0.72 + 0.16 * strand + 0.14 * strand2 + 0.7 * ring * (0.5 + 0.4 * strand2).clamp(0, 1)).clamp(min=0.15)[:, None]
-    neck = _edge(29 - au + 0.02 * (v - 40) ** 2, 1.5) * _edge(v - 22, 8)
-    shirt = _edge(v - 54 + 0.004 * (au - 60) ** 2 * 0 + 0.10 * (au - 16), 1.5)
-    back_hair = _edge(f.hair_back, 1.6)
-    cloth = _palette(FABRIC, p.cloth).expand(-1, -1, SIDE, SIDE)
-    canvas = _paint(cloth, hair, back_hair)
-    canvas = _paint(canvas, p.skin * 0.55, neck)
-    canvas = _paint(canvas, cloth, shirt)
-    ear = _edge(f.ear, 1.3)
-    canvas = _paint(canvas, p.skin * (0.78 - 0.25 * _bump(f.ear - 2.2, 1.0))[:, None], ear)
-    face_mask = _edge(f.face, 1.3)
-    # the face
-    grid = torch.stack([(u * 1.5 + 0.5) / 72, ((v + 4) * 1.5 + 0.5) / 88], -1)
-    dark, red, beard = F.grid_sample(texture, grid, align_corners=False, padding_mode="border").unbind(1)
-    face = p.skin * (1 - dark)[:, None]
-    face = face * (1 + (red * (0.5 + 0.5 * p.flush))[:, None] * torch.tensor([0.05, -0.16, -0.13])[:, None, None])
-    face = _paint(face, 0.85 * p.brow + 0.02, (0.72 * beard * p.shave).clamp(0, 1))
-    face = face * (1 - 0.30 * _bump(f.face, 4.5))[:, None]
-    rows, columns = slice(26, 72), slice(16, 96)
-    for part, band in ((_nose, slice(46, 86)), (_mouth, slice(74, 112)), (_eyes, slice(26, 74))):
-        face[:, :, band] = part(p, face[:, :, band], u[:, band], v[:, band])
-    canvas = _paint(canvas, face, face_mask)
-    fringe = torch.minimum(torch.minimum(-f.hair_open, f.hair_side * 0.5), f.hair_back + 4) + 0.5 * strand
+def _some(p: SimpleNamespace, which: Tensor) -> SimpleNamespace:
+    return SimpleNamespace(**{name: value[which] for name, value in vars(p).items()})
+
+
+def _draw_faces(p: SimpleNamespace, skin: Tensor) -> Tensor:
+    """n faces from their parameters (each (n, 1, 1)) and skins (n, 3, 176, 144): linear-light RGB."""
+    _resolve(p)
+    f = _fields(p)
+    u, v, count = f.u, f.v, len(f.u)
+    place = ((1.5 * v + 94).clamp(0, 175).int() * 144 + (1.5 * u + 72).clamp(0, 143).int()).view(count, -1)
+    place += torch.arange(count, dtype=torch.int32)[:, None] * (3 * 176 * 144)
+    dark, red = (skin.view(-1).index_select(0, (place + k * 176 * 144).view(-1)).view(u.shape) for k in (0, 1))
+    dark = 1 - dark - 0.3 * _bump(f.face, 4.5)
+    face = torch.addcmul(dark[:, None], (red * p.flush)[:, None], _rgb(0.05, -0.16, -0.13)).mul_(p.skin)
+    hairy = (p.beard * (p.gender > 0.5) > 0).view(-1).nonzero().view(-1)
+    if len(hairy):
+        beard = skin.view(-1).index_select(0, (place[hairy] + 2 * 176 * 144).view(-1)).view(-1, SIDE, SIDE)
+        face[hairy] = face[hairy].lerp_(0.85 * p.brow[hairy] + 0.015, (beard * p.shave[hairy])[:, None])
+    for part, rows, columns in ((_nose, slice(54, 86), slice(30, 82)), (_mouth, slice(74, 112), slice(22, 90)), (_eyes, slice(26, 74), slice(12, 100))):
+        part(p, face[:, :, rows, columns], u[:, rows, columns], v[:, rows, columns])
+    # from the back to the front
+    strand = _sample("strand", f.strand, f.radius + p.tex_v + 256)
+    hair = p.hair * (0.76 + 0.13 * strand + (0.4 + 0.2 * strand) * _bump(f.radius - 47, 8)).clamp(min=0.2)[:, None]
+    behind, cloth = _edge(torch.minimum(f.crown, 0.6 * (p.length - v)), 1.6), _palette(CLOTH, p.cloth)
+    canvas, low, solid = cloth.lerp(hair, behind[:, None]), slice(72, 112), behind
+    neck = _edge(28 - u[:, low].abs() + 0.15 * (v[:, low] - 44).clamp(min=0), 1.5)
+    shirt = _edge(v[:, low] - 54 + 0.16 * (u[:, low].abs() - 16), 1.5)
+    _paint(canvas[:, :, low], 0.55 * p.skin, neck)
+    _paint(canvas[:, :, low], cloth, shirt)
+    ear, mask = _edge(f.ear, 1.3), _edge(f.face, 1.3)
+    _paint(canvas, p.skin * (0.78 - 0.25 * _bump(f.ear - 2.2, 1.0))[:, None], ear)
+    fringe = torch.minimum(torch.minimum(-f.open, 0.5 * (p.side_len - v)), f.crown + 4) + 0.35 * strand
     front = _edge(fringe, 1.8)
-    under = _edge(fringe + 3, 7) * face_mask * 0.35
-    canvas = canvas * (1 - under * (1 - front))[:, None]
-    canvas = _paint(canvas, hair, front)
-    canvas = _glasses(p, canvas, u, v)
-    # light
-    tint = torch.stack([0.12 * p.warm, 0.05 * p.tint, -0.14 * p.warm], 1)
-    light = (1 + tint) * (1.25 * p.key * f.diffuse)[:, None] + (1 - 0.6 * tint) * p.fill[:, None]
-    canvas = canvas * light + (0.10 * p.key * f.gloss * face_mask * (1 - front))[:, None]
-    wall = torch.stack([p.back_r, p.back_g, p.back_b], 1)
-    wall = (0.08 + 0.5 * (0.75 * wall[:, 1:2] + 0.25 * wall)) * (0.75 + 0.35 * f.back)[:, None]
-    solid = torch.maximum(torch.maximum(face_mask, front), torch.maximum(torch.maximum(ear, back_hair), torch.maximum(neck * (v > 20), shirt)))
-    canvas = torch.lerp(wall, canvas, solid[:, None])
-    return _finish(p, canvas)
+    face *= (1 - 0.35 * _edge(fringe + 3, 7) * (1 - front))[:, None]
+    face += f.gloss[:, None]
+    canvas.lerp_(face, mask[:, None])
+    _paint(canvas, hair, front)
+    solid = torch.maximum(torch.maximum(behind, ear), torch.maximum(mask, front))
+    torch.maximum(solid[:, low], torch.maximum(neck, shirt), out=solid[:, low])
+    for draw, wanted in ((_glasses, (p.glasses > 0.74) & (p.wear > 0.25)), (_cover, p.cover < 0.12)):
+        chosen = wanted.view(-1).nonzero().view(-1)
+        if len(chosen):
+            canvas[chosen], solid[chosen] = draw(_some(p, chosen), canvas[chosen], _some(f, chosen), solid[chosen])
+    canvas *= torch.addcmul(p.fill_rgb, p.key_rgb, f.diffuse[:, None])
+    return torch.lerp(p.wall * f.back[:, None], canvas, solid[:, None])
+
+
+def _photograph(p: SimpleNamespace, image: Tensor) -> Tensor:
+    """Film curve, lens blur, half-resolution colour and grain: linear-light (n, 3, 112, 112) to uint8."""
+    image = (image * 1.7).div_(image + 0.7).sqrt_()  # a soft shoulder, then gamma 2
+    green, wide = image[:, 1], F.pad(image[:, 1:2], (1, 1, 1, 1), mode="replicate")[:, 0]
+    rows = 2 * wide[:, 1:-1] + wide[:, :-2] + wide[:, 2:]
+    soft = (2 * rows[..., 1:-1] + rows[..., :-2] + rows[..., 2:]) / 16
+    chroma = F.interpolate(F.avg_pool2d(image[:, ::2] - image[:, 1:2], 2), SIDE, mode="bilinear")
+    index = (torch.arange(SIDE)[:, None] * 256 + torch.arange(SIDE) + p.grain_v.int() * 256 + p.grain_u.int()) & 65535
+    grain = _noise()["grain"][index] * (p.grain / 255)
+    image[:, 1] = torch.lerp(green, soft, p.blur.clamp(min=0)) + grain
+    image[:, ::2] = chroma + image[:, 1:2]
+    return (image * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def render(identity: np.ndarray, image: np.ndarray, seed: int) -> Tensor:
-    """Images ``image[k]`` of persons ``identity[k]``: uint8 RGB (n, 3, 112, 112)."""
+    """Images ``image[k]`` of persons ``identity[k]``, drawn together: uint8 RGB (n, 3, 112, 112)."""
     people, where = np.unique(identity, return_inverse=True)
-    p = SimpleNamespace(**_draw(IDENTITY, seed, people, 1))
-    moles = torch.from_numpy(_uniform(MOLES * 5, seed, people, 2).astype(np.float32)).view(-1, MOLES, 5)
-    moles = moles * torch.tensor([60, 80, 0.9, 1.6, 1]) + torch.tensor([-30, -38, 0, -0.6, 0])
-    moles[..., 3] = moles[..., 3].clamp(0, 1)
-    texture = _skin_texture(p, moles)[where]
-    for name, value in list(vars(p).items()):
-        setattr(p, name, value[where])
-    for name, value in _draw(IMAGE, seed, identity, image, 3).items():
-        setattr(p, name, value)
-    p.brow = _palette(HAIR, 0.7 * p.hair_hue * (1 - 0.6 * p.tone)) * 0.7
-    return _render(p, texture)
+    p, skin = _people(seed, people)
+    p = _some(p, torch.from_numpy(where))
+    vars(p).update(_draw(IMAGE, seed, identity, image, 3))
+    return _photograph(p, _draw_faces(p, skin[where]))
 
 
 class SyntheticFaces(torch.utils.data.Dataset):
     """A FaceSet of ``identities`` people with ``images`` pictures each, drawn when first asked for and kept.
 
-    Image ``i`` is picture ``i % images`` of person ``first + i // images``; ``first`` gives disjoint sets of one seed.
+    Image ``i`` is picture ``i % images`` of person ``first + i // images``; ``first`` makes disjoint sets of one seed.
     """
 
     def __init__(self, identities: int, images: int, seed: int = 0, first: int = 0) -> None:
-        for name, value, least in (("identities", identities, 1), ("images", images, 1), ("seed", seed, 0), ("first", first, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"synthetic faces: {name}: got {value!r}, expected a whole number >= {least}")
-        self.name = f"synthetic:identities={identities},images={images},seed={seed},first={first}"
+        given = {"identities": identities, "images": images, "seed": seed, "first": first}
+        for name, value in given.items():
+            if not isinstance(value, int) or value < (name in ("identities", "images")):
+                raise ConfigError(f"synthetic faces: {name}: got {value!r}, expected a whole number, at least 1 (seed, first: 0)")
+        self.name = "synthetic:" + ",".join(f"{name}={value}" for name, value in given.items())
         self.checksum = hashlib.sha256(f"{self.name},version={VERSION}".encode()).hexdigest()
         self.num_identities, self.per_identity, self.seed, self.first = identities, images, seed, first
         self.labels = torch.arange(identities).repeat_interleave(images)
-        self._cache: Tensor | None = None
+        self._pixels: Tensor | None = None
         self._done = torch.zeros(-(-len(self.labels) // BLOCK), dtype=torch.bool)
 
     def __len__(self) -> int:
@@ -420,22 +420,21 @@ class SyntheticFaces(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         if not -len(self) <= i < len(self):
             raise IndexError(f"{self.name}: image {i}, there are {len(self)}")
-        i %= len(self)
-        return self.images([i])[0], int(self.labels[i])
+        return self.images([i % len(self)])[0], int(self.labels[i])
 
     def images(self, indices: Sequence[int] | Tensor) -> Tensor:
         """uint8 RGB (n, 3, 112, 112) of the images at ``indices``."""
         index = torch.as_tensor(indices, dtype=torch.int64).view(-1)
-        if self._cache is None:
-            self._cache = torch.empty(len(self), 3, SIDE, SIDE, dtype=torch.uint8)
+        if self._pixels is None:
+            self._pixels = torch.empty(len(self), 3, SIDE, SIDE, dtype=torch.uint8)
         for block in torch.unique(index // BLOCK).tolist():
             if not self._done[block]:
                 i = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(self)))
-                pictures = render(self.first + i // self.per_identity, i % self.per_identity, self.seed)
-                self._cache[i[0] : i[-1] + 1] = pictures
+                self._pixels[i[0] : i[-1] + 1] = render(self.first + i // self.per_identity, i % self.per_identity, self.seed)
                 self._done[block] = True
-        return self._cache[index]
+        return self._pixels[index]
 
     def render_all(self) -> Tensor:
         """Every image, drawn now: uint8 RGB (N, 3, 112, 112), about 37 KiB each."""
-        return self.images(range(len(self)))
+        self.images(torch.arange(len(self)))
+        return self._pixels

@@ -122,3 +122,13 @@ def decode(data: bytes, *, where: str) -> Tensor:
     except Exception as error:  # Pillow raises many types for damaged files
         raise DataError(f"{where}: cannot decode image ({type(error).__name__}: {error})") from error
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def encode(pixels: Tensor, kind: str = "PNG") -> bytes:
+    """Encode uint8 RGB ``(3, H, W)`` as PNG (lossless) or JPEG (quality 95, colour at full resolution)."""
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3:
+        raise DataError(f"encode: got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 (3, H, W)")
+    out = io.BytesIO()
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    Image.fromarray(check_pixels(pixels).permute(1, 2, 0).cpu().numpy()).save(out, kind, **options)
+    return out.getvalue()

@@ -32,18 +32,19 @@ def _pool(pid: int) -> ThreadPoolExecutor:  # one in each process: threads do no
     return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
 
 
+def read_parallel(read: Callable[[int], Tensor], indices: Iterable[int]) -> list[Tensor]:
+    """``read(i)`` for each index, by several threads, in order."""
+    wanted = [int(i) for i in indices]
+    blocks = [wanted[start : start + 16] for start in range(0, len(wanted), 16)]
+    return [
+        image for block in _pool(os.getpid()).map(lambda block: [read(i) for i in block], blocks) for image in block
+    ]
+
+
 def stack(read: Callable[[int], Tensor], indices: Iterable[int], size: tuple[int, int]) -> Tensor:
     """uint8 ``(n, 3, *size)`` of ``read(i)`` for each index, read by several threads."""
-    wanted = [int(i) for i in indices]
-    with torch.inference_mode(False):  # threads of the pool are outside it and must be allowed to write
-        out = torch.empty(len(wanted), 3, *size, dtype=torch.uint8)
-
-    def fill(start: int) -> None:
-        for k in range(start, min(start + 16, len(wanted))):
-            out[k] = read(wanted[k])
-
-    list(_pool(os.getpid()).map(fill, range(0, len(wanted), 16)))
-    return out
+    found = read_parallel(read, indices)
+    return torch.stack(found) if found else torch.empty(0, 3, *size, dtype=torch.uint8)
 
 
 def fit(image: Tensor, size: tuple[int, int]) -> Tensor:

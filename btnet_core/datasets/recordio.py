@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 from collections.abc import Iterable
 from itertools import pairwise
@@ -90,32 +91,27 @@ class RecordFile:
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
-    def bytes(self) -> mmap.mmap:
-        if self._map is None:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map
-
     def where(self, position: int) -> str:
         """File, key and offset of a record, for messages."""
         return f"{self.path}, index {self.keys[position]}, offset {self.offsets[position]}"
 
     def payload(self, position: int) -> bytes:
         """The payload of one record, its parts joined."""
-        data, offset, parts = self.bytes, int(self.offsets[position]), []
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data, offset, parts = self._map, int(self.offsets[position]), list[bytes]()
         while True:
-            if offset + _PART.size > len(data):
-                raise DataError(f"{self.where(position)}: the file ends inside the record")
-            magic, word = _PART.unpack_from(data, offset)
+            head = data[offset : offset + _PART.size]
+            magic, word = _PART.unpack(head) if len(head) == _PART.size else (b"", 0)
             flag, length = word >> 29, word & _LENGTH
             offset += _PART.size
-            if magic != MAGIC:
-                raise DataError(f"{self.where(position)}: no record starts at byte {offset - _PART.size}")
-            if flag > 3 or (flag in (0, 1)) != (not parts):
-                raise DataError(f"{self.where(position)}: part flag {flag} out of sequence")
             if offset + length > len(data):
                 raise DataError(f"{self.where(position)}: the file ends inside the record")
+            if magic != MAGIC or flag > 3 or (flag in (0, 1)) != (not parts):
+                raise DataError(
+                    f"{self.where(position)}: no record (part {len(parts)}) starts at {offset - _PART.size}"
+                )
             parts.append(data[offset : offset + length])
             if flag in (0, 3):
                 return MAGIC.join(parts)
@@ -138,68 +134,58 @@ class FaceRecords:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         self.file = file = RecordFile(path / "train.rec" if path.is_dir() else path)
-        self.classes, self.image_size = self._property()
-        first = file.record(0)
-        self.start, self.count = 0, len(file)  # positions of the images
-        starts = None
+        first, self.start, labels = file.record(0), 0, None
+        self.count = len(file)
         if first.flag == 2 and not first.image:
-            images_end, keys_end = self._bounds(0, first)
-            if file.keys[0] != 0 or keys_end != len(file) or file.keys[-1] != len(file) - 1:
-                raise DataError(
-                    f"{file.where(0)}: header announces keys 0 to {keys_end - 1}, the index has {len(file)} "
-                    f"from {file.keys[0]} to {file.keys[-1]}"
-                )
+            images_end, keys_end = self._range(0, first)
+            if keys_end != len(file) or file.keys[0] != 0 or file.keys[-1] != len(file) - 1:
+                keys = f"the index has {len(file)} from {file.keys[0]} to {file.keys[-1]}"
+                raise DataError(f"{file.where(0)}: header announces keys 0 to {keys_end - 1}, {keys}")
             self.start, self.count = 1, images_end - 1
-            starts = self._starts(images_end, keys_end)
-        self.labels = self._scan() if starts is None else self._from_ranges(starts)
-        self.num_identities = self.classes or int(self.labels.max()) + 1
-        limit = self.num_identities if self.classes else self.count
-        wrong = np.flatnonzero(self.labels >= limit)
+            labels = self._labels_of_ranges(images_end, keys_end)
+        if self.count < 1:
+            raise DataError(f"{file.path}: no images in it")
+        self.labels = np.array([self._label(i) for i in range(self.count)], np.int64) if labels is None else labels
+        classes = self._classes()
+        self.num_identities = classes or int(self.labels.max()) + 1
+        wrong = np.flatnonzero(self.labels >= (classes or self.count))
         if len(wrong):
-            raise DataError(f"{self.where(wrong[0])}: label {self.labels[wrong[0]]}, expected 0 to {limit - 1}")
+            last = (classes or self.count) - 1
+            raise DataError(f"{self.where(wrong[0])}: label {self.labels[wrong[0]]}, expected 0 to {last}")
 
-    def _property(self) -> tuple[int, tuple[int, int] | None]:
+    def _classes(self) -> int:
+        """The first number of ``property``; 0 without that file."""
         path = self.file.path.with_name("property")
         if not path.is_file():
-            return 0, None
-        text = path.read_bytes()[:100].strip().replace(b",", b" ")
-        classes, rows, columns = integer_table(text, 3, where=str(path))[0].tolist() if text else (0, 0, 0)
-        if not classes:
+            return 0
+        table = integer_table(path.read_bytes()[:100].strip().replace(b",", b" "), 3, where=str(path))
+        if len(table) != 1 or table[0, 0] < 1:
             raise DataError(f"{path}: expected 'classes,rows,columns' with at least one class")
-        return classes, (rows, columns)
+        return int(table[0, 0])
 
-    def _bounds(self, position: int, record: Record) -> tuple[int, int]:
+    def _range(self, position: int, record: Record) -> tuple[int, int]:
         low, high = record.labels[:2].tolist() if len(record.labels) >= 2 else (0.0, 0.0)
         if not (1 <= low <= high <= len(self.file) and low % 1 == high % 1 == 0):  # also false for NaN
             raise DataError(f"{self.file.where(position)}: header labels {record.labels[:4].tolist()} are no range")
         return int(low), int(high)
 
-    def _starts(self, images_end: int, keys_end: int) -> np.ndarray | None:
-        """First key of each identity, then the end; None when the identity records do not tile the images."""
-        ranges = sorted(self._bounds(p, self.file.record(p)) for p in range(images_end, keys_end))
-        if not ranges or ranges[0][0] != 1 or any(a[1] != b[0] for a, b in pairwise(ranges)):
+    def _labels_of_ranges(self, images_end: int, keys_end: int) -> np.ndarray | None:
+        """Labels from the identity records, or None where these do not tile the images into identities."""
+        ranges = sorted(self._range(p, self.file.record(p)) for p in range(images_end, keys_end))
+        ranges = [(low, high) for low, high in ranges if high > low]
+        ends = [1, *(high for _, high in ranges)]
+        if [low for low, _ in ranges] != ends[:-1] or ends[-1] != images_end:
             return None
-        return np.array([low for low, _ in ranges] + [images_end]) if ranges[-1][1] == images_end else None
+        labels = [self._label(low - 1) for low, _ in ranges]
+        if any(self._label(high - 2) != label for label, (_, high) in zip(labels, ranges, strict=True)):
+            return None
+        return np.repeat(np.array(labels, np.int64), np.diff(ends))
 
     def _label(self, i: int, record: Record | None = None) -> int:
         label = float((record or self.file.record(self.start + i)).labels[0])
         if not (0 <= label < 2**31 and label % 1 == 0):
             raise DataError(f"{self.where(i)}: label {label}, expected an integer from 0")
         return int(label)
-
-    def _from_ranges(self, starts: np.ndarray) -> np.ndarray:
-        sizes = np.diff(starts)
-        of_first = [self._label(start - 1) if size else 0 for start, size in zip(starts, sizes, strict=False)]
-        for label, start, end in zip(of_first, starts, starts[1:], strict=False):
-            if end > start and self._label(end - 2) != label:
-                return self._scan()
-        return np.repeat(np.array(of_first, np.int64), sizes)
-
-    def _scan(self) -> np.ndarray:
-        return np.array([self._label(i) for i in range(self.count)], np.int64)
-
-    def __len__(self) -> int:
-        return self.count
 
     def where(self, i: int) -> str:
         return self.file.where(self.start + i)
@@ -225,14 +211,10 @@ class RecordWriter:
         if len(payload) > _LENGTH:
             raise DataError(f"{self.path}: record {key} of {len(payload)} bytes, the limit is {_LENGTH}")
         self._index.append(f"{key}\t{self._file.tell()}\n")
-        cuts, at = [-4], payload.find(MAGIC)
-        while at >= 0:
-            if at % 4 == 0:
-                cuts.append(at)
-            at = payload.find(MAGIC, at + (4 if at % 4 == 0 else 1))
-        for i, cut in enumerate(cuts):
-            part = payload[cut + 4 : cuts[i + 1] if i + 1 < len(cuts) else None]
-            flag = 0 if len(cuts) == 1 else 1 if i == 0 else 3 if i + 1 == len(cuts) else 2
+        cuts = [-4, *(m.start() for m in re.finditer(re.escape(MAGIC), payload) if m.start() % 4 == 0), len(payload)]
+        for i, (cut, end) in enumerate(pairwise(cuts)):
+            part, last = payload[cut + 4 : end], end == cuts[-1]
+            flag = (0 if last else 1) if i == 0 else (3 if last else 2)
             self._file.write(_PART.pack(MAGIC, flag << 29 | len(part)) + part + bytes(-len(part) % 4))
 
     def rewrite_first(self, payload: bytes) -> None:
@@ -262,13 +244,11 @@ def _range_record(low: int, high: int, key: int) -> bytes:
 def write_face_records(folder: str | Path, faces: Iterable[tuple[bytes, int]], size: tuple[int, int]) -> int:
     """Write ``train.rec``, ``train.idx`` and ``property`` in InsightFace's layout; return the number of images.
 
-    Args:
-        faces: (JPEG or PNG bytes, label), sorted by label; labels are 0, 1, 2, … without gaps.
-        size: rows and columns of the images, for ``property``.
+    ``faces``: (JPEG or PNG bytes, label) sorted by label 0, 1, 2, … without gaps; ``size``: their rows, columns.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    key, starts = 1, []
+    key, starts = 1, list[int]()
     with RecordWriter(folder / "train.rec") as writer:
         writer.write(0, _range_record(1, 1, 0))
         for image, label in faces:

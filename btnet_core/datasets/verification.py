@@ -97,10 +97,12 @@ def parse_bin(data: bytes, *, where: str) -> tuple[list[bytes], np.ndarray]:
         raise DataError(f"{where}: not a verification set: {type(error).__name__}: {str(error)[:200]}") from None
     if not isinstance(content, (tuple, list)) or len(content) != 2 or not all(isinstance(x, list) for x in content):
         raise DataError(f"{where}: holds {type(content).__name__}, expected (list of images, list of bools)")
-    encoded = [item.data if isinstance(item, _Array) else item for item in content[0]]
-    for i, item in enumerate(encoded):
+    encoded = []
+    for i, item in enumerate(content[0]):
+        item = item.data if isinstance(item, _Array) else item
         if not isinstance(item, (bytes, bytearray)):
-            raise DataError(f"{where}: image {i} is {type(content[0][i]).__name__}, expected bytes or a uint8 array")
+            raise DataError(f"{where}: image {i} is {type(item).__name__}, expected bytes or a uint8 array")
+        encoded.append(bytes(item))
     for i, flag in enumerate(content[1]):
         if not isinstance(flag, int) or flag not in (0, 1):
             raise DataError(f"{where}: pair {i} is labelled {type(flag).__name__}, expected a bool")

@@ -220,7 +220,7 @@ def _fields(p: SimpleNamespace) -> SimpleNamespace:
     low, high = ((v + 4) / (p.chin + 4)).clamp(min=0), ((-4 - v) / 66).clamp(min=0)
     crown = 1 - (u / (p.width + 1.5 + 6 * p.volume)) ** 2 - ((v + 14).clamp(max=0) / (48 + 8 * p.volume)) ** 2
     rounding = ((p.front + 0.012 * p.part * u + 0.03 * p.hair_move * u - v) / 30 + 1).clamp(min=0)
-    opening = p.width - 3.5 + p.temple + 5 * (1 - (p.side_len - v) / 40).clamp(0, 1)
+    opening = torch.minimum(p.width - 3.5 + p.temple + 5 * (1 - (p.side_len - v) / 40).clamp(0, 1), p.width - 1)
     fields = {
         "u": u,
         "v": v,
@@ -338,7 +338,7 @@ def _draw_faces(p: SimpleNamespace, skin: Tensor) -> Tensor:
     place = ((1.5 * v + 94).clamp(0, 175).int() * 144 + (1.5 * u + 72).clamp(0, 143).int()).view(count, -1)
     place += torch.arange(count, dtype=torch.int32)[:, None] * (3 * 176 * 144)
     dark, red = (skin.view(-1).index_select(0, (place + k * 176 * 144).view(-1)).view(u.shape) for k in (0, 1))
-    dark = 1 - dark - 0.3 * _bump(f.face, 4.5)
+    dark = (1 - dark - 0.3 * _bump(f.face, 4.5)).clamp_(min=0.1)
     face = torch.addcmul(dark[:, None], (red * p.flush)[:, None], _rgb(0.05, -0.16, -0.13)).mul_(p.skin)
     hairy = (p.beard * (p.gender > 0.5) > 0).view(-1).nonzero().view(-1)
     if len(hairy):

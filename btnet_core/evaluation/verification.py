@@ -166,9 +166,9 @@ def pair_similarities(
     Each image is embedded once per resolution; with ``flip`` the mirrored image's embedding is added before
     normalising. ``pairs`` is a PairSet (datasets/faces.py); ``options`` are those of ``embed_images``.
     """
-    decoded = pairs.images(np.arange(pairs.num_images))  # once, not once per resolution
+    faces = pairs.images(np.arange(pairs.num_images))  # once, not once per resolution
     unit = {
-        r: F.normalize(embed_images(embedder, decoded.__getitem__, len(decoded), r, mirror=r if flip else None, **options))
+        r: F.normalize(embed_images(embedder, faces.__getitem__, len(faces), r, mirror=r if flip else None, **options))
         for r in sorted({r for setting in settings for r in setting}, reverse=True)
     }
     first, second = (torch.as_tensor(np.asarray(side), dtype=torch.int64) for side in (pairs.first, pairs.second))

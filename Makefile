@@ -1,0 +1,54 @@
+# make reproduce   run every notebook at the demo scale; SCALE=lfw and ARGS="--only 01,05" choose others
+# make test        the tests; ARGS="-k losses" chooses some
+# make lab         JupyterLab on the notebooks
+# make lint        style and types
+# Each prepares $(VENV) first: minutes and gigabytes the first time, about a second afterwards.
+
+VENV ?= .venv
+SCALE ?= demo
+ARGS ?=
+# PYTHON=python3.12 chooses the interpreter that $(VENV) is made with; PIP_ARGS is passed to pip, for example
+# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small torch without CUDA.
+PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python
+PIP_ARGS ?=
+
+RUN := $(VENV)/bin/python
+# Named after the folder, since an environment does not survive being moved.
+STAMP := $(VENV)/.ready-$(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
+
+.PHONY: reproduce test lab lint setup clean
+.DEFAULT_GOAL := reproduce
+
+reproduce: $(STAMP)
+	@$(RUN) -m btnet_core reproduce --scale $(SCALE) $(ARGS)
+
+test: $(STAMP)
+	@$(RUN) -m pytest $(ARGS)
+
+lab: $(STAMP)
+	@$(RUN) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+setup: $(STAMP)
+
+clean:
+	rm -rf $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt
+	@found=; for python in $(PYTHON); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "Python 3.10 or newer is needed; none of these is: $(PYTHON). Name one: make PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	if ! $$found -c 'import venv, ensurepip' 2>/dev/null; then \
+	  echo "$$found has no venv module. On Debian or Ubuntu: apt-get install python3-venv; or: make PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	echo "Preparing $(VENV) with $$($$found --version): some minutes, about 5.5 GB with CUDA ..."; \
+	$$found -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test,dev]'
+	@rm -f $(VENV)/.ready-*; touch $@

@@ -1,0 +1,198 @@
+"""1:N open-set identification (Sections 4.2, 4.3.2): TPIR20@FPIR, AUC, and the nine branch selections of Table 2.
+
+At threshold t: FPIR(t) = share of unmated probes whose best score is > t; TPIR-N(t) = share of mated probes whose
+mate is within rank N and scores > t. The rank of a mate is the number of gallery entries that score >= it, itself
+included: ties count against the mate. TPIR-N@FPIR is taken at the smallest t whose FPIR does not exceed the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from btnet_core.errors import DataError
+from btnet_core.evaluation.verification import CANONICAL, Embedder, strictest_needed
+from btnet_core.images import Resize, resize
+
+STRATEGIES = tuple(product(("avg", "min", "max"), ("floor", "near", "ceil")))  # Table 2's order
+FPIR = (0.3, 0.2, 0.1)
+CHUNK = 2**26  # scores held at a time (256 MiB)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is kept of all scores: of each mated probe its mate's score and rank, of each unmated the best score."""
+
+    mate: np.ndarray  # (M,) cosine
+    rank: np.ndarray  # (M,) 1 = first
+    unmated: np.ndarray  # (U,) cosine
+    lowest: float  # smallest N-th best score of a mated probe: where the authors' grid may begin; else inf
+
+
+def prototypes(features: Tensor, labels: Any, *, normalised: bool = False) -> tuple[np.ndarray, Tensor]:
+    """One gallery entry an identity: sorted labels (K,) and the mean (K, D) of its images' un-normalised features.
+
+    Images of one identity may come from different branches (reproduction-notes 23); option: unit features first.
+    """
+    unique, inverse, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    features = F.normalize(features.float()) if normalised else features.float()
+    sums = features.new_zeros(len(unique), features.shape[1]).index_add_(0, torch.from_numpy(inverse), features)
+    return unique, sums / torch.from_numpy(counts)[:, None]
+
+
+def mate_rows(gallery_labels: Any, probe_labels: Any) -> np.ndarray:
+    """(n,) the gallery row with each probe's label, -1 for none.
+
+    Raises:
+        DataError: a label has two gallery entries.
+    """
+    gallery, probe = np.asarray(gallery_labels), np.asarray(probe_labels)
+    order = np.argsort(gallery)
+    if (twice := gallery[order][1:][np.diff(gallery[order]) == 0]).size:
+        raise DataError(f"gallery: label {twice[0]} has more than one entry; expected one an identity")
+    place = order[np.minimum(np.searchsorted(gallery, probe, sorter=order), len(gallery) - 1)]
+    return np.where(gallery[place] == probe, place, -1)
+
+
+def score_chunks(
+    probes: Tensor, rows: np.ndarray, gallery: Tensor, device: torch.device | str = "cpu", chunk: int = CHUNK
+) -> Iterator[tuple[slice, Tensor]]:
+    """Cosines of ``probes[rows]`` (n, D) with ``gallery`` (K, D), a block of rows at a time, in one reused buffer."""
+    unit = F.normalize(gallery.to(device).float()).T
+    step = max(1, min(len(rows), chunk // unit.shape[1]))
+    buffer = unit.new_empty(step, unit.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, min(start + step, len(rows)))
+        block = F.normalize(probes[torch.from_numpy(rows[part])].to(device).float())
+        yield part, torch.matmul(block, unit, out=buffer[: len(block)])
+
+
+@torch.inference_mode()
+def search(
+    probes: Tensor, gallery: Tensor, mates: np.ndarray, *, lowest_rank: int | None = None,
+    device: torch.device | str = "cpu", chunk: int = CHUNK,
+) -> Search:  # fmt: skip
+    """Score (n, D) probes against a (K, D) gallery of one entry an identity; ``mates`` as from ``mate_rows``.
+
+    Beside the features, memory is one block of ``chunk`` scores. ``lowest_rank`` = N also finds ``Search.lowest``.
+    """
+    mated, unmated = np.flatnonzero(mates >= 0), np.flatnonzero(mates < 0)
+    best, score, rank = np.empty(len(unmated)), np.empty(len(mated)), np.empty(len(mated), np.int64)
+    lowest = float("inf")
+    for part, scores in score_chunks(probes, unmated, gallery, device, chunk):
+        best[part] = scores.amax(1).cpu()
+    for part, scores in score_chunks(probes, mated, gallery, device, chunk):
+        if lowest_rank:
+            lowest = min(lowest, scores.topk(min(lowest_rank, scores.shape[1]), 1).values[:, -1].min().item())
+        mate = scores.gather(1, torch.from_numpy(mates[mated[part]])[:, None].to(scores.device))
+        score[part] = mate[:, 0].cpu()
+        rank[part] = scores.ge_(mate).sum(1).cpu()  # 0 and 1 in place: float sums are exact up to 2^24 entries
+    if not (np.isfinite(best).all() and np.isfinite(score).all()):
+        raise DataError("probes or gallery: features hold values that are not finite")
+    return Search(score, rank, best, lowest)
+
+
+def open_set(found: Search, fpir: Sequence[float] = FPIR, rank: int = 20, *, authors: bool = False) -> dict[str, Any]:
+    """{"auc", "tpir": {"0.3": …}, "fpir" (reached), "thresholds", "ranks": {"1": …}}, in % but for the thresholds.
+
+    The AUC is the exact area under (FPIR, TPIR-N): P(mate within rank N and above an unmated probe's best), equal
+    scores counting half. ``authors``: 1000 thresholds evenly spaced from the lowest to the largest unmated score,
+    the one of nearest FPIR, and the trapezoidal area over that grid (reproduction-notes 21, 22).
+    """
+    if not len(found.mate) or not len(found.unmated):
+        raise DataError(f"open set: got {len(found.mate)} mated and {len(found.unmated)} unmated probes, need both")
+    hit, false = np.sort(np.where(found.rank <= rank, found.mate, -np.inf)), np.sort(found.unmated)
+
+    def above(values: np.ndarray, thresholds: Any) -> np.ndarray:
+        return (len(values) - np.searchsorted(values, thresholds, "right")) / len(values)
+
+    if authors:
+        grid = np.linspace(min(found.lowest, false[0]), false[-1], 1000)
+        chosen = [float(grid[np.argmin(np.abs(above(false, grid) - target))]) for target in fpir]
+        area = -np.sum(np.diff(above(false, grid)) * (above(hit, grid)[1:] + above(hit, grid)[:-1])) / 2
+    else:
+        chosen = [strictest_needed(false, target) for target in fpir]
+        area = np.mean([np.searchsorted(false, hit, side) for side in ("left", "right")]) / len(false)
+    # A threshold of -inf would let mates of rank > N pass; the lowest finite number does not.
+    thresholds = {str(f): max(t, float(np.finfo(float).min)) for f, t in zip(fpir, chosen, strict=True)}
+    return {
+        "auc": 100 * float(area), "thresholds": thresholds,
+        "tpir": {f: 100 * float(above(hit, t)) for f, t in thresholds.items()},
+        "fpir": {f: 100 * float(above(false, t)) for f, t in thresholds.items()},
+        "ranks": {str(n): 100 * float(np.mean(found.rank <= n)) for n in sorted({1, 5, 10, 20, rank})},
+        "mated": len(hit), "unmated": len(false),
+    }  # fmt: skip
+
+
+def identify(
+    gallery: Tensor, gallery_labels: Any, probes: Tensor, probe_labels: Any, *, fpir: Sequence[float] = FPIR,
+    rank: int = 20, normalised: bool = False, authors: bool = False, device: torch.device | str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """``open_set`` from image features and labels; probes whose label the gallery lacks (-1) are the unmated."""
+    labels, entries = prototypes(gallery, gallery_labels, normalised=normalised)
+    mates = mate_rows(labels, probe_labels)
+    found = search(probes, entries, mates, lowest_rank=rank if authors else None, device=device)
+    return open_set(found, fpir, rank, authors=authors)
+
+
+def native_embedder(
+    embedder: Embedder, image: Callable[[int], Tensor], *, upsample: bool = False, how: Resize | None = None,
+    crop: Callable[[Tensor], Tensor] = lambda pixels: pixels, size: tuple[int, int] = (CANONICAL, CANONICAL),
+    batch_size: int = 256,
+) -> Callable[[np.ndarray, int], Tensor]:  # fmt: skip
+    """embed(indices, r) -> (n, D) of native-size faces ``image(i)`` (3, h, w), each resized once to r rows.
+
+    ``upsample`` makes a baseline's: every face goes to S and r is not used. ``crop`` and ``size`` are the trunk's.
+    """
+
+    def embed(indices: np.ndarray, r: int) -> Tensor:
+        rows = size[0] if upsample else r
+        target, parts = (rows, round(rows * size[1] / size[0])), []
+        for start in range(0, len(indices), batch_size):
+            faces = [resize(crop(image(int(i))), target, how) for i in indices[start : start + batch_size]]
+            parts.append(embedder(torch.stack(faces), rows).float().cpu())
+        return torch.cat(parts)
+
+    return embed
+
+
+def evaluate_strategies(
+    embed: Callable[[np.ndarray, int], Tensor], sizes: Any, labels: Any, in_gallery: Any, *,
+    strategies: Sequence[tuple[str, str]] = STRATEGIES, resolutions: Sequence[int] = (7, 14, 28, 112), **options: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Table 2's lower half: {"max+ceil": report of ``identify`` + branches, scale, …}; ``options`` go to ``identify``.
+
+    ``sizes`` (N, 2) native (width, height), ``labels`` (N,) with -1 for unmated probes, ``in_gallery`` (N,) bool.
+    Each image is embedded once at each resolution that some strategy sends it to. ``branches``: % of the images
+    per branch; ``scale``: mean factors by which width and height are resized (reproduction-notes 17).
+    """
+    from btnet_core.btnet import select_branch
+
+    (w, h), labels, in_gallery = np.asarray(sizes).T, np.asarray(labels), np.asarray(in_gallery, bool)
+    chosen = {
+        f"{indicator}+{rounding}": np.asarray(
+            select_branch(w, h, indicator=indicator, rounding=rounding, resolutions=tuple(resolutions))
+        )
+        for indicator, rounding in strategies
+    }
+    sent = {r: np.flatnonzero(np.any([row == r for row in chosen.values()], axis=0)) for r in sorted(resolutions)}
+    cache = {r: embed(indices, r) for r, indices in sent.items() if len(indices)}
+    reports = {}
+    for name, row in chosen.items():
+        features = next(iter(cache.values())).new_empty(len(row), next(iter(cache.values())).shape[1])
+        for r in np.unique(row).tolist():
+            mine = np.flatnonzero(row == r)
+            features[torch.from_numpy(mine)] = cache[r][torch.from_numpy(np.searchsorted(sent[r], mine))]
+        report = identify(
+            features[in_gallery], labels[in_gallery], features[~in_gallery], labels[~in_gallery], **options
+        )
+        share = {str(r): 100 * float(np.mean(row == r)) for r in sorted(resolutions)}
+        reports[name] = {**report, "branches": share, "scale": [float(np.mean(row / w)), float(np.mean(row / h))]}
+    return reports

@@ -1,0 +1,144 @@
+"""The classifier kappa: one unit vector for each identity, cut by classes over the processes (Eq. 1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from btnet_core.backbones import read_safetensors, write_safetensors
+from btnet_core.errors import CheckpointError, ConfigError
+from btnet_core.losses import Margin
+from btnet_core.training import distributed
+
+
+def shard(num_classes: int) -> tuple[int, int]:
+    """First class and number of classes that this process holds."""
+    n, r = distributed.world(), distributed.rank()
+    return num_classes * r // n, num_classes * (r + 1) // n - num_classes * r // n
+
+
+class Classifier(nn.Module):
+    """``L_influence = CE(margin(cos(z, kappa)), y)`` over embeddings of all processes.
+
+    Args:
+        weight: ``(C, D)`` rows of every class; this process keeps its own.
+        margin: which loss.
+        sample_rate: share of each shard's classes that take part in a step: those of the batch, and negatives drawn
+            at random (An et al. 2021, PartialFC). Deviation: the rows left out still decay and keep their momentum.
+        seed: of the draws, which differ from process to process.
+    """
+
+    def __init__(self, weight: Tensor, margin: Margin, *, sample_rate: float = 1.0, seed: int = 0) -> None:
+        super().__init__()
+        self.num_classes = len(weight)
+        self.first, count = shard(self.num_classes)
+        self.weight = nn.Parameter(weight[self.first : self.first + count].clone())
+        self.margin, self.sample_rate = margin, sample_rate
+        self.seed, self.step = seed, 0  # of the draws of negatives; the training loop sets the step
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Embeddings ``(b, D)`` and labels ``(b,)`` of this process -> its share of the mean loss of the whole batch.
+
+        The softmax part is the same value on every process and is counted once; its gradient reaches every z and
+        every shard. A per-sample penalty (MagFace) adds this process's samples only.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = z if z.dtype == torch.float64 else z.float()
+            everyone, labels = distributed.gather(z, total=True), distributed.all_gather(labels)
+            weight, column = self._rows(labels)
+            cosine = F.normalize(everyone) @ F.normalize(weight.to(z.dtype)).T
+            target = self._target(cosine, column)
+            norms = everyone.norm(dim=1) if self.margin.needs_norms else None
+            loss = distributed.sharded_cross_entropy(self.margin(cosine, column, target, norms), column)
+            own = self.margin.penalty(z.norm(dim=1))
+            return loss if own is None else loss + self._share(own.sum() / len(everyone))
+
+    @staticmethod
+    def _share(own: Tensor) -> Tensor:
+        """The total over processes as value, this process's part as gradient."""
+        return own + (distributed.all_sum(own) - own.detach())
+
+    def _rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight rows that take part, and where in them each label is (-1: not on this process)."""
+        column, count = labels - self.first, len(self.weight)
+        column = torch.where((column >= 0) & (column < count), column, -1)
+        wanted = round(count * self.sample_rate)
+        if self.sample_rate == 1 or not self.training:
+            return self.weight, column
+        generator = torch.Generator().manual_seed(hash((self.seed, self.step, distributed.rank())) % 2**63)
+        priority = torch.rand(count, generator=generator).to(labels.device)
+        present = torch.unique(column[column >= 0])
+        priority[present] = 2.0  # every class of the batch takes part, however many there are
+        chosen = priority.topk(max(wanted, len(present))).indices.sort().values
+        place = torch.searchsorted(chosen, column.clamp_min(0))
+        return self.weight[chosen], torch.where(column >= 0, place, -1)
+
+    @staticmethod
+    def _target(cosine: Tensor, column: Tensor) -> Tensor:
+        """Cosine of the true class of each sample, wherever it is held; no gradient."""
+        rows = torch.nonzero(column >= 0).squeeze(1)
+        target = cosine.new_zeros(len(column))
+        target[rows] = cosine.detach()[rows, column[rows]]
+        return distributed.all_sum(target)
+
+    def whole(self, mine: Tensor | None = None) -> Tensor:
+        """The rows of every process ``(C, D)``: of the weights, or of a tensor like them (their momentum)."""
+        mine = self.weight.detach() if mine is None else mine
+        total = mine.new_zeros(self.num_classes, *mine.shape[1:])
+        total[self.first : self.first + len(mine)] = mine
+        return distributed.all_sum(total)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's rows of a tensor ``(C, D)``."""
+        return whole[self.first : self.first + len(self.weight)]
+
+
+def fresh_weight(num_classes: int, dim: int, seed: int) -> Tensor:
+    """normal(0, 0.01), the same whatever the number of processes."""
+    return torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(seed)) * 0.01
+
+
+def class_means(z: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """kappa* where the trunk came without one: the mean of the unit embeddings of each class, at unit length.
+
+    z ``(N, D)``, labels ``(N,)`` -> ``(C, D)``. A class without images keeps the zero vector (cosine 0 to all).
+    """
+    total = torch.zeros(num_classes, z.shape[1]).index_add_(0, labels, F.normalize(z.float()))
+    return F.normalize(total)
+
+
+def save_classifier(path: Path, weight: Tensor) -> None:
+    """Write ``weight (C, D)`` as safetensors."""
+    write_safetensors(path, {"weight": weight}, {"kind": "btnet_classifier"})
+
+
+def load_classifier(path: str | Path, num_classes: int, dim: int) -> Tensor:
+    """Read ``weight (C, D)``.
+
+    Raises:
+        CheckpointError: unreadable, or of other classes than the data (a head cannot move to another problem,
+            reproduction-notes 19).
+    """
+    state, _ = read_safetensors(path)
+    weight = state.get("weight")
+    if weight is None or tuple(weight.shape) != (num_classes, dim):
+        found = "no tensor 'weight'" if weight is None else f"{tuple(weight.shape)}"
+        raise CheckpointError(f"{path}: got {found}, the data and trunk need a classifier ({num_classes}, {dim})")
+    return weight
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Find a wrong label before the first step.
+
+    Raises:
+        ConfigError: naming the first record whose label is outside 0 .. num_classes - 1.
+    """
+    wrong = torch.nonzero((labels < 0) | (labels >= num_classes)).flatten()
+    if len(wrong):
+        index = int(wrong[0])
+        raise ConfigError(
+            f"{len(wrong)} labels outside 0..{num_classes - 1}, the first is {int(labels[index])} of record {index}"
+        )

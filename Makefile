@@ -7,8 +7,8 @@
 VENV ?= .venv
 SCALE ?= demo
 ARGS ?=
-# PYTHON=python3.12 chooses the interpreter that $(VENV) is made with; PIP_ARGS is passed to pip, for example
-# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small torch without CUDA.
+# PYTHON=python3.12 chooses the interpreter that $(VENV) is made with; PIP_ARGS is passed to pip, for example to
+# name an index with the small torch without CUDA.
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python
 PIP_ARGS ?=
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from btnet_core.backbones import Backbone
+from btnet_core.backbones import Backbone, load_backbone
 from btnet_core.btnet import BTNet
 from btnet_core.errors import ConfigError
 from btnet_core.images import Resize, degrade, resize, scaled_size
@@ -104,3 +105,26 @@ class BranchEmbedder(Embedder):
         trunk = self.btnet.trunk
         faces = resize(trunk.crop(pixels), scaled_size(r, trunk.config.size), self.how)
         return self.btnet(trunk.normalise(faces).contiguous(memory_format=torch.channels_last), r)
+
+
+def load_methods(models: Path | str, **options) -> dict[str, Embedder]:
+    """The trained methods found under ``models``, by name, in the order of Table 1; absent ones are left out.
+
+    phi_mm's model for canonical size is phi_hr, as in the paper. ``options`` are those of every Embedder.
+    """
+    models = Path(models)
+    trunks = {path.parent.name: path for path in sorted(models.glob("phi_*/trunk.safetensors"))}
+    found: dict[str, Embedder] = {}
+    if "phi_hr" in trunks:
+        hr = load_backbone(trunks["phi_hr"])
+        found["phi_hr"] = UpsamplingEmbedder(hr, **options)
+        mm = {int(name.removeprefix("phi_mm_")): path for name, path in trunks.items() if name.startswith("phi_mm_")}
+        if mm:
+            experts = {hr.config.size[0]: hr} | {r: load_backbone(path) for r, path in mm.items()}
+            found["phi_mm"] = MultiModelEmbedder(experts, **options)
+    for name in ("phi_mr", "phi_mr_v2", "phi_mr_v3"):
+        if name in trunks:
+            found[name] = UpsamplingEmbedder(load_backbone(trunks[name]), **options)
+    if "phi_bt" in trunks:
+        found["phi_bt"] = BranchEmbedder(BTNet.load(models / "phi_bt"), **options)
+    return found

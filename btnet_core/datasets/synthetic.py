@@ -24,15 +24,15 @@ from torch.nn import functional as F
 
 from btnet_core.errors import ConfigError
 
-VERSION = 1  # of the renderer: part of every checksum; raise it whenever a pixel changes
+VERSION = 2  # of the renderer: part of every checksum; raise it whenever a pixel changes
 SIDE = 112
 BLOCK = 16  # images rendered together: enough to amortise calls, few enough for the processor's cache
 
 # Each factor is uniform between two numbers (pixels, unless it is a share or an angle in radians).
 IDENTITY = {
-    # coarse: shared by many
-    "gender": (0, 1), "tone": (0, 1), "undertone": (-1, 1), "hair_hue": (0, 1), "hair_style": (0, 1),
-    "width": (37, 41), "jaw": (1.8, 2.6), "chin": (42, 47), "hairline": (-48, -38), "part": (-14, 14), "age": (0, 1),
+    # coarse, and so much alike: what a few pixels show
+    "gender": (0, 1), "tone": (0.12, 0.65), "undertone": (-0.5, 0.5), "width": (38.2, 39.8), "jaw": (2.0, 2.4),
+    "chin": (43.6, 45.4), "age": (0, 1),
     # fine: who it is
     "eye_x": (16.5, 18.9), "eye_y": (-13.2, -11.2), "eye_w": (7.4, 9.4), "eye_up": (3.0, 4.9), "eye_low": (1.7, 2.9),
     "tilt": (-0.08, 0.17), "crease": (1.2, 4.2), "bag": (0, 1), "lash": (0.6, 1.5), "iris_r": (3.5, 4.3),
@@ -52,6 +52,7 @@ IMAGE = {
     "warm": (-1, 1), "tint": (-1, 1), "exposure": (0.6, 1.0), "hair_tone": (0.6, 1.5), "hair_move": (-1, 1),
     "hair_len": (-8, 8), "flush": (0.4, 1), "wear": (0, 1), "shave": (0.3, 0.8), "blur": (-0.4, 0.7), "grain": (1, 3),
     "grain_u": (0, 256), "grain_v": (0, 256), "back_r": (0, 1), "back_g": (0, 1), "back_b": (0, 1), "back_turn": (0, 6.3),
+    "tan": (-0.2, 0.2), "hair_hue": (0, 1), "hair_style": (0, 1), "hairline": (-47, -40), "part": (-14, 14),
     "cover": (0, 1), "cover_kind": (0, 1), "cover_at": (-3, 3), "cover_hue": (0, 1), "cloth": (0, 1),
 }  # fmt: skip
 # sRGB, each list from its first to its last
@@ -171,14 +172,14 @@ def _people(seed: int, identity: np.ndarray) -> tuple[SimpleNamespace, Tensor]:
 
 def _resolve(p: SimpleNamespace) -> None:
     """What several factors decide together: hair style, colours."""
-    woman, style = p.gender < 0.5, p.hair_style
+    woman, style = p.gender + 0.5 * p.hair_move < 0.5, p.hair_style  # hair says little about who it is
     p.volume = torch.where(woman, 0.5 + 0.8 * style, 0.1 + 0.5 * style)
     p.length = torch.where(woman, -10 + 130 * style, -14 + 120 * (style - 0.75).clamp(min=0)) + p.hair_len
     p.side_len = torch.where(woman, p.length - 4, -8 + 10 * style + 0.4 * p.hair_len)
     p.front = p.hairline + torch.where(woman, 12 * (style > 0.6) * (p.part.abs() < 6), -4.0 * (style < 0.3))
     p.front = p.front + 0.8 * p.hair_move
     p.temple = torch.where(woman, -2.0, 1.0) + 0.6 * p.hair_move
-    p.skin = _palette(SKIN, 0.04 + 0.86 * p.tone**1.3) * (1 + _rgb(0.02, 0, -0.05) * p.undertone[:, None])
+    p.skin = _palette(SKIN, 0.04 + 0.86 * (p.tone + p.tan).clamp(0, 1) ** 1.3) * (1 + _rgb(0.02, 0, -0.05) * p.undertone[:, None])
     hue = p.hair_hue * (1 - 0.6 * p.tone)
     p.hair, p.brow = _palette(HAIR, hue) * p.hair_tone[:, None], 0.55 * _palette(HAIR, 0.7 * hue)
     p.iris = _palette(IRIS, p.iris_hue * (1 - 0.75 * (p.tone > 0.7))) * (0.4 + 0.6 * p.iris_light[:, None])

@@ -11,6 +11,7 @@ from typing import Any
 from btnet_core.backbones import Backbone, load_strictly, read_safetensors
 from btnet_core.btnet import BTNet, Route
 from btnet_core.errors import CheckpointError
+from btnet_core.scales import Scale
 from btnet_core.training.config import TrainConfig
 
 PYRAMID = (112, 56, 28, 14, 7)  # 112 / 2^i, i = 0..4
@@ -93,3 +94,21 @@ def load_route(trunk: Backbone, path: Path | str) -> BTNet:
     btnet.routes[str(r)] = Route(copy.deepcopy(trunk), r, couple_at=facts["couple_at"])
     load_strictly(btnet.route(r), state, str(path))
     return btnet
+
+
+def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]:
+    """Every run of Table 1 at a scale, in order, by the folder under ``models`` that it is trained in.
+
+    Where the scale's phi_hr was trained by others (``models/phi_hr`` then holds it), phi_mr and phi_mm start from it.
+    """
+    common = {"seed": seed, "validation": scale.pairs}
+    start: dict[str, Any] = {"backbone": scale.backbone}
+    if scale.pretrained:
+        start = {"backbone": None, "init": str(models / "phi_hr" / "trunk.safetensors"), "classifier": "class_means"}
+    runs = [] if scale.pretrained else [phi_hr(scale.faces, **start, **common, **scale.trunk)]
+    runs += [phi_mr(scale.faces, **start, **common, **scale.trunk)]
+    runs += [phi_mm(scale.faces, r, **start, **common, **scale.specialist) for r in scale.resolutions]
+    trunk, kappa = (str(models / "phi_mr" / f"{part}.safetensors") for part in ("trunk", "classifier"))
+    branch = {"btnet": str(models / "phi_bt"), **common, **scale.branch}
+    runs += [phi_bt(scale.faces, r, trunk, kappa, **branch) for r in scale.resolutions]
+    return {run.name: run for run in runs}

@@ -82,23 +82,26 @@ def bench_ten_fold(pairs: int, rng: np.random.Generator) -> list[dict]:
     return rows
 
 
+def bare_product(faces: torch.Tensor, entries: torch.Tensor) -> float:
+    """Seconds for the matrix product alone, in the same chunks."""
+    step, unit = max(1, CHUNK // len(entries)), F.normalize(entries).T
+    out = torch.empty(step, len(entries))
+
+    def run() -> None:
+        for start in range(0, len(faces), step):
+            block = faces[start : start + step]
+            torch.matmul(block, unit, out=out[: len(block)])
+
+    torch.matmul(faces[:step], unit, out=out[: min(step, len(faces))])  # warm up
+    return seconds(run)
+
+
 def bench_search(probes: int, gallery: int, width: int) -> dict:
     generator = torch.Generator().manual_seed(0)
     entries = torch.randn(gallery, width, generator=generator)
     faces = torch.randn(probes, width, generator=generator)
     mates = np.where(np.arange(probes) % 3 == 0, -1, np.arange(probes) % gallery)
-    step = max(1, CHUNK // gallery)
-    unit = F.normalize(entries).T
-    out = torch.empty(step, gallery)
-
-    def bare() -> None:
-        for start in range(0, probes, step):
-            block = faces[start : start + step]
-            torch.matmul(block, unit, out=out[: len(block)])
-
-    torch.matmul(faces[:step], unit, out=out[: min(step, probes)])  # warm up
-    product = seconds(bare)
-    del out, unit
+    product = bare_product(faces, entries)
     with PeakMemory() as memory:
         ours = seconds(lambda: open_set(search(faces, entries, mates)))
     return {

@@ -86,7 +86,9 @@ def add_train(commands: Commands) -> None:
         help="train a trunk or a branch from a configuration file, going on from its checkpoint",
         example="btnet train --config phi_bt_14.json --out runs/mine/phi_bt_14   (several GPUs: torchrun -m btnet_core train ...)",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON fields of btnet_core.training.config.TrainConfig")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="JSON fields of btnet_core.training.config.TrainConfig"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoint, weights and metrics.jsonl")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--fresh", action="store_true", help="start over, whatever DIR holds")

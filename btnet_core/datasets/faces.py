@@ -227,7 +227,7 @@ def open_faces(spec: str, on_error: str = "raise") -> FaceSet:
         from btnet_core.datasets.synthetic import SyntheticFaces
 
         options = parse_options(spec[10:], spec, identities=int, images=int, seed=int, first=int)
-        return SyntheticFaces(**{"identities": 300, "images": 20, **options})
+        return SyntheticFaces(**{"identities": 300, "images": 20, **options})  # type: ignore[return-value]
     path = find(spec)
     if path.suffix == ".rec" or (path / "train.rec").is_file():
         return record_faces(path, on_error)

@@ -7,7 +7,7 @@ x y, detector score), ``meta/ijbc_template_pair_label.txt`` (template, template,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -136,7 +136,7 @@ def read_templates(root: str | Path) -> TemplateSet:
 
 def write_layout(
     root: Path, faces: Iterable[tuple[Tensor, np.ndarray, float, int, int]],
-    pairs: np.ndarray, lists: dict[str, Sequence[tuple[int, int]]],
+    pairs: np.ndarray, lists: Mapping[str, Sequence[tuple[int, int]]],
 ) -> None:  # fmt: skip
     """Write a set in this layout.
 

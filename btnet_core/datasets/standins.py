@@ -92,8 +92,8 @@ def survface_standin(
         gallery, probes = ([(identity, int(i)) for identity, half in halves for i in half[k]] for k in (0, 1))
         unmated = [(identity, int(i)) for identity, images in people if identity not in known for i in images]
         train = [(int(label), i) for i, label in enumerate(training.labels)] if training else []
-        parts = [shrunk(faces, rows) for rows in (gallery, probes, unmated)]
-        survface.write_layout(root, *parts, shrunk(training or faces, train))
+        enrolled, mated_probes, strangers = (shrunk(faces, rows) for rows in (gallery, probes, unmated))
+        survface.write_layout(root, enrolled, mated_probes, strangers, shrunk(training or faces, train))
 
     options = f"blur={blur}, noise={noise}, mated={mated}, seed={seed}, training={training and training.checksum}"
     return survface.read_open_set(_build(parent, "SurvFace", faces, options, write))

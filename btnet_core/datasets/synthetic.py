@@ -31,26 +31,26 @@ BLOCK = 16  # images rendered together: enough to amortise calls, few enough for
 # Each factor is uniform between two numbers (pixels, unless it is a share or an angle in radians).
 IDENTITY = {
     # coarse, and so much alike: what a few pixels show
-    "gender": (0, 1), "tone": (0.12, 0.65), "undertone": (-0.5, 0.5), "width": (38.2, 39.8), "jaw": (2.0, 2.4),
+    "gender": (0, 1), "tone": (0.12, 0.65), "undertone": (-0.5, 0.5), "width": (37.8, 40.2), "jaw": (2.0, 2.4),
     "chin": (43.6, 45.4), "age": (0, 1),
     # fine: who it is
     "eye_x": (16.5, 18.9), "eye_y": (-13.2, -11.2), "eye_w": (7.4, 9.4), "eye_up": (3.0, 4.9), "eye_low": (1.7, 2.9),
     "tilt": (-0.08, 0.17), "crease": (1.2, 4.2), "bag": (0, 1), "lash": (0.6, 1.5), "iris_r": (3.5, 4.3),
     "iris_hue": (0, 1), "iris_light": (0, 1), "brow_y": (-24, -20), "brow_arch": (0, 4.2), "brow_slope": (-0.12, 0.16),
-    "brow_t": (1.3, 2.9), "brow_in": (5, 9.5), "brow_out": (26, 31), "brow_dark": (0.5, 1), "nose_w": (6, 9.6),
+    "brow_t": (1.1, 3.4), "brow_in": (5, 9.5), "brow_out": (26, 31), "brow_dark": (0.5, 1), "nose_w": (6, 9.6),
     "nose_y": (6, 10.5), "nose_ridge": (3.4, 5.6), "nose_high": (4, 7), "nostril": (0.4, 1), "mouth_w": (12.5, 17),
     "mouth_y": (26, 29.5), "lip_up": (2.0, 4.6), "lip_low": (3.0, 6.4), "bow": (0, 1.7), "lip_red": (0, 1),
     "cheek": (0, 4), "chin_dimple": (0, 1), "ear": (0, 3), "freckles": (-1, 1), "beard": (-1.2, 1), "glasses": (0, 1),
     "frame_w": (12, 14.5), "frame_h": (7.5, 10.5), "frame_round": (2, 4), "frame_hue": (0, 1), "mottle": (0.5, 1),
     "scar": (0, 1), "scar_u": (-26, 26), "scar_v": (-36, 36), "scar_turn": (0, 3.1), "tex_u": (0, 256), "tex_v": (0, 256),
 }  # fmt: skip
-MOLE = {"u": (-30, 30), "v": (-38, 42), "radius": (0.8, 1.9), "dark": (-0.5, 0.7)}  # five a person, dark > 0 shows
+MOLE = {"u": (-30, 30), "v": (-38, 42), "radius": (0.9, 2.2), "dark": (-0.3, 0.8)}  # five a person, dark > 0 shows
 IMAGE = {
-    "yaw": (-0.32, 0.32), "pitch": (-0.16, 0.16), "roll": (-0.07, 0.07), "zoom": (0.96, 1.05), "shift_x": (-1.6, 1.6),
-    "shift_y": (-1.6, 1.6), "open": (-0.6, 1), "smile": (-0.3, 1.1), "raise_brow": (-0.8, 1.2), "lid": (0.72, 1.05),
-    "gaze": (-1.2, 1.2), "light_x": (-0.9, 0.9), "light_y": (-0.8, 0.2), "key": (0.65, 1.1), "fill": (0.3, 0.6),
+    "yaw": (-0.22, 0.22), "pitch": (-0.1, 0.1), "roll": (-0.05, 0.05), "zoom": (0.97, 1.03), "shift_x": (-1, 1),
+    "shift_y": (-1, 1), "open": (-0.6, 1), "smile": (-0.3, 1.1), "raise_brow": (-0.8, 1.2), "lid": (0.72, 1.05),
+    "gaze": (-1.2, 1.2), "light_x": (-0.7, 0.7), "light_y": (-0.8, 0.2), "key": (0.65, 1.1), "fill": (0.3, 0.6),
     "warm": (-1, 1), "tint": (-1, 1), "exposure": (0.6, 1.0), "hair_tone": (0.6, 1.5), "hair_move": (-1, 1),
-    "hair_len": (-8, 8), "flush": (0.4, 1), "wear": (0, 1), "shave": (0.3, 0.8), "blur": (-0.4, 0.7), "grain": (1, 3),
+    "hair_len": (-8, 8), "flush": (0.4, 1), "wear": (0, 1), "shave": (0.3, 0.8), "blur": (-0.4, 0.5), "grain": (1, 3),
     "grain_u": (0, 256), "grain_v": (0, 256), "back_r": (0, 1), "back_g": (0, 1), "back_b": (0, 1), "back_turn": (0, 6.3),
     "tan": (-0.2, 0.2), "hair_hue": (0, 1), "hair_style": (0, 1), "hairline": (-47, -40), "part": (-14, 14),
     "cover": (0, 1), "cover_kind": (0, 1), "cover_at": (-3, 3), "cover_hue": (0, 1), "cloth": (0, 1),
@@ -163,7 +163,9 @@ def _people(seed: int, identity: np.ndarray) -> tuple[SimpleNamespace, Tensor]:
     dark -= 0.16 * (p.scar > 0.85) * _bump(across + 0.02 * along**2, 0.8) * _edge(6 - along.abs(), 4)
     lines = torch.sin(1.05 * v + 0.9 * soft + p.tex_u).square_().square_().square_() * _spot(au, v, 0, -35, 16, 5)
     dark += (p.age - 0.35).clamp(min=0) * (0.28 * lines + 0.14 * _spot(au, v, 17, -4, 7, 2.2))
-    red = 0.9 * _spot(au, v, 22, 8, 9, 8) + 0.7 * _spot(au, v, 0, 7, 6, 5) + 0.3 * _spot(au, v, 0, 42, 8, 5) + 0.1 * soft
+    red = (
+        0.9 * _spot(au, v, 22, 8, 9, 8) + 0.7 * _spot(au, v, 0, 7, 6, 5) + 0.3 * _spot(au, v, 0, 42, 8, 5) + 0.1 * soft
+    )
     cheek_line = torch.where(v < 22, 22 - 0.6 * (au - 2).clamp(min=0), 14 - 0.5 * (au - 24).clamp(min=0))
     beard = _smooth((v - cheek_line) / 8 + 0.4) * (1 - _spot(au, v, 0, p.mouth_y + 1, 0.55 * p.mouth_w, 4.5))
     beard *= (0.75 + 0.09 * fine + 0.06 * soft).clamp(0, 1) * p.beard.clamp(min=0) * (p.gender > 0.5)
@@ -179,13 +181,18 @@ def _resolve(p: SimpleNamespace) -> None:
     p.front = p.hairline + torch.where(woman, 12 * (style > 0.6) * (p.part.abs() < 6), -4.0 * (style < 0.3))
     p.front = p.front + 0.8 * p.hair_move
     p.temple = torch.where(woman, -2.0, 1.0) + 0.6 * p.hair_move
-    p.skin = _palette(SKIN, 0.04 + 0.86 * (p.tone + p.tan).clamp(0, 1) ** 1.3) * (1 + _rgb(0.02, 0, -0.05) * p.undertone[:, None])
+    p.skin = _palette(SKIN, 0.04 + 0.86 * (p.tone + p.tan).clamp(0, 1) ** 1.3) * (
+        1 + _rgb(0.02, 0, -0.05) * p.undertone[:, None]
+    )
     hue = p.hair_hue * (1 - 0.6 * p.tone)
     p.hair, p.brow = _palette(HAIR, hue) * p.hair_tone[:, None], 0.55 * _palette(HAIR, 0.7 * hue)
     p.iris = _palette(IRIS, p.iris_hue * (1 - 0.75 * (p.tone > 0.7))) * (0.4 + 0.6 * p.iris_light[:, None])
     p.lips = p.skin * (1 - _rgb(0.2, 0.56, 0.48) * (0.45 + 0.55 * p.lip_red[:, None]))
     tint = torch.stack([0.12 * p.warm, 0.05 * p.tint, -0.14 * p.warm], 1)
-    p.key_rgb, p.fill_rgb = (1 + tint) * (p.exposure * p.key)[:, None], (1 - 0.6 * tint) * (p.exposure * p.fill)[:, None]
+    p.key_rgb, p.fill_rgb = (
+        (1 + tint) * (p.exposure * p.key)[:, None],
+        (1 - 0.6 * tint) * (p.exposure * p.fill)[:, None],
+    )
     wall = torch.stack([p.back_r, p.back_g, p.back_b], 1)
     p.wall = 0.06 + 0.45 * (0.75 * wall[:, 1:2] + 0.25 * wall)
 
@@ -313,7 +320,11 @@ def _glasses(p: SimpleNamespace, canvas: Tensor, f: SimpleNamespace, solid: Tens
     glass = _edge(lens)
     canvas *= (1 - 0.08 * glass)[:, None]
     canvas += (0.03 * glass * _edge(y + 0.4 * au - 6, 2))[:, None]
-    _paint(canvas, _palette(FRAME, p.frame_hue), 0.95 * _edge(torch.maximum(torch.maximum(1.1 - lens.abs(), bridge), temple)))
+    _paint(
+        canvas,
+        _palette(FRAME, p.frame_hue),
+        0.95 * _edge(torch.maximum(torch.maximum(1.1 - lens.abs(), bridge), temple)),
+    )
     return canvas, solid
 
 
@@ -345,7 +356,11 @@ def _draw_faces(p: SimpleNamespace, skin: Tensor) -> Tensor:
     if len(hairy):
         beard = skin.view(-1).index_select(0, (place[hairy] + 2 * 176 * 144).view(-1)).view(-1, SIDE, SIDE)
         face[hairy] = face[hairy].lerp_(0.85 * p.brow[hairy] + 0.015, (beard * p.shave[hairy])[:, None])
-    for part, rows, columns in ((_nose, slice(54, 86), slice(30, 82)), (_mouth, slice(74, 112), slice(22, 90)), (_eyes, slice(26, 74), slice(12, 100))):
+    for part, rows, columns in (
+        (_nose, slice(54, 86), slice(30, 82)),
+        (_mouth, slice(74, 112), slice(22, 90)),
+        (_eyes, slice(26, 74), slice(12, 100)),
+    ):
         part(p, face[:, :, rows, columns], u[:, rows, columns], v[:, rows, columns])
     # from the back to the front
     strand = _sample("strand", f.strand, f.radius + p.tex_v + 256)
@@ -366,7 +381,7 @@ def _draw_faces(p: SimpleNamespace, skin: Tensor) -> Tensor:
     _paint(canvas, hair, front)
     solid = torch.maximum(torch.maximum(behind, ear), torch.maximum(mask, front))
     torch.maximum(solid[:, low], torch.maximum(neck, shirt), out=solid[:, low])
-    for draw, wanted in ((_glasses, (p.glasses > 0.74) & (p.wear > 0.25)), (_cover, p.cover < 0.12)):
+    for draw, wanted in ((_glasses, (p.glasses > 0.74) & (p.wear > 0.25)), (_cover, p.cover < 0.06)):
         chosen = wanted.view(-1).nonzero().view(-1)
         if len(chosen):
             canvas[chosen], solid[chosen] = draw(_some(p, chosen), canvas[chosen], _some(f, chosen), solid[chosen])
@@ -407,7 +422,9 @@ class SyntheticFaces(torch.utils.data.Dataset):
         given = {"identities": identities, "images": images, "seed": seed, "first": first}
         for name, value in given.items():
             if not isinstance(value, int) or value < (name in ("identities", "images")):
-                raise ConfigError(f"synthetic faces: {name}: got {value!r}, expected a whole number, at least 1 (seed, first: 0)")
+                raise ConfigError(
+                    f"synthetic faces: {name}: got {value!r}, expected a whole number, at least 1 (seed, first: 0)"
+                )
         self.name = "synthetic:" + ",".join(f"{name}={value}" for name, value in given.items())
         self.checksum = hashlib.sha256(f"{self.name},version={VERSION}".encode()).hexdigest()
         self.num_identities, self.per_identity, self.seed, self.first = identities, images, seed, first
@@ -431,11 +448,12 @@ class SyntheticFaces(torch.utils.data.Dataset):
         for block in torch.unique(index // BLOCK).tolist():
             if not self._done[block]:
                 i = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(self)))
-                self._pixels[i[0] : i[-1] + 1] = render(self.first + i // self.per_identity, i % self.per_identity, self.seed)
+                self._pixels[i[0] : i[-1] + 1] = render(
+                    self.first + i // self.per_identity, i % self.per_identity, self.seed
+                )
                 self._done[block] = True
         return self._pixels[index]
 
     def render_all(self) -> Tensor:
         """Every image, drawn now: uint8 RGB (N, 3, 112, 112), about 37 KiB each."""
-        self.images(torch.arange(len(self)))
-        return self._pixels
+        return self.images(torch.arange(len(self)))

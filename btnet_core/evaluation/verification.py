@@ -202,3 +202,19 @@ def evaluate_pairs(
             "auc": float(np.mean([row["auc"] for row in done])), "directions": done,
         }  # fmt: skip
     return report
+
+
+def summarise(reports: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The mean over pair sets of ``evaluate_pairs`` reports: {"112&7": {accuracy, std, sets}, …} in %.
+
+    ``std`` is the mean over the sets of the standard deviation between folds; ``sets`` holds each accuracy.
+    """
+    rows = {setting: [report[setting] for report in reports] for setting in reports[0]}
+    return {
+        setting: {
+            "accuracy": float(np.mean([row["accuracy"] for row in sets])),
+            "std": float(np.mean([row["std"] for row in sets])),
+            "sets": [row["accuracy"] for row in sets],
+        }
+        for setting, sets in rows.items()
+    }

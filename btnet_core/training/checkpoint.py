@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "format": str(FORMAT)}
 
 
-def write_atomically(path: Path, write) -> None:  # noqa: ANN001
+def write_atomically(path: Path, write) -> None:
     """Call ``write(file)`` on a temporary neighbour, bring it to the disk, and put it in the place of ``path``.
 
     Raises:
@@ -67,7 +67,9 @@ def load_state(out: Path) -> dict[str, Any] | None:
     except Exception as error:  # torch raises many types for damaged or unsafe files
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {state.get('format') if isinstance(state, dict) else None}, expected {FORMAT}")
+        raise CheckpointError(
+            f"{path}: format {state.get('format') if isinstance(state, dict) else None}, expected {FORMAT}"
+        )
     return state
 
 

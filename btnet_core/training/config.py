@@ -132,7 +132,7 @@ class TrainConfig:
         """True where a classifier takes part (a softmax, not pairs alone)."""
         return self.influence_weight > 0 and self.loss not in ("triplet", "circle")
 
-    def replace(self, **changes) -> TrainConfig:  # noqa: ANN003
+    def replace(self, **changes) -> TrainConfig:
         """A checked copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 

@@ -121,7 +121,9 @@ def free_memory() -> float:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024.0 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return 4e9 if not hasattr(os, "sysconf") else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
+        return (
+            4e9 if not hasattr(os, "sysconf") else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
+        )
 
 
 def mirrored(pixels: Tensor, flip: Tensor) -> Tensor:
@@ -161,7 +163,9 @@ class TeacherCache:
         shares = distributed.world() if folder else 1
         like = compute(pixels.get(torch.arange(1)).to(device))
         self.size = sum(2 * count * row[0].numel() * row.element_size() for row in like)
-        self.stores = [self._store(folder, index, (2 * count, *row.shape[1:]), row.dtype) for index, row in enumerate(like)]
+        self.stores = [
+            self._store(folder, index, (2 * count, *row.shape[1:]), row.dtype) for index, row in enumerate(like)
+        ]
         for start in range(64 * (distributed.rank() if shares > 1 else 0), count, 64 * shares):
             records = torch.arange(start, min(start + 64, count))
             faces = pixels.get(records).to(device)
@@ -184,7 +188,7 @@ class TeacherCache:
 
 
 def cache_place(choice: str, size: int, epochs: int, folder: Path) -> tuple[str, str]:
-    """"memory", "memmap" or "off" for features of ``size`` bytes, and the sentence that announces it.
+    """ "memory", "memmap" or "off" for features of ``size`` bytes, and the sentence that announces it.
 
     "auto" needs more than two passes to pay (the cache holds each face twice), prefers memory, and with several
     processes a file that they share.

@@ -73,12 +73,12 @@ class _Gather(torch.autograd.Function):
     """Forward: rows of all processes. Backward: this process's rows of the (summed) gradient."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, total: bool) -> Tensor:  # noqa: ANN001
+    def forward(ctx, value: Tensor, total: bool) -> Tensor:
         ctx.rows, ctx.total = len(value), total
         return all_gather(value)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         if ctx.total:
             gradient = all_sum(gradient)
         return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows], None
@@ -97,7 +97,7 @@ class _ShardedSoftmax(torch.autograd.Function):
     """Mean cross-entropy of logits ``(B, C_shard)`` whose softmax runs over the classes of all processes."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, column: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, logits: Tensor, column: Tensor) -> Tensor:
         largest = logits.amax(1) if logits.shape[1] else logits.new_full((len(logits),), -torch.inf)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         exponents = (logits - largest[:, None]).exp_()
@@ -110,7 +110,7 @@ class _ShardedSoftmax(torch.autograd.Function):
         return (both[0].log() - both[1]).mean()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         probability, rows, column = ctx.saved_tensors
         probability = probability.index_put(
             (rows, column[rows]), probability.new_tensor(-1.0).expand(len(rows)), accumulate=True
@@ -149,11 +149,11 @@ class _AllMean(torch.autograd.Function):
     """Mean over processes, forwards and (each process holds its share of the loss) sum / n backwards."""
 
     @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, value: Tensor) -> Tensor:
         return all_sum(value) / world()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # noqa: ANN001
+    def backward(ctx, gradient: Tensor) -> Tensor:
         return all_sum(gradient) / world()
 
 

@@ -54,7 +54,12 @@ def fit(run: Run, progress: Progress) -> None:
             run.step += 1
             progress.step(run.step, {k: v for k, v in values.items() if k != "stop"}, lr, config.batch)
             ended = run.step % steps == 0
-            if ended and config.validate_epochs and (run.step // steps) % config.validate_epochs == 0 and run.step < run.total:
+            if (
+                ended
+                and config.validate_epochs
+                and (run.step // steps) % config.validate_epochs == 0
+                and run.step < run.total
+            ):
                 validate(run, progress)
             if ended or values["stop"] or _due(saved, config.checkpoint_seconds):
                 run.save()
@@ -174,7 +179,9 @@ def train(
         _check_same(json.loads(state["config"]), identity["config"], out)
         run.restore(state)
     show = show if distributed.rank() == 0 else "none"
-    progress = Progress(out, config.name, run.total, run.step, run.sampler.steps, show=show, speak=distributed.rank() == 0)
+    progress = Progress(
+        out, config.name, run.total, run.step, run.sampler.steps, show=show, speak=distributed.rank() == 0
+    )
     progress.say(describe(run))
     try:
         _fill_cache(run, progress)
@@ -194,7 +201,9 @@ def _inputs(config: TrainConfig) -> dict[str, str]:
 def _check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
     """Going on from a checkpoint is only allowed where the result is what the configuration says."""
     free = {"workers", "checkpoint_seconds", "validation", "validation_resolutions", "validate_epochs", "cache", "name"}
-    changed = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    changed = [
+        f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in old.keys() | new.keys() if old.get(key) != new.get(key)
+    ]
     changed = [text for text in changed if text.split()[0] not in free]
     if changed:
         raise ConfigError(

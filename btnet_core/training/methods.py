@@ -65,7 +65,13 @@ def table3(data: str, row: str, trunk: str, kappa: str, r: int = 14, **changes: 
     "fix_trunk": T_r's convolutions fixed; "distillation": with L_branch, which is phi_bt.
     """
     steps: dict[str, dict[str, Any]] = {
-        "scratch": {"init": "", "classifier": "fresh", "fix_classifier": False, "fix_trunk": False, "branch_weight": 0.0},
+        "scratch": {
+            "init": "",
+            "classifier": "fresh",
+            "fix_classifier": False,
+            "fix_trunk": False,
+            "branch_weight": 0.0,
+        },
         "pretraining": {"fix_classifier": False, "fix_trunk": False, "branch_weight": 0.0},
         "bct": {"fix_trunk": False, "branch_weight": 0.0},
         "fix_trunk": {"branch_weight": 0.0},

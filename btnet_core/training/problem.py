@@ -19,7 +19,16 @@ from btnet_core.embedders import autocast, fast_bf16
 from btnet_core.errors import ConfigError
 from btnet_core.training import checkpoint, classifier, distributed
 from btnet_core.training.config import TrainConfig
-from btnet_core.training.data import Batch, Pixels, Sampler, TeacherCache, branch_input, mirrored, open_pixels, trunk_input
+from btnet_core.training.data import (
+    Batch,
+    Pixels,
+    Sampler,
+    TeacherCache,
+    branch_input,
+    mirrored,
+    open_pixels,
+    trunk_input,
+)
 
 CENTER_WEIGHT = 0.003  # of the centre loss beside the softmax (Wen et al. 2016)
 
@@ -260,7 +269,11 @@ def _criteria(
         return None, None
     faces, dim = pixels.faces, trunk.config.embedding
     classifier.check_labels(faces.labels, faces.num_identities)
-    metrics = {"triplet": losses.Triplet, "circle": losses.Circle, "center": lambda: losses.Center(faces.num_identities, dim)}
+    metrics = {
+        "triplet": losses.Triplet,
+        "circle": losses.Circle,
+        "center": lambda: losses.Center(faces.num_identities, dim),
+    }
     metric = metrics[config.loss]().to(device) if config.loss in metrics else None
     if not config.uses_classes:
         return None, metric

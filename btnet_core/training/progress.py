@@ -21,7 +21,9 @@ class Progress:
     terminal, lines elsewhere).
     """
 
-    def __init__(self, out: Path, name: str, total: int, start: int, steps: int, *, show: str = "auto", speak: bool = True) -> None:
+    def __init__(
+        self, out: Path, name: str, total: int, start: int, steps: int, *, show: str = "auto", speak: bool = True
+    ) -> None:
         self.name, self.total, self.steps, self.speak = name, total, steps, speak
         self.every = max(1, steps // 10)  # steps between rows of metrics.jsonl
         self.began = self.last = self.told = time.monotonic()
@@ -54,7 +56,12 @@ class Progress:
     def _row(self, step: int, lr: float) -> None:
         now = time.monotonic()
         row: dict[str, Any] = {key: value / self.count for key, value in self.sums.items()}
-        row |= {"step": step, "epoch": step / self.steps, "lr": lr, "images_per_second": self.images / max(now - self.last, 1e-9)}
+        row |= {
+            "step": step,
+            "epoch": step / self.steps,
+            "lr": lr,
+            "images_per_second": self.images / max(now - self.last, 1e-9),
+        }
         row |= {"seconds": now - self.began, "memory_gb": memory_gb()}
         self.sums, self.count, self.images, self.last = {}, 0, 0, now
         self.row = row
@@ -65,7 +72,9 @@ class Progress:
         elif self.lines and (now - self.told >= LINE_SECONDS or step == self.total):
             self.told = now
             left = (self.total - step) * (now - self.began) / max(1, step - self.start)
-            print(f"{self.name}: step {step}/{self.total} epoch {row['epoch']:.2f} {text} left {left:.0f} s", flush=True)
+            print(
+                f"{self.name}: step {step}/{self.total} epoch {row['epoch']:.2f} {text} left {left:.0f} s", flush=True
+            )
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and TensorBoard."""
@@ -121,7 +130,7 @@ def _keep_until(path: Path, step: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _tensorboard(out: Path):  # noqa: ANN202
+def _tensorboard(out: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

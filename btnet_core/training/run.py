@@ -16,7 +16,9 @@ from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
 
 
-def train_from_file(config: Path | str, out: Path | str, *, device: str = "auto", fresh: bool = False) -> dict[str, Any]:
+def train_from_file(
+    config: Path | str, out: Path | str, *, device: str = "auto", fresh: bool = False
+) -> dict[str, Any]:
     """``train`` for the command line: the configuration is a JSON file."""
     from btnet_core.training import distributed
     from btnet_core.training.loop import train

@@ -1,0 +1,145 @@
+"""The one resize, and the checks at the boundary."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from btnet_core.errors import ConfigError, DataError
+from btnet_core.images import Resize, check_pixels, decode, degrade, encode, resize
+
+PIL_KERNELS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def face(rows: int = 112, columns: int = 112, seed: int = 0) -> torch.Tensor:
+    """Noise at several scales: harder than any face."""
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.uniform(0, 255, (3, rows // 8, columns // 8))).float()
+    fine = torch.from_numpy(rng.normal(0, 20, (3, rows, columns))).float()
+    return (resize(coarse, (rows, columns)) + fine).clamp(0, 255).round().to(torch.uint8)
+
+
+def pil_resize(image: torch.Tensor, size: tuple[int, int], kernel: Image.Resampling) -> torch.Tensor:
+    """PIL in float, channel by channel."""
+    planes = [Image.fromarray(plane.float().numpy(), mode="F").resize(size[::-1], kernel) for plane in image]
+    return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes])).clamp(0, 255)
+
+
+@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (28, 24), (33, 41), (56, 56), (112, 112), (150, 131), (224, 224)])
+def test_equals_pil_in_float_to_one_level(kernel: str, size: tuple[int, int]) -> None:
+    image = face()
+    ours = resize(image, size, Resize(kernel=kernel))
+    assert (ours - pil_resize(image, size, PIL_KERNELS[kernel])).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [7, 14, 28, 56])
+def test_area_equals_pil_box_at_whole_factors(size: int) -> None:
+    image = face()
+    ours = resize(image, size, Resize(kernel="area"))
+    assert (ours - pil_resize(image, (size, size), Image.Resampling.BOX)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [7, 14, 50])
+def test_rounding_equals_pil_on_uint8(size: int) -> None:
+    image = face()
+    theirs = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BILINEAR))
+    ours = resize(image, size, Resize(round_uint8=True))
+    assert torch.equal(ours, ours.round())
+    assert (ours.permute(1, 2, 0) - torch.from_numpy(theirs.copy()).float()).abs().max() <= 1
+
+
+def test_without_antialias_it_samples_points() -> None:
+    """OpenCV's INTER_LINEAR: at half size the value between two pixels of each row and column."""
+    image = face()
+    plain = resize(image, 56, Resize(antialias=False))
+    by_hand = image.float().unfold(1, 2, 2).unfold(2, 2, 2).mean((-1, -2))
+    torch.testing.assert_close(plain, by_hand)
+    quarter = resize(image, 28, Resize(antialias=False))
+    torch.testing.assert_close(quarter, image.float()[:, 1:].unfold(1, 2, 4)[:, :, 1:].unfold(2, 2, 4).mean((-1, -2)))
+    assert (quarter - resize(image, 28)).abs().mean() > 3
+
+
+def test_batches_single_images_and_nothing() -> None:
+    images = torch.stack([face(seed=0), face(seed=1)])
+    torch.testing.assert_close(resize(images, 14)[1], resize(images[1], 14))
+    assert resize(images[:0], 14).shape == (0, 3, 14, 14)
+    assert resize(images, 112).dtype == torch.float32
+    with pytest.raises(ConfigError, match="0x5"):
+        resize(images, (0, 5))
+    with pytest.raises(ConfigError, match="lanczos"):
+        Resize(kernel="lanczos")
+
+
+def test_degrade_goes_down_and_up_and_keeps_the_shape() -> None:
+    image = face()
+    torch.testing.assert_close(degrade(image, 14), resize(resize(image, 14), 112))
+    torch.testing.assert_close(degrade(image, 112), image.float())
+    assert degrade(image[:, :, 8:104], 28).shape == (3, 112, 96)
+
+
+def test_names_tell_kernels_apart() -> None:
+    options = [Resize(), Resize(antialias=False), Resize(round_uint8=True), Resize(kernel="area")]
+    assert len({how.name for how in options}) == 4
+    assert Resize().name == "bilinear+antialias, float"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(1, 5, 5), "shape"),
+        (torch.zeros(3, 0, 5), "shape"),
+        (torch.zeros(3, 5, 5, dtype=torch.int32), "int32"),
+        (torch.full((3, 5, 5), 300.0), "300"),
+        (torch.full((3, 5, 5), float("nan")), "nan"),
+        (torch.rand(3, 5, 5), r"not \[0, 1\]"),
+    ],
+)
+def test_check_pixels_names_what_is_wrong(bad: torch.Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=f"gallery.*{message}"):
+        check_pixels(bad, "gallery")
+
+
+def test_round_trip_through_png_and_jpeg() -> None:
+    image = face()
+    assert torch.equal(decode(encode(image), where="x"), image)
+    assert (decode(encode(image, "JPEG"), where="x").float() - image.float()).abs().mean() < 8
+
+
+def test_grey_and_palette_images_become_rgb() -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(out, "PNG")
+    image = decode(out.getvalue(), where="grey")
+    assert image.shape == (3, 8, 8)
+    assert torch.equal(image[0], image[2])
+
+
+def test_bombs_and_cut_images_are_refused() -> None:
+    bomb = io.BytesIO()
+    Image.new("1", (9000, 10)).save(bomb, "PNG")
+    with pytest.raises(DataError, match=r"record 7.*9000"):
+        decode(bomb.getvalue(), where="record 7")
+    huge = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(huge, "PNG")
+    with pytest.raises(DataError, match="record 8"):
+        decode(huge.getvalue(), where="record 8")
+    with pytest.raises(DataError, match="record 9"):
+        decode(encode(face(), "JPEG")[:2000], where="record 9")
+
+
+@given(st.binary(max_size=200), st.integers(0, 60), st.integers(0, 255))
+@settings(max_examples=60, deadline=None)
+def test_any_bytes_decode_or_raise_data_error(tail: bytes, at: int, value: int) -> None:
+    good = bytearray(encode(torch.full((3, 4, 4), 7, dtype=torch.uint8)))
+    good[min(at, len(good) - 1)] = value
+    for data in (tail, bytes(good) + tail):
+        try:
+            assert decode(data, where="x").shape[0] == 3
+        except DataError as error:
+            assert "x" in str(error)

@@ -144,7 +144,9 @@ def explain(error: Any, notebook: Notebook, cell: int) -> str:
     trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     lines = [int(number) for number in re.findall(r"^\s*Cell In\[\d+\], line (\d+)", trace, re.M)] or [1]
     message = f"{where}, line {lines[0]}: {error.ename}: {error.evalue}"
-    message += "".join(f"\n    {text.strip()}" for text in error.source.splitlines()[lines[0] - 1 : lines[0]])
+    message += "".join(
+        f"\n    {text.strip()}" for text in error.source.lstrip("\n").splitlines()[lines[0] - 1 : lines[0]]
+    )
     inner = re.findall(r"^File (\S+:\d+), in (\w+)", trace, re.M)
     return message + (f"\n    raised in {inner[-1][0]}, {inner[-1][1]}" if inner else "")
 

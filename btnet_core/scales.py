@@ -28,7 +28,9 @@ class Scale:
     pretrained: str = ""  # phi_hr trained by others; "" trains it here
     resolutions: tuple[int, ...] = (28, 14, 7)  # of the branches, rows in pixels
     pictures: bool = False  # whether its faces may be shown in committed figures
-    trunk: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # TrainConfig fields for phi_hr, phi_mr
+    from_hr: bool = False  # Deviation where True: phi_mr and phi_mm start from phi_hr, not from random weights
+    hr: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # TrainConfig fields for phi_hr
+    trunk: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for phi_mr
     specialist: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for each phi_mm
     branch: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for each branch of phi_bt
 
@@ -44,14 +46,16 @@ SCALES = {
             name="demo",
             claim="Synthetic faces and a small trunk trained for minutes on a CPU: shows the method, not its numbers.",
             faces="synthetic:identities=400,images=16,seed=0",
-            pairs=("pairs:synthetic:identities=200,images=8,seed=0,first=100000:count=2000,seed=0",),
-            others="synthetic:identities=200,images=8,seed=0,first=100000",
+            pairs=("pairs:synthetic:identities=150,images=6,seed=0,first=100000:count=1500,seed=0",),
+            others="synthetic:identities=150,images=6,seed=0,first=100000",
             backbone=BackboneConfig(name="iresnet18", width=0.25, embedding=128),
             pictures=True,
+            from_hr=True,
             # Deviation: a margin of 0.2 and s = 32; m = 0.5 and s = 64 do not get off the ground in 400 steps.
-            trunk={"epochs": 2, "batch": 32, "lr": 1.6, "warmup_epochs": 0.2, "margin": 0.2, "scale": 32.0},
-            specialist={"epochs": 1, "batch": 32, "lr": 1.6, "warmup_epochs": 0.1, "margin": 0.2, "scale": 32.0},
-            branch={"epochs": 3, "batch": 64, "lr": 0.4, "margin": 0.2, "scale": 32.0},
+            hr={"epochs": 2, "batch": 32, "lr": 1.6, "warmup_epochs": 0.2, "margin": 0.2, "scale": 32.0},
+            trunk={"epochs": 1, "batch": 32, "lr": 1.2, "warmup_epochs": 0.1, "margin": 0.2, "scale": 32.0},
+            specialist={"epochs": 1, "batch": 32, "lr": 1.2, "warmup_epochs": 0.1, "margin": 0.2, "scale": 32.0},
+            branch={"epochs": 2, "batch": 32, "lr": 1.6, "margin": 0.2, "scale": 32.0},
         ),
         Scale(
             name="lfw",
@@ -61,6 +65,7 @@ SCALES = {
             others="lfw_devtest",
             backbone=BackboneConfig(name="iresnet18", width=0.25, embedding=128),
             pretrained="mobilefacenet_casia.safetensors",
+            from_hr=True,
             trunk={"epochs": 4, "batch": 128, "lr": 0.2, "warmup_epochs": 0.5},
             specialist={"epochs": 2, "batch": 128, "lr": 0.2, "warmup_epochs": 0.25},
             branch={"epochs": 8, "batch": 128, "lr": 0.2},

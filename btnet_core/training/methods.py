@@ -105,16 +105,23 @@ def load_route(trunk: Backbone, path: Path | str) -> BTNet:
 def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]:
     """Every run of Table 1 at a scale, in order, by the folder under ``models`` that it is trained in.
 
-    Where the scale's phi_hr was trained by others (``models/phi_hr`` then holds it), phi_mr and phi_mm start from it.
+    With ``scale.from_hr`` phi_mr and phi_mm start from phi_hr; where others trained that (``scale.pretrained``, then
+    in ``models/phi_hr``), their classifier starts from class means.
     """
-    common = {"seed": seed, "validation": scale.pairs}
-    start: dict[str, Any] = {"backbone": scale.backbone}
-    if scale.pretrained:
-        start = {"backbone": None, "init": str(models / "phi_hr" / "trunk.safetensors"), "classifier": "class_means"}
-    runs = [] if scale.pretrained else [phi_hr(scale.faces, **start, **common, **scale.trunk)]
-    runs += [phi_mr(scale.faces, **start, **common, **scale.trunk)]
-    runs += [phi_mm(scale.faces, r, **start, **common, **scale.specialist) for r in scale.resolutions]
+    fresh: dict[str, Any] = {"backbone": scale.backbone, "seed": seed}
+    start = fresh
+    if scale.from_hr:
+        trunk, kappa = (str(models / "phi_hr" / f"{part}.safetensors") for part in ("trunk", "classifier"))
+        start = {
+            "backbone": None,
+            "init": trunk,
+            "classifier": "class_means" if scale.pretrained else kappa,
+            "seed": seed,
+        }
+    runs = [] if scale.pretrained else [phi_hr(scale.faces, **fresh, **scale.hr)]
+    runs += [phi_mr(scale.faces, **start, **scale.trunk)]
+    runs += [phi_mm(scale.faces, r, **start, **scale.specialist) for r in scale.resolutions]
     trunk, kappa = (str(models / "phi_mr" / f"{part}.safetensors") for part in ("trunk", "classifier"))
-    branch = {"btnet": str(models / "phi_bt"), **common, **scale.branch}
+    branch = {"btnet": str(models / "phi_bt"), "seed": seed, "validation": scale.pairs, **scale.branch}
     runs += [phi_bt(scale.faces, r, trunk, kappa, **branch) for r in scale.resolutions]
     return {run.name: run for run in runs}

@@ -1,0 +1,78 @@
+"""The repository's promises: one list of dependencies, stripped notebooks of the agreed shape, working commands."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def names(requirements: list[str]) -> dict[str, str]:
+    """Package -> version bounds, spaces removed."""
+    found = (re.match(r"([A-Za-z0-9_.-]+)\s*(.*)", text.split(";")[0]) for text in requirements)
+    return {match[1].lower(): match[2].replace(" ", "") for match in found if match}
+
+
+def test_environment_yml_is_pyprojects_list() -> None:
+    """It names no package of its own: pip installs the project, with its list and its constraints."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda = names([entry for entry in listed if isinstance(entry, str)])
+    assert conda == {"python": project["requires-python"], "pip": ""}
+    (pip,) = [group["pip"] for group in listed if isinstance(group, dict)]
+    extras = ",".join(project["optional-dependencies"])
+    assert pip == ["-c constraints.txt", f"-e .[{extras}]"]
+
+
+def test_constraints_pin_what_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all("==" in line for line in lines)
+    extras = [name for group in project["optional-dependencies"].values() for name in group]
+    pinned = names(lines).keys()
+    assert not names([*project["dependencies"], *extras]).keys() - pinned
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_has_the_agreed_shape(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in code]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code), "outputs are not stripped"
+    tagged = [index for index, cell in enumerate(code) if "parameters" in cell["metadata"].get("tags", [])]
+    assert tagged == [0]
+    for statement in ast.parse(sources[0]).body:
+        assert isinstance(statement, ast.Assign)
+        ast.literal_eval(statement.value)
+    assert {"scale", "run_dir", "seed", "device"} <= {s.targets[0].id for s in ast.parse(sources[0]).body}
+    assert sum(len(source.splitlines()) for source in sources) <= 150
+    assert max(len(source.splitlines()) for source in sources) <= 24
+    assert not re.search(r"sys\.path|^!|^%pip|class ", "\n".join(sources), re.MULTILINE)
+    assert "".join(cells[0]["source"]).startswith(f"# {path.name[:2]} ")
+
+
+def test_committed_figures_are_linked_and_exist() -> None:
+    text = "".join(path.read_text() for path in (*NOTEBOOKS, ROOT / "README.md"))
+    linked = set(re.findall(r"\((?:\.\./)?(figures/[\w.]+\.png)\)", text))
+    assert linked
+    assert not [name for name in sorted(linked) if not (ROOT / name).is_file()]
+    assert not [name for name in sorted(linked) if not (ROOT / name).with_suffix(".pdf").is_file()]
+
+
+def test_the_readmes_commands_exist() -> None:
+    readme, makefile = ((ROOT / name).read_text() for name in ("README.md", "Makefile"))
+    for target in set(re.findall(r"make (\w+)", readme)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    assert {"reproduce", "test", "lab"} <= set(re.findall(r"make (\w+)", readme))

@@ -1,0 +1,145 @@
+"""The driver: order, checked parameters, failure with its place, resuming, what makes a notebook run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from btnet_core.errors import ReproduceError
+from btnet_core.reproduce import reproduce
+
+COUNT = """
+from pathlib import Path
+log = Path(run_dir) / "log.txt"
+log.parent.mkdir(parents=True, exist_ok=True)
+with log.open("a") as file:
+    file.write(f"{name} {value} {scale}\\n")
+"""
+
+
+def write(folder: Path, stem: str, source: str = COUNT, parameters: str = "", depends: tuple[str, ...] = ()) -> None:
+    notebook = nbformat.v4.new_notebook()
+    first = f'scale = "demo"\nrun_dir = ""\nvalue = 1\nname = "{stem}"\n{parameters}'
+    notebook.cells = [
+        nbformat.v4.new_markdown_cell("# title"),
+        nbformat.v4.new_code_cell(first, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(source),
+    ]
+    notebook.metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+        "language_info": {"name": "python"},
+        "btnet": {"depends": list(depends)},
+    }
+    folder.mkdir(exist_ok=True)
+    nbformat.write(notebook, folder / f"{stem}.ipynb")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write(tmp_path / "nb", "01_first")
+    write(tmp_path / "nb", "02_second", depends=("01",))
+    return tmp_path
+
+
+def run(place: Path, **options) -> list[str]:
+    """Run, and return the lines the notebooks logged so far."""
+    options = {"notebooks": place / "nb", "runs": place / "runs", "data": "d"} | options
+    reproduce("demo", **options)
+    return (place / "runs" / "demo" / "log.txt").read_text().splitlines()
+
+
+pytestmark = pytest.mark.notebook
+
+
+def test_order_outputs_and_skipping_what_is_unchanged(place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(place) == ["01_first 1 demo", "02_second 1 demo"]
+    executed = nbformat.read(place / "runs/demo/notebooks/01_first.ipynb", as_version=4)
+    assert any("injected-parameters" in cell.metadata.get("tags", []) for cell in executed.cells)
+    assert (place / "runs/demo/logs/01_first.log").is_file()
+    assert "[1/2] 01_first" in capsys.readouterr().out
+    assert len(run(place)) == 2
+    assert "unchanged" in capsys.readouterr().out
+    assert len(run(place, resume=False)) == 4
+
+
+def test_what_makes_a_notebook_run_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(place)
+    assert run(place, only=["02"], parameters={"value": "2"})[2:] == ["02_second 2 demo"]
+    write(place / "nb", "01_first", COUNT + "# changed\n")
+    assert run(place)[3:] == ["01_first 1 demo", "02_second 1 demo"]  # the second depends on the first
+    assert len(run(place, data="other")) == 7
+    monkeypatch.setattr("btnet_core.reproduce.code_checksum", lambda: "other code")
+    assert len(run(place, data="other")) == 9
+    (place / "runs/demo/notebooks/02_second.ipynb").unlink()
+    assert run(place, data="other")[9:] == ["02_second 1 demo"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [({"valeu": "3"}, r"valeu.*value"), ({"value": "three"}, r"value.*int"), ({"run_dir": "x"}, "--runs")],
+)
+def test_wrong_parameters_are_found_before_anything_runs(place: Path, parameters: dict, message: str) -> None:
+    with pytest.raises(ReproduceError, match=message):
+        run(place, parameters=parameters)
+    assert not (place / "runs/demo/log.txt").exists()
+
+
+def test_a_parameter_goes_to_the_notebooks_that_know_it(place: Path) -> None:
+    write(place / "nb", "03_third", COUNT + "assert extra == 5", parameters="extra = 1\n")
+    assert len(run(place, parameters={"extra": "5"})) == 3
+
+
+def test_unknown_notebook(place: Path) -> None:
+    with pytest.raises(ReproduceError, match=r"09.*01_first, 02_second"):
+        run(place, only=["09"])
+
+
+def test_failure_shows_error_and_place_and_resumes(place: Path) -> None:
+    write(place / "nb", "02_second", COUNT + "flag = Path(run_dir) / 'fixed'\nif not flag.exists():\n    1 / 0\n")
+    with pytest.raises(ReproduceError) as caught:
+        run(place)
+    text = str(caught.value)
+    assert "02_second" in text
+    assert "ZeroDivisionError" in text
+    assert "1 / 0" in text
+    assert "cell 3" in text
+    (place / "runs/demo/fixed").touch()
+    assert run(place) == ["01_first 1 demo", "02_second 1 demo", "02_second 1 demo"]
+
+
+def test_interrupt_leaves_a_state_that_resumes(place: Path) -> None:
+    waiting = COUNT + "import time\nflag = Path(run_dir) / 'go'\nwhile not flag.exists():\n    time.sleep(0.1)\n"
+    write(place / "nb", "02_second", waiting)
+    code = "import sys; from btnet_core.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "reproduce", "--runs", str(place / "runs")]
+    (place / "nb").rename(place / "notebooks")
+    log = place / "runs/demo/log.txt"
+    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and "02_second" in log.read_text()):
+        time.sleep(0.2)
+    with pytest.raises(ReproduceError, match="in use"):
+        run(place, notebooks=place / "notebooks")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert list(json.loads((place / "runs/demo/state.json").read_text())) == ["01_first"]
+    (place / "runs/demo/go").touch()
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().splitlines() == ["01_first 1 demo", "02_second 1 demo", "02_second 1 demo"]
+
+
+def test_parameters_cell_must_hold_literals(place: Path) -> None:
+    write(place / "nb", "01_first", parameters="worse = open('x')\n")
+    with pytest.raises(ReproduceError, match="01_first"):
+        run(place)
+    assert os.listdir(place) == ["nb"]

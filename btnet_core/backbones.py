@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from btnet_core.errors import CheckpointError, ConfigError, DataError
 
@@ -58,6 +59,18 @@ class PReLU(nn.PReLU):
         return torch.addcmul(torch.relu(x), self.weight.to(x.dtype).view(-1, 1, 1), torch.clamp_max(x, 0))
 
 
+class Pointwise(nn.Conv2d):
+    """Strided 1x1 convolution that skips pixels first when channels are few.
+
+    oneDNN (PyTorch 2.14, CPU, channels_last) writes out of bounds in its backward pass below 16 input channels.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or self.in_channels >= 16:
+            return super().forward(x)
+        return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], self.weight)
+
+
 class Stem(nn.Sequential):
     """IResNet's first layer: conv3x3 stride 1, BN, PReLU."""
 
@@ -91,7 +104,7 @@ class Unit(nn.Module):
         self.bn3 = nn.BatchNorm2d(c_out)
         self.shortcut: nn.Sequential | None = None
         if stride != 1 or c_in != c_out:
-            conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            conv = Pointwise(c_in, c_out, 1, stride, bias=False)
             self.shortcut = nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(c_out)))
 
     def forward(self, x: Tensor) -> Tensor:

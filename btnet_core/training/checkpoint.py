@@ -22,7 +22,7 @@ RECORD = "run.json"
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "format": str(FORMAT)}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "format": str(FORMAT)}
 
 
 def write_atomically(path: Path, write) -> None:

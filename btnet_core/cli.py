@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import BTNetError, ReproduceError
+from .errors import BTNetError, ConfigError, ReproduceError
 
 Commands = Any  # argparse's own type of the object that adds sub-parsers is private
 
@@ -100,7 +100,58 @@ def run_train(options: argparse.Namespace) -> None:
     train_from_file(options.config, options.out, device=options.device, fresh=options.fresh)
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (add_reproduce, add_train)
+def add_data(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "data",
+        run_data,
+        help="list the data sets: where each is looked for, counts, checksum, licence, how to get it",
+        example="btnet data   (or: btnet data get lfw)",
+    )
+    parser.add_argument("action", nargs="*", metavar="get lfw", help="download LFW through scikit-learn and pack it")
+
+
+def run_data(options: argparse.Namespace) -> None:
+    from .datasets import data_root, registry
+
+    if not options.action:
+        print(registry.table())
+    elif options.action == ["get", "lfw"]:
+        out = data_root() / "lfw"
+        print(f"{registry.get_lfw(out):,} images packed into {out}")
+    else:
+        raise ConfigError(f"got {' '.join(options.action)!r}; only LFW can be fetched: btnet data get lfw")
+
+
+def add_pack(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "pack",
+        run_pack,
+        help="write a folder of faces as RecordIO, or a pair list as a verification set",
+        example="btnet pack faces/ packed/   (or: btnet pack --pairs pairs.txt pairs.bin)",
+    )
+    parser.add_argument("source", metavar="FOLDER", help="a folder per identity; with --pairs the file to write")
+    parser.add_argument("out", nargs="?", metavar="OUT", help="the folder to write")
+    parser.add_argument("--pairs", metavar="FILE", help="LFW-style pairs.txt, images beside it or under --images")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images that --pairs names")
+
+
+def run_pack(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from .datasets import registry
+
+    if options.pairs:
+        folder = Path(options.images) if options.images else None
+        print(f"{registry.pack_pairs(Path(options.pairs), Path(options.source), folder):,} pairs in {options.source}")
+    elif options.out:
+        print(f"{registry.pack_folder(Path(options.source), Path(options.out)):,} images in {options.out}")
+    else:
+        raise ConfigError("pack takes FOLDER and OUT, or --pairs FILE and the .bin to write")
+
+
+COMMANDS: tuple[Callable[[Commands], None], ...] = (add_reproduce, add_train, add_data, add_pack)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

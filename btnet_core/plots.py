@@ -136,7 +136,8 @@ def figure1(
     for axes in (left, right):
         axes.set_xlabel("resolution (px)")
         axes.set_xticks([7, 14, 28, 56, 84, 112])
-    left.legend(loc="center right", bbox_to_anchor=(1, 0.36))
+    left.set_ylim(bottom=left.get_ylim()[0] / 6)  # room for the legend
+    left.legend(loc="lower center", ncols=2)
     right.legend()
     return figure
 
@@ -288,13 +289,14 @@ def figure5(costs: Sequence[Any], *, paper_share: Mapping[int, float] | None = N
     figure, axes = plt.subplots(figsize=(COLUMN, 2.5), layout="constrained")
     whole, x = rows[-1]["stored"] / 1e6, np.arange(len(rows) - 1)
     axes.bar(x - 0.2, whole, 0.38, color=GREY, label="full fine-tuning: a model each")
-    for index, cost in enumerate(rows[:-1]):
-        axes.bar(
-            index + 0.2, cost["stored"] / 1e6, 0.38, color=BLUE, label=r"$\phi_{bt}$: branch + BN" if not index else ""
-        )
-        axes.text(index + 0.2, cost["stored"] / 1e6 + whole * 0.035, f"{cost['share']:.1%}", ha="center", fontsize=7)
-    printed = {index: (paper_share or {}).get(cost["r"]) for index, cost in enumerate(rows[:-1])}
-    points = [(index + 0.2, share * whole) for index, share in printed.items() if share is not None]
+    stored = [cost["stored"] / 1e6 for cost in rows[:-1]]
+    axes.bar(x + 0.2, stored, 0.38, color=BLUE, label=r"$\phi_{bt}$: branch + BN")
+    for at, value in zip(x + 0.2, stored, strict=True):
+        share = 100 * value / whole
+        text = f"{share:.{1 if share >= 1 else 2}f} %"
+        axes.annotate(text, (at, value), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+    printed = {at: (paper_share or {}).get(cost["r"]) for at, cost in zip(x + 0.2, rows[:-1], strict=True)}
+    points = [(at, share * whole) for at, share in printed.items() if share is not None]
     if points:
         axes.plot(*zip(*points, strict=True), "D", color="#222222", label="paper", **HOLLOW)
     axes.set(xlabel="resolution (px)", ylabel="parameters stored (millions)", ylim=(0, whole * 1.42))
@@ -311,22 +313,21 @@ def figure6(costs: Sequence[Any], times: Mapping[int, Mapping[str, float]], *, w
     resolutions, x = [cost["r"] for cost in rows], np.arange(len(rows))
     macs = np.array([[cost["macs"] / 1e9] * 3 for cost in rows])
     timed = np.array([[times[r]["median"], times[r]["low"], times[r]["high"]] for r in resolutions])
-    units = ("multiply-accumulates a face (G)", f"time a face (ms, {where})")
+    units = ("GMACs a face", f"time a face (ms, {where})")
     for axes, values, unit in zip(panels, (macs, timed), units, strict=True):
         spread = np.abs(values[:, 1:] - values[:, :1]).T
-        axes.bar(
-            x - 0.2, values[-1, 0], 0.38, color=GREY, label=r"$\phi_{hr}$, $\phi_{mm}$, $\phi_{mr}$: up-sampled to S"
-        )
+        label = r"$\phi_{hr}$, $\phi_{mm}$, $\phi_{mr}$: up-sampled to S"
+        axes.bar(x - 0.2, values[-1, 0], 0.38, color=GREY, label=label)
         axes.bar(x + 0.2, values[:, 0], 0.38, color=BLUE, label=r"$\phi_{bt}$: at its own size",
                  yerr=spread if spread.any() else None, error_kw={"elinewidth": 0.8, "capsize": 2})  # fmt: skip
         for index, value in enumerate(values[:, 0]):
-            axes.text(
-                index + 0.2, value + spread[1, index] + values.max() * 0.02, f"{value:.3g}", ha="center", fontsize=6.5
-            )
+            top = (index + 0.2, value + spread[1, index])
+            axes.annotate(f"{value:.3g}", top, (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
         axes.set(xlabel="resolution (px)", ylabel=unit, ylim=(0, values.max() * 1.4))
         axes.set_xticks(x, [str(r) for r in resolutions])
     panels[0].legend(loc="upper left")
-    panels[1].set_title("median and quartiles")
+    panels[0].set_title("multiply-accumulates, counted")
+    panels[1].set_title("time, median and quartiles")
     return figure
 
 
@@ -345,9 +346,8 @@ def figure7(points: Sequence[Mapping[str, Any]]) -> Figure:
         x = [value / 1e6 for value in x]
         axes.errorbar(x, y, [p.get("spread", 0) for p in own], color=colour, marker="o", capsize=2, label=setting)
         for p, at in zip(own, x, strict=True):
-            axes.annotate(
-                p["couple_at"], (at, p["accuracy"]), (0, -10), textcoords="offset points", ha="center", fontsize=6
-            )
+            below = {"xytext": (0, -10), "textcoords": "offset points", "ha": "center", "fontsize": 6}
+            axes.annotate(p["couple_at"], (at, p["accuracy"]), **below)
             if p.get("standard"):
                 axes.plot(at, p["accuracy"], "*", color=colour, markersize=11, markeredgecolor="white", zorder=5)
     axes.plot([], [], "*", color="#444444", markersize=9, label="BTNet's allocation")
@@ -382,7 +382,7 @@ def figure8(results: Mapping[str, float], *, paper: Mapping[str, float] | None =
     right.set(xlabel="indicator", ylabel=metric)
     right.set_xticks(range(3), INDICATORS)
     left.legend()
-    right.legend()
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, columnspacing=1, handletextpad=0.2)
     return figure
 
 
@@ -404,18 +404,9 @@ def figure9(maps: Mapping[str, Mapping[int, Sequence[Any]]], similarity: Mapping
     for m, method in enumerate(methods):
         for row, r in enumerate(resolutions):
             for stage, feature in enumerate(maps[method][r]):
-                joins = method == "phi_bt" and (
-                    coupled.get(r) == stage or (r == max(resolutions) and stage in coupled.values())
-                )
-                back = {index: low for low, index in coupled.items()}
-                outline = _colour(r if r in coupled else back.get(stage, r)) if joins else None
-                title = (
-                    f"{_label(method)}\nst. {stage + 1}"
-                    if stage == 0 and not row
-                    else f"st. {stage + 1}"
-                    if not row
-                    else ""
-                )
+                joins = next((low for low, at in coupled.items() if at == stage and r in (low, max(resolutions))), None)
+                outline = _colour(joins) if joins and method == "phi_bt" else None
+                title = "" if row else f"{'' if stage else _label(method)}\nst. {stage + 1}"
                 _show(grid[row, m * stages + stage], _map(feature), title, outline, cmap="viridis")
             if not m:
                 grid[row, 0].set_ylabel(f"{r}", rotation=0, ha="right", va="center")
@@ -425,7 +416,7 @@ def figure9(maps: Mapping[str, Mapping[int, Sequence[Any]]], similarity: Mapping
                 panels[m].plot(coupled[r] + 1, values[coupled[r]], "s", color=_colour(r), **HOLLOW | {"markersize": 9})
         panels[m].set(xlabel="stage", title=_label(method), xticks=range(1, stages + 1))
     panels[0].set_ylabel(measure)
-    panels[-1].legend()
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -459,12 +450,8 @@ def loss_curves(histories: Mapping[str, tuple[Sequence[float], Sequence[float]]]
         colour, width = _method(name, index)["color"], min(window, len(values))
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.6)
         middle = slice(width // 2, width // 2 + len(values) - width + 1)
-        axes.plot(
-            np.asarray(steps)[middle],
-            np.convolve(values, np.ones(width) / width, "valid"),
-            color=colour,
-            label=_label(name),
-        )
+        mean = np.convolve(values, np.ones(width) / width, "valid")
+        axes.plot(np.asarray(steps)[middle], mean, color=colour, label=_label(name))
     axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
     axes.legend()
     return figure
@@ -477,47 +464,40 @@ class Table(str):
         return str(self)
 
 
+def _cell(value: Any, digits: int) -> str:
+    if isinstance(value, float):
+        return f"{value:,.{digits}f}"
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def table(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str, Any]], *, caption: str = "",
-          source: str = "ours", digits: int = 2, markdown: bool = False) -> Table:  # fmt: skip
+          source: str = "ours", digits: int = 2, markdown: bool = False) -> str:  # fmt: skip
     """Our numbers and, in a block of its own, the paper's: row -> column -> value; a missing or None one is "–".
 
-    ``source`` says what ours were measured on. HTML, or with ``markdown`` a pipe table for the README.
+    ``source`` says what ours were measured on. HTML that a notebook shows, or with ``markdown`` a pipe table.
 
     Raises:
         ConfigError: nothing to show.
     """
-    blocks = [(source, ours), ("paper, as printed", paper)]
+    blocks = [(title, rows) for title, rows in ((source, ours), ("paper, as printed", paper)) if rows]
     columns = list(dict.fromkeys(c for _, rows in blocks for row in rows.values() for c in row))
     if not columns:
         raise ConfigError("table: got no rows, expected at least one row with one column")
-
-    def cell(value: Any) -> str:
-        return (
-            "–"
-            if value is None
-            else f"{value:,.{digits}f}"
-            if isinstance(value, float)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else str(value)
-        )
-
     if markdown:
         lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
         for title, rows in blocks:
-            lines += [f"| **{title}** |" + " |" * len(columns)] if rows else []
-            lines += [
-                f"| {name} | " + " | ".join(cell(row.get(c)) for c in columns) + " |" for name, row in rows.items()
-            ]
-        return Table("\n".join(lines))
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = ""
-    for (title, rows), style in zip(blocks, ("", "color:#777;font-style:italic"), strict=True):
-        if rows:
-            body += f'<tr><th colspan="{len(columns) + 1}" style="text-align:left;border-top:2px solid">{html.escape(title)}</th></tr>'
+            lines.append(f"| **{title}** |" + " |" * len(columns))
+            for name, row in rows.items():
+                lines.append(f"| {name} | " + " | ".join(_cell(row.get(c), digits) for c in columns) + " |")
+        return "\n".join(lines)
+    body = "<tr><th></th>" + "".join(f"<th>{html.escape(c)}</th>" for c in columns) + "</tr>"
+    for title, rows in blocks:
+        left, style = "text-align:left", "color:#777;font-style:italic" if rows is paper else ""
+        body += (
+            f'<tr><th colspan="{len(columns) + 1}" style="{left};border-top:2px solid">{html.escape(title)}</th></tr>'
+        )
         for name, row in rows.items():
-            cells = "".join(f'<td style="text-align:right">{html.escape(cell(row.get(c)))}</td>' for c in columns)
-            body += f'<tr style="{style}"><td style="text-align:left">{html.escape(name)}</td>{cells}</tr>'
-    return Table(
-        f"<table><caption>{html.escape(caption)}</caption><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
-    )
+            cells = (html.escape(_cell(row.get(c), digits)) for c in columns)
+            cells = "".join(f'<td style="text-align:right">{cell}</td>' for cell in cells)
+            body += f'<tr style="{style}"><td style="{left}">{html.escape(name)}</td>{cells}</tr>'
+    return Table(f"<table><caption>{html.escape(caption)}</caption>{body}</table>")

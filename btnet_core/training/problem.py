@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from btnet_core import losses
 from btnet_core.backbones import Backbone, BackboneConfig, build_backbone, load_backbone
@@ -114,12 +115,12 @@ class Run:
         config, x = self.config, branch_input(self.trunk, faces, self.config.resolution, self.config.resize)
         if not config.branch_weight:
             return [x]
-        z = self.trunk.preprocess(faces).contiguous(memory_format=torch.channels_last)
+        whole = self.trunk.preprocess(faces).contiguous(memory_format=torch.channels_last)
         couple_at, rows = self.network.couple_at, [x]
         with autocast(self.device, self.precision):
-            for name, z in self.trunk.features(z, None if config.embedding_weight else couple_at):
-                if name == couple_at:
-                    rows.append(z)
+            for name, z in self.trunk.features(whole, None if config.embedding_weight else couple_at):
+                if name == couple_at:  # a branch that ends before the layer of r meets a larger map (Figure 7)
+                    rows.append(z if len(z[0, 0]) <= len(x[0, 0]) else F.adaptive_avg_pool2d(z, x.shape[-2:]))
             if config.embedding_weight:
                 rows.append(self.trunk.head(z.float()))
         return rows

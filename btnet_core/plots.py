@@ -293,8 +293,8 @@ def figure5(costs: Sequence[Any], *, paper_share: Mapping[int, float] | None = N
     axes.bar(x + 0.2, stored, 0.38, color=BLUE, label=r"$\phi_{bt}$: branch + BN")
     for at, value in zip(x + 0.2, stored, strict=True):
         share = 100 * value / whole
-        text = f"{share:.{1 if share >= 1 else 2}f} %"
-        axes.annotate(text, (at, value), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+        text = f"{share:.{1 if share >= 1 else 2}f}%"
+        axes.annotate(text, (at, value), (0, 6), textcoords="offset points", ha="center", fontsize=6.5)
     printed = {at: (paper_share or {}).get(cost["r"]) for at, cost in zip(x + 0.2, rows[:-1], strict=True)}
     points = [(at, share * whole) for at, share in printed.items() if share is not None]
     if points:

@@ -1,0 +1,239 @@
+"""Figures say what they are given: data, labels and marks are looked up in the artists; no pixel is compared."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import PolyCollection
+
+from btnet_core import plots, results
+from btnet_core.backbones import BackboneConfig, build_backbone
+from btnet_core.btnet import BTNet, select_branch
+from btnet_core.costs import Cost
+from btnet_core.errors import ConfigError
+
+METHODS = ("phi_hr", "phi_mm", "phi_mr", "phi_bt")
+
+
+@pytest.fixture(scope="module")
+def btnet() -> BTNet:
+    with torch.device("meta"):
+        return BTNet(build_backbone(BackboneConfig(name="iresnet50")), (28, 14, 7))
+
+
+@pytest.fixture
+def costs() -> list[Cost]:
+    rows = ((112, 40_000_000, 6e9), (28, 400_000, 5e9), (7, 20_000_000, 1.5e9))
+    parts = {"couple_at": "S2U1", "authors": 1, "running": 1}
+    return [Cost(r=r, route=40_000_000, branch=n, stored=n, share=n / 40e6, macs=int(m), **parts) for r, n, m in rows]
+
+
+def _texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(mpl.text.Text) if text.get_text()]
+
+
+def _lines(axes) -> dict[str, mpl.lines.Line2D]:
+    return {line.get_label(): line for line in axes.lines}
+
+
+def _hollow(axes) -> list[mpl.lines.Line2D]:
+    return [
+        x
+        for x in axes.lines
+        if x.get_markerfacecolor() == "none" and x.get_linestyle() == "None" and len(x.get_xdata())
+    ]
+
+
+def test_figure1_shows_means_spread_and_knees():
+    r, rng = [112, 56, 28, 14, 7], np.random.default_rng(0)
+    base = {"paper": 0.1, "complete": 2.0, "measured": 4.0, "interpolation": 1.0}
+    curves = {
+        name: scale * np.array([0.5, 1, 2, 4, 8])[:, None] * rng.uniform(0.8, 1.2, (5, 40))
+        for name, scale in base.items()
+    }
+    figure = plots.figure1(r, curves, {"paper": 28, "complete": 30, "measured": 14}, paper_knee=32)
+    left, right = figure.axes
+    for name, label in (
+        ("measured", "measured error"),
+        ("paper", "paper's bound (Eq. 11)"),
+        ("complete", "complete bound"),
+    ):
+        np.testing.assert_allclose(_lines(left)[label].get_ydata(), curves[name].mean(1))
+    bands = [band for band in left.collections if isinstance(band, PolyCollection)]
+    assert len(bands) == 3
+    low, high = bands[0].get_paths()[0].get_extents().intervaly
+    assert low == pytest.approx(np.percentile(curves["measured"], 10, axis=1).min())
+    assert high == pytest.approx(np.percentile(curves["measured"], 90, axis=1).max())
+    rise = _lines(right)["measured error, knee at 14"].get_ydata()
+    assert (rise[0], rise[-1]) == (0, 1)
+    marks = [x for x in right.lines if list(x.get_xdata()) == [14]]
+    assert marks[0].get_ydata()[0] == pytest.approx(rise[3])  # the knee lies on its curve
+    assert _hollow(right)[0].get_xdata()[0] == 32
+    assert "grey levels" in left.get_ylabel()
+    assert left.get_xlabel() == "resolution (px)"
+
+
+def test_error_maps_state_their_means_on_one_colour_scale():
+    face = torch.rand(3, 112, 112) * 255
+    errors = {14: torch.full((112, 112), 7.25), 7: torch.full((112, 112), 21.5)}
+    figure = plots.error_maps(face, {14: face, 7: face}, errors)
+    assert {"mean 7.2", "mean 21.5", "14 px and back", "|error| (grey levels)"} <= set(_texts(figure))
+    limits = {image.get_clim() for axes in figure.axes for image in axes.images if image.cmap.name == "magma"}
+    assert limits == {(0, 21.5)}
+    original = figure.axes[0].images[0].get_array()
+    np.testing.assert_array_equal(original, face.permute(1, 2, 0).round().byte().numpy())
+
+
+def test_figure2_joins_each_branch_at_its_own_resolution(btnet):
+    figure = plots.figure2(btnet)
+    texts = _texts(figure)
+    for r in (28, 14, 7):
+        assert f"branch $B_{{{r}}}$: {r} rows throughout" in texts
+    assert "embedding\n512-d" in texts
+    place = {
+        t.get_text(): t.get_position()[0]
+        for t in figure.axes[0].texts
+        if t.get_position()[1] == 0 and t.get_position()[0] > 1
+    }
+    arrows = {
+        round(t.xy[0], 6)
+        for t in figure.axes[0].texts
+        if isinstance(t, mpl.text.Annotation) and t.xy[1] < 0 and t.xy[0] > 2
+    }
+    assert {round(place[str(r)], 6) for r in (28, 14, 7)} == arrows - {round(1.2, 6)}
+
+
+def test_figure3_follows_the_model(btnet):
+    texts = _texts(plots.figure3(btnet))
+    assert texts.count("S2U1 /2\n28") == 1  # only the trunk halves there: all branches run at stride 1 up to S2U1
+    assert texts.count("S3U1 /2\n14") == 2  # trunk and the route of 28
+    assert texts.count("S4U1\n7") == 1  # the branch of 7
+    assert texts.count("S4U1 /2\n7") == 3
+    assert "S3U2-14\n14" in texts
+    assert {"$z_{28}$", "$z_{14}$", "$z_{7}$", "112 px"} <= set(texts)
+    with torch.device("meta"):
+        other = BTNet(btnet.trunk, (14,), couple_at={14: "S2U1"})
+    moved = plots.figure3(other)
+    filled = [
+        box
+        for box in moved.axes[0].patches
+        if box.get_facecolor()[:3] == mpl.colors.to_rgb(plots.GREEN) and box.get_facecolor()[3] > 0
+    ]
+    assert len(filled) == 4  # stem, S1U1, S1U2-3, S2U1: what follows is shared
+
+
+def test_figure4_pairs_images_with_maps():
+    faces = {r: torch.full((3, r, r), 100.0) for r in (28, 7)}
+    maps = {r: torch.arange(r * r).view(r, r) for r in (28, 7)}
+    axes = plots.figure4(faces, maps).axes
+    assert [a.images[0].get_array().shape[:2] for a in axes] == [(28, 28), (7, 7)] * 2
+    assert [a.get_title() for a in axes[:2]] == ["28 px", "7 px"]
+
+
+def test_figure5_bars_shares_and_the_paper(costs):
+    axes = plots.figure5(costs, paper_share={7: 0.489}).axes[0]
+    full, ours = axes.containers
+    assert [bar.get_height() for bar in full] == [40, 40]
+    assert [bar.get_height() for bar in ours] == [20, 0.4]  # millions, 7 then 28
+    assert {"50.0%", "1.0%"} <= {t.get_text() for t in axes.texts}
+    assert _hollow(axes)[0].get_ydata()[0] == pytest.approx(0.489 * 40)
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["7", "28"]
+    recorded = [results.plain(cost, "cost") for cost in costs]  # dicts from JSON do as well
+    assert [bar.get_height() for bar in plots.figure5(recorded).axes[0].containers[1]] == [20, 0.4]
+
+
+def test_figure6_compares_with_the_trunk_and_shows_quartiles(costs):
+    times = {r: {"median": float(r), "low": r - 1.0, "high": r + 2.0} for r in (112, 28, 7)}
+    macs, time = plots.figure6(costs, times, where="CPU").axes
+    assert [bar.get_height() for bar in macs.containers[0]] == [6, 6, 6]
+    assert [bar.get_height() for bar in macs.containers[1]] == [1.5, 5, 6]
+    bars = next(c for c in time.containers if isinstance(c, mpl.container.ErrorbarContainer))
+    segments = np.array(bars.lines[2][0].get_segments())[:, :, 1]
+    np.testing.assert_allclose(segments, [[6, 9], [27, 30], [111, 114]])
+    assert time.get_ylabel() == "time a face (ms, CPU)"
+    assert "MAC" in macs.get_ylabel()
+
+
+def test_figure7_marks_the_standard_allocation():
+    points = [
+        {"setting": "14&14", "couple_at": "S3U1", "stored": 2e6, "accuracy": 90.0, "spread": 0.5, "standard": True},
+        {"setting": "14&14", "couple_at": "S1U1", "stored": 1e5, "accuracy": 80.0},
+    ]
+    axes = plots.figure7(points).axes[0]
+    line = axes.containers[0].lines[0]
+    np.testing.assert_allclose(line.get_xydata(), [[0.1, 80], [2, 90]])  # millions, sorted
+    star = next(x for x in axes.lines if x.get_marker() == "*" and len(x.get_xdata()))
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (2, 90)
+
+
+def test_figure8_is_drawn_by_the_selection_itself():
+    figure = plots.figure8({"max+ceil": 21.0, "min+floor": 18.0}, paper={"max+ceil": 31.2})
+    left, right = figure.axes
+    side = np.arange(3, 131)
+    for rounding in ("floor", "near", "ceil"):
+        np.testing.assert_array_equal(_lines(left)[rounding].get_ydata(), select_branch(side, side, rounding=rounding))
+    assert sorted(y for x in right.lines if x.get_marker() == "o" for y in x.get_ydata()) == [18, 21]
+    assert [list(x.get_ydata()) for x in _hollow(right)] == [[31.2]]
+
+
+def test_figure9_outlines_the_coupling_layers_of_bt_alone():
+    rng = np.random.default_rng(0)
+    maps = {m: {r: [rng.random((s, s)) for s in (56, 28, 14, 7)] for r in (112, 14)} for m in METHODS}
+    similarity = {m: {14: [0.1, 0.2, 0.3, 0.4]} for m in METHODS}
+    figure = plots.figure9(maps, similarity, coupled={14: 2})
+    pictures = [axes for axes in figure.axes if axes.images]
+    assert len(pictures) == 2 * 4 * 4
+    outlined = [i for i, axes in enumerate(pictures) if axes.spines["top"].get_visible()]
+    assert outlined == [12 + 2, 16 + 12 + 2]  # stage 3 of phi_bt, at 112 and at 14
+    charts = [axes for axes in figure.axes if axes.lines]
+    np.testing.assert_allclose(charts[0].lines[0].get_ydata(), similarity["phi_hr"][14])
+    assert (_hollow(charts[3])[0].get_xdata()[0], _hollow(charts[3])[0].get_ydata()[0]) == (3, 0.3)
+
+
+def test_accuracy_curves_mean_deviation_and_paper():
+    figure = plots.accuracy_curves({"phi_hr": {14: [70.0, 74.0], 112: [98.0, 98.0]}}, paper={"phi_hr": {14: 73.88}})
+    axes = figure.axes[0]
+    line, _, (bars,) = axes.containers[0].lines
+    np.testing.assert_allclose(line.get_xydata(), [[14, 72], [112, 98]])
+    np.testing.assert_allclose(np.diff(np.array(bars.get_segments())[0, :, 1]), 2 * np.std([70, 74], ddof=1))
+    assert list(_hollow(axes)[0].get_ydata()) == [73.88]
+    assert line.get_color() == plots.METHODS["phi_hr"][1]
+
+
+def test_loss_curves_keep_every_value_and_smooth():
+    values = np.arange(1.0, 101)
+    axes = plots.loss_curves({"influence": (np.arange(100), values)}, window=5).axes[0]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), values)
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), np.arange(3.0, 99))
+    np.testing.assert_allclose(axes.lines[1].get_xdata(), np.arange(2, 98))  # centred
+    assert axes.get_yscale() == "log"
+
+
+def test_table_keeps_ours_and_the_paper_apart():
+    ours = {"phi_bt": {"14&14": 80.123, "n": 2_293_568, "x": None}}
+    shown = plots.table(ours, {"phi_bt": {"14&14": 90.9}}, source="demo <b>")
+    assert shown._repr_html_() == shown
+    before, after = shown.split("paper, as printed")
+    assert "80.12" in before
+    assert "2,293,568" in before
+    assert "90.90" in after
+    assert "80.12" not in after
+    assert "demo &lt;b&gt;" in shown
+    markdown = plots.table(ours, {}, markdown=True).splitlines()
+    assert markdown[0] == "| | 14&14 | n | x |"
+    assert markdown[-1] == "| phi_bt | 80.12 | 2,293,568 | – |"
+    assert "paper" not in "".join(markdown)
+    with pytest.raises(ConfigError, match="no rows"):
+        plots.table({}, {})
+
+
+def test_figures_leave_no_trace_and_keep_their_style(costs):
+    before = dict(mpl.rcParams)
+    figure = plots.figure5(costs)
+    assert dict(mpl.rcParams) == before
+    assert plt.get_fignums() == []
+    assert figure.axes[0].xaxis.get_ticklabels()[0].get_fontsize() == plots.STYLE["xtick.labelsize"]
+    assert mpl.rcParams["xtick.labelsize"] != plots.STYLE["xtick.labelsize"]

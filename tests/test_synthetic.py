@@ -71,3 +71,18 @@ def test_hash_is_uniform_and_keyed() -> None:
     assert abs(np.corrcoef(values[:-1].ravel(), values[1:].ravel())[0, 1]) < 0.02
     assert abs(np.corrcoef(values[:, :-1].ravel(), values[:, 1:].ravel())[0, 1]) < 0.02
     assert np.array_equal(values[7], synthetic._uniform(64, 7, 7)[0])
+
+
+def test_a_large_set_is_kept_and_a_damaged_cache_is_drawn_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(synthetic, "CACHED_FROM", 6)
+    first = SyntheticFaces(2, 3, seed=1).render_all()
+    (file,) = (tmp_path / "btnet").iterdir()
+    monkeypatch.setattr(synthetic, "render", lambda *arguments: pytest.fail("drawn although it is in the cache"))
+    assert torch.equal(SyntheticFaces(2, 3, seed=1).images([4]), first[4:5])
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(synthetic, "CACHED_FROM", 6)
+    file.write_bytes(file.read_bytes()[:500])
+    assert torch.equal(SyntheticFaces(2, 3, seed=1).render_all(), first)
+    assert torch.equal(SyntheticFaces(2, 3, seed=1).render_all(), first)

@@ -121,10 +121,10 @@ def get_lfw(out: Path, fetch: Callable[..., Any] | None = None) -> int:
     Raises:
         DataError: it could not be downloaded.
     """
-    if fetch is None:
-        from sklearn.datasets import fetch_lfw_people as fetch
+    from sklearn.datasets import fetch_lfw_people
+
     try:
-        bunch = fetch(color=True, resize=1.0, slice_=None, funneled=True, min_faces_per_person=1)
+        bunch = (fetch or fetch_lfw_people)(color=True, resize=1.0, slice_=None, funneled=True, min_faces_per_person=1)
     except Exception as error:  # urllib, ssl, checksum and disk errors alike
         raise DataError(
             f"LFW could not be downloaded ({type(error).__name__}: {error}); is the machine online?"

@@ -12,9 +12,12 @@ pixels (irises, lids, brows, lips, marks); skin and hair are shared by many and 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +29,7 @@ from btnet_core.errors import ConfigError
 
 VERSION = 2  # of the renderer: part of every checksum; raise it whenever a pixel changes
 SIDE = 112
+CACHED_FROM = 500  # images; larger sets are kept under the user's cache folder (37 KiB an image)
 BLOCK = 16  # images rendered together: enough to amortise calls, few enough for the processor's cache
 
 # Each factor is uniform between two numbers (pixels, unless it is a share or an angle in radians).
@@ -444,7 +448,7 @@ class SyntheticFaces(torch.utils.data.Dataset):
         """uint8 RGB (n, 3, 112, 112) of the images at ``indices``."""
         index = torch.as_tensor(indices, dtype=torch.int64).view(-1)
         if self._pixels is None:
-            self._pixels = torch.empty(len(self), 3, SIDE, SIDE, dtype=torch.uint8)
+            self._pixels = self._drawn_before()
         for block in torch.unique(index // BLOCK).tolist():
             if not self._done[block]:
                 i = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(self)))
@@ -452,7 +456,36 @@ class SyntheticFaces(torch.utils.data.Dataset):
                     self.first + i // self.per_identity, i % self.per_identity, self.seed
                 )
                 self._done[block] = True
+                if self._done.all() and len(self) >= CACHED_FROM:
+                    self._keep()
         return self._pixels[index]
+
+    @property
+    def _cache(self) -> Path:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        drawing = hashlib.sha256(Path(__file__).read_bytes() + self.checksum.encode()).hexdigest()[:20]
+        return root / "btnet" / f"synthetic-{drawing}.npy"
+
+    def _drawn_before(self) -> Tensor:
+        """The whole set from the cache, or room for it."""
+        shape = (len(self), 3, SIDE, SIDE)
+        if len(self) >= CACHED_FROM:
+            with contextlib.suppress(OSError, ValueError, EOFError):
+                pixels = np.load(self._cache, allow_pickle=False)
+                if pixels.shape == shape and pixels.dtype == np.uint8:
+                    self._done[:] = True
+                    return torch.from_numpy(pixels)
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=torch.uint8)
+
+    def _keep(self) -> None:
+        """Write the cache, where that is possible: every process of a run needs the same faces."""
+        with contextlib.suppress(OSError):
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._cache.with_suffix(f".{os.getpid()}.partial")
+            with open(partial, "wb") as file:
+                np.save(file, self._pixels.numpy())
+            os.replace(partial, self._cache)
 
     def render_all(self) -> Tensor:
         """Every image, drawn now: uint8 RGB (N, 3, 112, 112), about 37 KiB each."""

@@ -80,7 +80,7 @@ def check_room(out: Path, needed: int) -> None:
         TrainingError: the folder cannot be written, or has no room for two of them.
     """
     try:
-        probe = out / "checkpoint" / ".probe"
+        probe = out / "checkpoint" / f".probe_{distributed.rank()}"
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
         probe.unlink()

@@ -48,8 +48,8 @@ def fit(run: Run, progress: Progress) -> None:
             distributed.sum_gradients(network)
             norm = _clip(network, config.clip_norm, run)
             values = _values(parts, norm, stop)
+            _check_finite(run, values, batch, lr)
             if run.scaler.passes(math.isfinite(values["norm"])):
-                _check_finite(run, values, batch, lr)
                 run.optimiser.step()
             run.step += 1
             progress.step(run.step, {k: v for k, v in values.items() if k != "stop"}, lr, config.batch)
@@ -61,7 +61,7 @@ def fit(run: Run, progress: Progress) -> None:
                 and run.step < run.total
             ):
                 validate(run, progress)
-            if ended or values["stop"] or _due(saved, config.checkpoint_seconds):
+            if ended or values["stop"] or _due(run, saved):
                 run.save()
                 saved = time.monotonic()
             if values["stop"]:
@@ -104,7 +104,8 @@ def _check_finite(run: Run, values: dict[str, float], batch: Batch, lr: float) -
     Raises:
         TrainingError: with step, learning rate, loss parts, norms and the records of the batch.
     """
-    if math.isfinite(values["loss"]) and math.isfinite(values["norm"]):
+    overflow = run.scaler.scale > 1  # of fp16 gradients: the step is skipped and the scale halved
+    if math.isfinite(values["loss"]) and (math.isfinite(values["norm"]) or overflow):
         return
     weights = torch.nn.utils.get_total_norm([p.detach() for p in run.trainable.values()]).item()
     shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items() if key != "stop")
@@ -115,9 +116,11 @@ def _check_finite(run: Run, values: dict[str, float], batch: Batch, lr: float) -
     )
 
 
-def _due(saved: float, seconds: float) -> bool:
-    due = time.monotonic() - saved >= seconds
-    return bool(distributed.all_sum(torch.tensor(float(due))).item()) if distributed.world() > 1 else due
+def _due(run: Run, saved: float) -> bool:
+    due = time.monotonic() - saved >= run.config.checkpoint_seconds
+    if distributed.world() == 1:
+        return due
+    return bool(distributed.all_sum(torch.tensor(float(due), device=run.device)).item())  # all at the same step
 
 
 @contextmanager
@@ -169,6 +172,7 @@ def train(
     if record and {key: record[key] for key in identity} == identity:
         return record["metrics"]
     checkpoint.check_room(out, 0)
+    distributed.wait()  # every process has read the record before the first one removes it
     if fresh or record:  # asked for again, or finished with another configuration: start over
         checkpoint.forget(out)
     run = prepare(config, out, chosen)

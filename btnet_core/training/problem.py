@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btnet_core import losses
-from btnet_core.backbones import Backbone, BackboneConfig, build_backbone, load_backbone
+from btnet_core.backbones import Backbone, BackboneConfig, build_backbone, embed_features, load_backbone
 from btnet_core.btnet import Route
 from btnet_core.embedders import autocast, fast_bf16
 from btnet_core.errors import ConfigError
@@ -122,7 +122,7 @@ class Run:
                 if name == couple_at:  # a branch that ends before the layer of r meets a larger map (Figure 7)
                     rows.append(z if len(z[0, 0]) <= len(x[0, 0]) else F.adaptive_avg_pool2d(z, x.shape[-2:]))
             if config.embedding_weight:
-                rows.append(self.trunk.head(z.float()))
+                rows.append(embed_features(self.trunk.head, z))
         return rows
 
     def losses(self, batch: Batch, x: Tensor, teacher: list[Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -41,13 +42,13 @@ def train_in_subprocess(
 
     They are also in ``out/train.log``. Interrupting the cell stops the process, which saves a checkpoint first; calling
     again goes on. ``command`` replaces ``python`` in front of ``-m btnet_core train``, e.g. ("torchrun",
-    "--nproc-per-node=4").
+    "--nproc-per-node=4"). Environment variable BTNET_FRESH=1 (``btnet reproduce --fresh``) acts as ``fresh``.
 
     Raises:
         TrainingError: the process failed; its last lines are in the message.
         KeyboardInterrupt: after the checkpoint.
     """
-    out = Path(out)
+    out, fresh = Path(out), fresh or os.environ.get("BTNET_FRESH") == "1"
     out.mkdir(parents=True, exist_ok=True)
     file, log = out / "config.json", out / "train.log"
     file.write_text(config.to_json())

@@ -1,0 +1,93 @@
+"""Branch training with the teacher's features cached, against running teacher and student in full at every step.
+
+    python benchmarks/bench_training.py [--out FILE.json] [--trunk iresnet18 --width 0.25 --r 14 --images 512]
+
+The full loop is what the authors do: each step embeds the 112x112 face with the whole frozen trunk, keeps its feature
+map at the coupling layer, and trains the branch. Prints a table; losses must agree to rounding, the aim is 3x.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from btnet_core.backbones import BackboneConfig, build_backbone, save_backbone
+from btnet_core.embedders import autocast
+from btnet_core.results import environment
+from btnet_core.training import methods
+from btnet_core.training.data import TeacherCache, mirrored
+from btnet_core.training.problem import Run, prepare
+
+
+def steps(run: Run, count: int, *, full: bool) -> tuple[list[float], list[float]]:
+    """Seconds and losses of ``count`` training steps."""
+    seconds, values = [], []
+    run.modes(training=True)
+    for step in range(count):
+        began = time.perf_counter()
+        batch = run.sampler.batch(step % run.sampler.steps)
+        if full:
+            faces = mirrored(run.pixels.get(batch.records), batch.flip)
+            with torch.no_grad(), autocast(run.device, run.precision):
+                run.trunk(run.trunk.preprocess(faces).contiguous(memory_format=torch.channels_last))
+                x, *teacher = run.branch_rows(faces)
+        else:
+            x, *teacher = run.cache.rows(batch.records, batch.flip, run.device)
+            x = x.contiguous(memory_format=torch.channels_last)
+        loss = sum(run.losses(batch, x, teacher).values())
+        run.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        run.optimiser.step()
+        seconds.append(time.perf_counter() - began)
+        values.append(loss.item())
+    return seconds, values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--trunk", default="iresnet18")
+    parser.add_argument("--width", type=float, default=0.25)
+    parser.add_argument("--r", type=int, default=14)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=12)
+    options = parser.parse_args()
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trunk = Path(folder) / "trunk.safetensors"
+        torch.manual_seed(0)
+        save_backbone(build_backbone(BackboneConfig(name=options.trunk, width=options.width, embedding=128)), trunk)
+        data = f"synthetic:identities={options.images // 8},images=8,seed=0"
+        config = methods.phi_bt(data, options.r, str(trunk), batch=options.batch, lr=0.02)
+        for name, full in (("full teacher + student", True), ("cached teacher", False)):
+            run = prepare(config, Path(folder), torch.device("cpu"))
+            began = time.perf_counter()
+            if not full:
+                run.cache = TeacherCache(run.pixels, len(run.pixels.faces.labels), run.branch_rows, None, run.device)
+            filled = time.perf_counter() - began
+            seconds, losses = steps(run, options.steps, full=full)
+            rate = options.batch / statistics.median(seconds[2:])
+            rows[name] = {"images_per_second": rate, "losses": losses, "fill_seconds": filled}
+    full, cached = rows.values()
+    worst = max(abs(a - b) / abs(a) for a, b in zip(full["losses"], cached["losses"], strict=True))
+    report = {
+        **vars(options), "out": None, "rows": rows, "times_faster": cached["images_per_second"] / full["images_per_second"],
+        "largest_relative_difference_of_the_losses": worst, **environment(),
+    }  # fmt: skip
+    for name, row in rows.items():
+        print(f"{name:<24}{row['images_per_second']:8.1f} images/s")
+    print(f"{'times faster':<24}{report['times_faster']:8.2f}   losses differ by at most {worst:.2%}")
+    print(f"filling the cache once: {cached['fill_seconds']:.1f} s for {options.images} faces and their mirror images")
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,35 +162,13 @@ def code_checksum() -> str:
 
 
 def data_checksum(scale: str) -> str:
-    """A checksum of the data that a scale names: of the text for synthetic faces, also of the files for real ones."""
+    """A checksum of the data that a scale names: of the specs, which decide synthetic faces, and of the files."""
+    from .datasets import checksum, find
     from .scales import get_scale
 
-    root, digest = Path(os.environ.get("BTNET_DATA") or PACKAGE.parent / "data"), hashlib.sha256()
-    for text in sorted(set(_strings(get_scale(scale)))):
-        digest.update(text.encode() + b"\0")
-        places = {root / piece for piece in (text, *re.split("[:,=]", text)) if piece}
-        for file in sorted(f for p in places for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()):
-            digest.update(f"{file.relative_to(root) if file.is_relative_to(root) else file}".encode())
-            digest.update(_sample(file))
+    plan, digest = get_scale(scale), hashlib.sha256()
+    for spec in (plan.faces, *plan.pairs, plan.others, plan.pretrained):
+        places = [find(piece) for piece in re.split("[:@]", spec) if piece]
+        files = [f for p in places for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+        digest.update(f"{spec} {checksum(files)}\n".encode())
     return digest.hexdigest()
-
-
-def _sample(file: Path, blocks: int = 32, size: int = 1 << 16) -> bytes:
-    """The length of a file and evenly spaced parts of it: a training set of 30 GB should not be read whole."""
-    length = file.stat().st_size
-    with open(file, "rb") as content:
-        parts = [str(length).encode()]
-        for start in range(0, length, max(size, length // blocks)):
-            content.seek(start)
-            parts.append(content.read(size))
-    return hashlib.sha256(b"".join(parts)).digest()
-
-
-def _strings(value: Any) -> list[str]:
-    if dataclasses.is_dataclass(value):
-        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [text for item in value for text in _strings(item)]
-    return [value] if isinstance(value, str) else []

@@ -43,8 +43,8 @@ def reproduce(
     """Run the notebooks of the folder `notebooks` (default: the repository's) in order; return `runs/<scale>`.
 
     `only`: numbers or names, default all. `parameters`: values, or text as on a command line, for the selected
-    notebooks that know them. `resume=False` repeats unchanged ones. `data`: checksum of the data, by default
-    of what the scale uses. Raises ReproduceError before anything runs for an unknown notebook or parameter and
+    notebooks that know them. `resume=False` repeats unchanged ones, training included. `data`: checksum of the
+    data, by default of what the scale uses. Raises ReproduceError before anything runs for an unknown notebook or parameter and
     for a run folder in use, and later for a failed notebook. KeyboardInterrupt leaves a state that resumes.
     """
     chosen = select(load_notebooks(notebooks), only)
@@ -66,16 +66,17 @@ def reproduce(
             if resume and state.is_current(notebook, print_):
                 line.end(f"unchanged, not run again (it took {clock(expected or 0)})")
             else:
-                _run_one(notebook, values[notebook.name], print_, state, line)
+                _run_one(notebook, values[notebook.name], print_, state, line, fresh=not resume)
                 ran += 1
-    took = clock(time.time() - began)
-    print(f"Scale {scale}: {ran} notebooks run, {len(chosen) - ran} unchanged, in {took}. Where it is:")
+    print(f"Scale {scale}: {ran} run, {len(chosen) - ran} unchanged, in {clock(time.time() - began)}. Results:")
     for folder in ("results", "figures", "notebooks", "logs"):
         print(f"  {folder:<10}{run_dir / folder}")
     return run_dir
 
 
-def _run_one(notebook: Notebook, values: dict[str, Any], print_: str, state: State, line: Progress) -> None:
+def _run_one(
+    notebook: Notebook, values: dict[str, Any], print_: str, state: State, line: Progress, *, fresh: bool
+) -> None:
     run_dir, log = state.run_dir, state.run_dir / "logs" / f"{notebook.name}.log"
     for folder in (*KEPT, "notebooks", "logs"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
@@ -83,9 +84,9 @@ def _run_one(notebook: Notebook, values: dict[str, Any], print_: str, state: Sta
     state.forget(notebook.name)  # what an earlier run of it left is overwritten from here on
     before, began = _outputs(run_dir), time.time()
     injected = values | ({"run_dir": str(run_dir)} if "run_dir" in notebook.parameters else {})
-    again = f"the same command goes on from {notebook.name}"
+    again = f"the same command {'without --fresh ' if fresh else ''}goes on from {notebook.name}"
     try:
-        execute(notebook, run_dir / "notebooks" / notebook.path.name, injected, log, line)
+        execute(notebook, run_dir / "notebooks" / notebook.path.name, injected, log, line, fresh=fresh)
     except KeyboardInterrupt:
         line.end(f"interrupted after {clock(time.time() - began)}; {again}")
         raise
@@ -102,8 +103,12 @@ def _run_one(notebook: Notebook, values: dict[str, Any], print_: str, state: Sta
     line.end(f"done in {clock(seconds)}")
 
 
-def execute(notebook: Notebook, output: Path, values: dict[str, Any], log: Path, line: Progress) -> None:
+def execute(
+    notebook: Notebook, output: Path, values: dict[str, Any], log: Path, line: Progress, *, fresh: bool = False
+) -> None:
     """Run one notebook by papermill in a kernel of this very Python; what it prints goes to `log`.
+
+    `fresh` sets BTNET_FRESH=1 there, on which training starts over instead of returning what is finished.
 
     papermill works in a thread, so that this one can show progress and pass Ctrl-C on to the cell that runs.
     """
@@ -112,7 +117,7 @@ def execute(notebook: Notebook, output: Path, values: dict[str, Any], log: Path,
     from jupyter_client.manager import AsyncKernelManager
 
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    env = {"PYTHONPATH": path, "BTNET_REPRODUCE": "1", "TQDM_MININTERVAL": "30"}
+    env = {"PYTHONPATH": path, "BTNET_REPRODUCE": "1", "TQDM_MININTERVAL": "30", "BTNET_FRESH": str(int(fresh))}
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     kernels: list[Any] = []
     failures: list[BaseException] = []
@@ -180,14 +185,13 @@ def _logging_to(log: Path, line: Progress, injected_after: int) -> Iterator[None
         return True
 
     handler.addFilter(watch)
-    kept, logger.propagate = (logger.level, logger.propagate), False
+    logger.propagate = False
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate = kept
         handler.close()
 
 
@@ -204,12 +208,9 @@ class Progress:
         if now - self.shown >= (1 if self.terminal else 60):
             self.shown = now
             text = f"cell {self.cell}/{self.cells}, {clock(now - self.began)} {self.expected}"
-            self._show(text, "" if self.terminal else "\n")
+            self.end(text, "" if self.terminal else "\n")
 
-    def end(self, text: str) -> None:
-        self._show(text, "\n")
-
-    def _show(self, text: str, end: str) -> None:
+    def end(self, text: str, end: str = "\n") -> None:
         print(f"\r\033[K{self.title}: {text}" if self.terminal else f"{self.title}: {text}", end=end, flush=True)
 
 
@@ -246,13 +247,10 @@ class State:
 
     def forget(self, name: str) -> None:
         if self.notebooks.get(name, {}).pop("fingerprint", None):
-            self._write()
+            self.finish(name, self.notebooks[name])
 
     def finish(self, name: str, entry: dict[str, Any]) -> None:
         self.notebooks[name] = entry
-        self._write()
-
-    def _write(self) -> None:
         results.write_atomically(self.path, json.dumps(self.notebooks, indent=1).encode() + b"\n")
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from btnet_core import scales
 from btnet_core.errors import ReproduceError
+from btnet_core.notebooks import code_checksum, convert, data_checksum
 from btnet_core.reproduce import reproduce
 
 COUNT = """
@@ -84,7 +86,11 @@ def test_what_makes_a_notebook_run_again(place: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
-    [({"valeu": "3"}, r"valeu.*value"), ({"value": "three"}, r"value.*int"), ({"run_dir": "x"}, "--runs")],
+    [
+        ({"valeu": "3"}, r"valeu.*value \(int, default 1\)"),
+        ({"value": "three"}, r"value is 'three', expected int.*name \(str"),
+        ({"run_dir": "x"}, "--runs"),
+    ],
 )
 def test_wrong_parameters_are_found_before_anything_runs(place: Path, parameters: dict, message: str) -> None:
     with pytest.raises(ReproduceError, match=message):
@@ -95,6 +101,11 @@ def test_wrong_parameters_are_found_before_anything_runs(place: Path, parameters
 def test_a_parameter_goes_to_the_notebooks_that_know_it(place: Path) -> None:
     write(place / "nb", "03_third", COUNT + "assert extra == 5", parameters="extra = 1\n")
     assert len(run(place, parameters={"extra": "5"})) == 3
+
+
+def test_a_device_that_cannot_be(place: Path) -> None:
+    with pytest.raises(ReproduceError, match="tpu"):
+        run(place, device="tpu")
 
 
 def test_unknown_notebook(place: Path) -> None:
@@ -143,3 +154,85 @@ def test_parameters_cell_must_hold_literals(place: Path) -> None:
     with pytest.raises(ReproduceError, match="01_first"):
         run(place)
     assert os.listdir(place) == ["nb"]
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "value"),
+    [
+        ("3", 1, 3),
+        ("3", 1.0, 3.0),
+        ("true", False, True),
+        ("3", "x", "3"),
+        ("[7, 14]", (28,), (7, 14)),
+        ("none", None, None),
+        (2, 1.0, 2.0),
+    ],
+)
+def test_values_take_the_type_of_the_default(text: object, default: object, value: object) -> None:
+    found = convert(text, default, "p")
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(("text", "default"), [("1.5", 1), ("1", True), (True, 1), (1, "x"), ("x", 1.0), ("7", [1])])
+def test_values_of_another_type_are_refused(text: object, default: object) -> None:
+    with pytest.raises(ReproduceError, match=f"parameter p.*expected {type(default).__name__}"):
+        convert(text, default, "p")
+
+
+def test_kernel_is_this_python_with_this_package_and_knows_of_fresh(place: Path) -> None:
+    source = (
+        "import os, sys, btnet_core\nfrom pathlib import Path\n"
+        "seen = [sys.executable, btnet_core.__file__, os.environ['BTNET_FRESH'], os.getcwd()]\n"
+        "Path(run_dir, 'log.txt').write_text('\\n'.join(seen))"
+    )
+    write(place / "nb", "01_first", source)
+    expected = [sys.executable, scales.__file__.replace("scales", "__init__"), "0", str(place / "nb")]
+    assert run(place, only=["1"]) == expected
+    assert run(place, only=["1"], resume=False)[2] == "1"
+
+
+def test_figures_are_tied_to_their_notebook_and_lost_outputs_are_made_again(place: Path) -> None:
+    write(place / "nb", "01_first", COUNT + "Path(run_dir, 'figures', 'curve.png').write_bytes(b'x')\n")
+    run(place, only=["01"], parameters={"value": 4})
+    entry = json.loads((place / "runs/demo/figures/manifest.json").read_text())["curve"]
+    assert entry["notebook"] == "01_first"
+    assert entry["parameters"] == {"scale": "demo", "value": 4}
+    (place / "runs/demo/figures/curve.png").unlink()
+    assert len(run(place, only=["01"], parameters={"value": 4})) == 2
+    assert (place / "runs/demo/figures/curve.png").exists()
+
+
+def test_a_kernel_that_dies_is_a_failure_with_its_cell(place: Path) -> None:
+    write(place / "nb", "01_first", "import os\nos._exit(1)\n")
+    with pytest.raises(ReproduceError, match=r"01_first\.ipynb, cell 3 of 3: DeadKernelError"):
+        run(place)
+
+
+def test_a_run_that_was_killed_leaves_no_lock(place: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from btnet_core.reproduce import locked\n"
+        "with locked(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(place / "runs/demo")], check=False)
+    assert (place / "runs/demo/running.txt").exists()
+    assert len(run(place)) == 2
+
+
+def test_code_checksum_ignores_comments_but_not_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("btnet_core.notebooks.PACKAGE", tmp_path)
+    seen = []
+    for source in ("x = 1", "x  =  1  # one", "x = 2"):
+        (tmp_path / "a.py").write_text(source)
+        seen.append(code_checksum())
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_data_checksum_follows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BTNET_DATA", str(tmp_path))
+    seen = [data_checksum("lfw"), data_checksum("demo")]
+    (tmp_path / "faces_train").mkdir()
+    for content in (b"one", b"two"):
+        (tmp_path / "faces_train" / "train.rec").write_bytes(content)
+        seen.append(data_checksum("lfw"))
+    assert len(set(seen)) == 4
+    assert data_checksum("demo") == seen[1]

@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 # Named after the folder, since an environment does not survive being moved.
 STAMP := $(VENV)/.ready-$(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 
-.PHONY: reproduce test lab lint setup clean
+.PHONY: reproduce test lab figures lint setup clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
@@ -27,6 +27,11 @@ test: $(STAMP)
 
 lab: $(STAMP)
 	@$(RUN) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+figures: reproduce
+	@mkdir -p figures/results
+	@cp runs/demo/figures/*.png runs/demo/figures/*.pdf runs/demo/figures/manifest.json figures/
+	@cp runs/demo/results/*.json figures/results/
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -229,12 +229,12 @@ def command(config: TrainConfig, out: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["trunk", "branch"])
 def test_kill_9_in_mid_epoch_and_resume_bit_for_bit(trunk: Path, tmp_path: Path, kind: str) -> None:
-    options = {**QUICK, "epochs": 24, "checkpoint_seconds": 0.2, "precision": "auto"}
+    options = {**QUICK, "epochs": 12, "checkpoint_seconds": 0.05, "precision": "auto"}
     config = methods.phi_mr(FACES, backbone=TINY, **options) if kind == "trunk" else branch(trunk, **options)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run(command(config, whole), check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     kills = 0
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(command(config, cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
         state, began = cut / checkpoint.STATE, time.monotonic()
@@ -297,6 +297,24 @@ def test_not_finite_stops_with_everything_one_needs(tmp_path: Path, monkeypatch:
     assert checkpoint.load_state(tmp_path)["step"] == 3
     monkeypatch.undo()
     assert np.isfinite(train(config, tmp_path, device="cpu", show="none")["loss"])
+
+
+def test_fp16_overflow_skips_the_step_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, clip, kept = methods.phi_hr(FACES, backbone=TINY, **{**QUICK, "precision": "fp16"}), loop._clip, []
+
+    def overflowing(network, limit, run):
+        norm = clip(network, limit, run)
+        if run.step == 2:
+            kept.append(network[0].detach().clone())
+        if run.step == 3:
+            kept.append(network[0].detach().clone())
+        return norm * float("inf") if run.step == 2 else norm
+
+    monkeypatch.setattr(loop, "_clip", overflowing)
+    metrics = train(config, tmp_path, device="cpu", show="none")
+    assert metrics["skipped_steps"] == 1
+    assert torch.equal(*kept)
+    assert checkpoint.load_state(tmp_path)["scaler"][0] == 2.0**15
 
 
 def test_a_wrong_label_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

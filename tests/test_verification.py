@@ -59,13 +59,23 @@ def test_ten_fold_by_hand() -> None:
 
 def test_of_several_best_thresholds_the_largest() -> None:
     # Descending scores F T F T: rejecting all but the best T, or none above the first, both give 3 of 4.
-    assert v.best_threshold(np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, True, False, True])) == 3.5
+    result = v.ten_fold_accuracy([1.0, 2.0, 3.0, 4.0] * 2, [False, True, False, True] * 2, 2)
+    assert result.thresholds == (3.5, 3.5)
 
 
 def test_threshold_between_float_neighbours() -> None:
     low = 0.5
     high = float(np.nextafter(low, 1))
-    assert v.best_threshold(np.array([low, high]), np.array([False, True])) == low
+    result = v.ten_fold_accuracy([low, high] * 2, [False, True] * 2, 2)
+    assert result.thresholds == (low, low)
+    assert result.mean == 1.0
+
+
+def test_all_or_none_accepted() -> None:
+    assert v.ten_fold_accuracy([1.0, 2.0] * 2, [False] * 4, 2).thresholds == (2.0, 2.0)
+    result = v.ten_fold_accuracy([1.0, 2.0] * 2, [True] * 4, 2)
+    assert result.thresholds == (np.nextafter(1.0, 0),) * 2
+    assert result.mean == 1.0
 
 
 def test_threshold_does_not_see_the_test_fold() -> None:

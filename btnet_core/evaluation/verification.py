@@ -52,37 +52,41 @@ class OperatingPoint(NamedTuple):
 def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
     """Accuracy of each fold at the threshold that is best on the other folds: exact, O(P log P + P folds).
 
-    Folds are consecutive blocks (the first P mod ``folds`` hold one pair more). Ties: see ``best_threshold``.
+    Folds are consecutive blocks (the first P mod ``folds`` hold one pair more). Candidate thresholds: midpoints of
+    neighbouring distinct training scores, the largest one (none accepted) and the number just below the smallest (all
+    accepted). Of several best the largest is taken, as the field does (the first of a rising grid of distances).
     ``similarity``, ``same``: (P,) scores, larger = more alike; (P,) bool.
     """
     similarity, same = check_scores(similarity, same)
     if not 2 <= folds <= len(same):
         raise ConfigError(f"folds: got {folds} for {len(same)} pairs, expected 2 to the number of pairs")
-    sizes = [len(block) for block in np.array_split(same, folds)]
+    sizes = np.array([len(block) for block in np.array_split(same, folds)])
     order = np.argsort(similarity)
     value, label, fold = similarity[order], same[order], np.repeat(np.arange(folds), sizes)[order]
-    accuracies, thresholds = [], []
-    for k in range(folds):
-        train = fold != k
-        thresholds.append(best_threshold(value[train], label[train]))
-        accuracies.append(float(np.mean((value[~train] > thresholds[-1]) == label[~train])))
-    return TenFold(float(np.mean(accuracies)), float(np.std(accuracies)), tuple(accuracies), tuple(thresholds))
+    # correct[k, i]: decisions of fold k that are right when the i lowest of all scores are rejected.
+    steps = np.zeros((folds, len(same) + 1), np.int32)
+    steps[fold, np.arange(len(same)) + 1] = np.where(label, -1, 1)
+    steps[:, 0] = np.bincount(fold[label], minlength=folds)
+    correct = np.cumsum(steps, axis=1, dtype=np.int32)
+    training = correct.sum(0, dtype=np.int32) - correct
+    training[:, 1:-1][:, value[1:] == value[:-1]] = -1  # no threshold parts equal scores
+    best = len(same) - np.argmax(training[:, ::-1], axis=1)
+    thresholds = np.array([_between(value, fold != k, int(i)) for k, i in enumerate(best)])
+    accuracies = correct[np.arange(folds), np.searchsorted(value, thresholds, "right")] / sizes
+    return TenFold(
+        float(accuracies.mean()), float(accuracies.std()), tuple(accuracies.tolist()), tuple(thresholds.tolist())
+    )
 
 
-def best_threshold(value: np.ndarray, label: np.ndarray) -> float:
-    """The threshold with the most correct decisions among ascending scores ``value``.
-
-    Candidates: midpoints between neighbouring distinct scores, the largest score (none accepted) and the number
-    just below the smallest (all accepted). Of several best the largest is taken, as the field does (the first
-    of an ascending grid of distances).
-    """
-    correct = np.concatenate([[0], np.cumsum(np.where(label, -1, 1))])  # [k]: the k lowest rejected, less a constant
-    correct[1:-1][value[1:] == value[:-1]] = -len(value) - 1  # no threshold parts equal scores
-    k = len(value) - int(np.argmax(correct[::-1]))
-    if k in (0, len(value)):
-        return float(np.nextafter(value[0], -np.inf) if k == 0 else value[-1])
-    middle = value[k - 1] + (value[k] - value[k - 1]) / 2
-    return float(middle if middle < value[k] else value[k - 1])  # neighbours in float64 have no middle
+def _between(value: np.ndarray, train: np.ndarray, i: int) -> float:
+    """The candidate threshold that parts the training scores among ascending ``value[:i]`` from those after."""
+    below, above = value[:i][train[:i]][-1:], value[i:][train[i:]][:1]
+    if not len(above):
+        return below[0]
+    if not len(below):
+        return np.nextafter(above[0], -np.inf)
+    middle = below[0] + (above[0] - below[0]) / 2
+    return middle if middle < above[0] else below[0]  # neighbours in float64 have no middle
 
 
 def roc(similarity: Any, same: Any) -> Roc:

@@ -86,3 +86,22 @@ def test_a_large_set_is_kept_and_a_damaged_cache_is_drawn_again(tmp_path, monkey
     file.write_bytes(file.read_bytes()[:500])
     assert torch.equal(SyntheticFaces(2, 3, seed=1).render_all(), first)
     assert torch.equal(SyntheticFaces(2, 3, seed=1).render_all(), first)
+
+
+def test_a_person_stays_the_same_whatever_the_image_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    still = {name: ((low + high) / 2,) * 2 for name, (low, high) in synthetic.IMAGE.items()}
+    monkeypatch.setattr(synthetic, "IMAGE", still)
+    people, pictures = np.repeat([4, 5, 6], 3), np.array([0, 1, 9] * 3)
+    pixels = render(people, pictures, 3).float()
+    difference = (pixels[:, None] - pixels[None]).abs().mean((2, 3, 4))
+    same = torch.from_numpy(people[:, None] == people[None])
+    assert difference[same].max() < 0.01, "an identity factor changes from image to image"
+    assert difference[~same].min() > 1.5, "two people look the same"
+
+
+def test_a_change_of_the_picture_needs_a_new_version() -> None:
+    """Means of 28x28 tiles of green, as VERSION 2 draws them: rounding moves them by far less than a level."""
+    assert synthetic.VERSION == 2, "record the new tiles here"
+    expected = [[165, 161, 172, 181], [154, 191, 195, 168], [156, 192, 194, 168], [157, 164, 166, 164]]
+    tiles = torch.nn.functional.avg_pool2d(render(np.array([0]), np.array([4]), 3)[0, 1:2].float(), 28)[0]
+    assert (tiles - torch.tensor(expected)).abs().max() <= 0.75

@@ -34,7 +34,7 @@ QUICK = {
 def configurations(trunk: Path) -> dict[str, TrainConfig]:
     found = {name: methods.phi_mr(FACES, backbone=TINY, loss=name, **QUICK) for name in MARGINS}
     files = str(trunk / "trunk.safetensors"), str(trunk / "classifier.safetensors")
-    found["branch"] = methods.phi_bt(FACES, 14, *files, **{**QUICK, "embedding_weight": 1.0})
+    found["branch"] = methods.phi_bt(FACES, 14, *files, **{**QUICK, "embedding_weight": 1.0, "cache": "memmap"})
     found["triplet"] = methods.phi_bt(FACES, 14, *files, **{**QUICK, "loss": "triplet", "per_identity": 2})
     return found
 

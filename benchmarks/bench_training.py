@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from btnet_core.backbones import BackboneConfig, build_backbone, save_backbone
+from btnet_core.backbones import BackboneConfig, build_backbone, embed_features, save_backbone
 from btnet_core.embedders import autocast
 from btnet_core.results import environment
 from btnet_core.training import methods
@@ -34,9 +34,8 @@ def steps(run: Run, count: int, *, full: bool) -> tuple[list[float], list[float]
         batch = run.sampler.batch(step % run.sampler.steps)
         if full:
             faces = mirrored(run.pixels.get(batch.records), batch.flip)
-            with torch.no_grad(), autocast(run.device, run.precision):
-                run.trunk(run.trunk.preprocess(faces).contiguous(memory_format=torch.channels_last))
-                x, *teacher = run.branch_rows(faces)
+            x, *teacher = run.branch_rows(faces)
+            finish_teacher(run, teacher[0])
         else:
             x, *teacher = run.cache.rows(batch.records, batch.flip, run.device)
             x = x.contiguous(memory_format=torch.channels_last)
@@ -49,6 +48,17 @@ def steps(run: Run, count: int, *, full: bool) -> tuple[list[float], list[float]
     return seconds, values
 
 
+@torch.no_grad()
+def finish_teacher(run: Run, z: torch.Tensor) -> None:
+    """From the coupling layer, where branch_rows stops, to the embedding: each unit of the teacher runs once a step."""
+    units = run.trunk.units()
+    after = [name for name, _ in units].index(run.network.couple_at) + 1
+    with autocast(run.device, run.precision):
+        for _, unit in units[after:]:
+            z = unit(z)
+        embed_features(run.trunk.head, z)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -58,6 +68,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--distillation-only", action="store_true", help="without L_influence: T_r does not run")
     options = parser.parse_args()
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +76,8 @@ def main() -> None:
         torch.manual_seed(0)
         save_backbone(build_backbone(BackboneConfig(name=options.trunk, width=options.width, embedding=128)), trunk)
         data = f"synthetic:identities={options.images // 8},images=8,seed=0"
-        config = methods.phi_bt(data, options.r, str(trunk), batch=options.batch, lr=0.02)
+        method = methods.distillation_only if options.distillation_only else methods.phi_bt
+        config = method(data, options.r, str(trunk), batch=options.batch, lr=0.02)
         for name, full in (("full teacher + student", True), ("cached teacher", False)):
             run = prepare(config, Path(folder), torch.device("cpu"))
             began = time.perf_counter()

@@ -100,8 +100,10 @@ def error_curves(pixels: Tensor, resolutions: Sequence[int], how: Resize | None 
         raise ConfigError(f"pixels: got shape {tuple(pixels.shape)}, expected (B, 3, S, S)")
     if not len(resolutions) or min(resolutions) < SMALLEST or max(resolutions) > size:
         raise ConfigError(f"resolutions: got {list(resolutions)}, expected values from {SMALLEST} to {size}")
-    rows = [_error_at(pixels.float(), r, size, how) for r in resolutions]
-    return {name: torch.stack([row[name].mean((1, 2, 3)) for row in rows]) for name in rows[0]}
+    rows = [
+        {name: v.mean((1, 2, 3)) for name, v in _error_at(pixels.float(), r, size, how).items()} for r in resolutions
+    ]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _error_at(x: Tensor, r: int, size: int, how: Resize) -> dict[str, Tensor]:

@@ -101,20 +101,6 @@ def bench_ten_fold(pairs: int, rng: np.random.Generator) -> list[dict]:
     return rows
 
 
-def bare_product(faces: torch.Tensor, entries: torch.Tensor) -> float:
-    """Seconds for the matrix product alone, in the same chunks."""
-    step, unit = max(1, CHUNK // len(entries)), F.normalize(entries).T
-    out = torch.empty(step, len(entries))
-
-    def run() -> None:
-        for start in range(0, len(faces), step):
-            block = faces[start : start + step]
-            torch.matmul(block, unit, out=out[: len(block)])
-
-    torch.matmul(faces[:step], unit, out=out[: min(step, len(faces))])  # warm up
-    return seconds(run)
-
-
 def bare_product(probes: torch.Tensor, gallery: torch.Tensor) -> float:
     """Seconds for nothing but the products, in blocks of the size that ``search`` uses and into one buffer."""
     step = max(1, min(len(probes), CHUNK // len(gallery)))

@@ -21,31 +21,24 @@ from btnet_core.backbones import BackboneConfig, build_backbone, embed_features,
 from btnet_core.embedders import autocast
 from btnet_core.results import environment
 from btnet_core.training import methods
-from btnet_core.training.data import TeacherCache, mirrored
+from btnet_core.training.data import TeacherCache
 from btnet_core.training.problem import Run, prepare
 
 
-def steps(run: Run, count: int, *, full: bool) -> tuple[list[float], list[float]]:
-    """Seconds and losses of ``count`` training steps."""
-    seconds, values = [], []
-    run.modes(training=True)
-    for step in range(count):
-        began = time.perf_counter()
-        batch = run.sampler.batch(step % run.sampler.steps)
-        if full:
-            faces = mirrored(run.pixels.get(batch.records), batch.flip)
-            x, *teacher = run.branch_rows(faces)
-            finish_teacher(run, teacher[0])
-        else:
-            x, *teacher = run.cache.rows(batch.records, batch.flip, run.device)
-            x = x.contiguous(memory_format=torch.channels_last)
-        loss = sum(run.losses(batch, x, teacher).values())
-        run.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        run.optimiser.step()
-        seconds.append(time.perf_counter() - began)
-        values.append(loss.item())
-    return seconds, values
+def train_step(run: Run, step: int, *, full: bool) -> tuple[float, float]:
+    """Seconds and loss of a training step."""
+    began = time.perf_counter()
+    batch = run.sampler.batch(step % run.sampler.steps)
+    pixels = run.pixels.get(batch.records) if full else None
+    x, teacher = run.inputs(batch, pixels)
+    if full:
+        finish_teacher(run, teacher[0])
+    loss = sum(run.losses(batch, x, teacher).values())
+    run.optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    run.optimiser.step()
+    value = loss.item()  # waits for the device
+    return time.perf_counter() - began, value
 
 
 @torch.no_grad()
@@ -78,15 +71,20 @@ def main() -> None:
         data = f"synthetic:identities={options.images // 8},images=8,seed=0"
         method = methods.distillation_only if options.distillation_only else methods.phi_bt
         config = method(data, options.r, str(trunk), batch=options.batch, lr=0.02)
-        for name, full in (("full teacher + student", True), ("cached teacher", False)):
-            run = prepare(config, Path(folder), torch.device("cpu"))
-            began = time.perf_counter()
-            if not full:
-                run.cache = TeacherCache(run.pixels, len(run.pixels.faces.labels), run.branch_rows, None, run.device)
-            filled = time.perf_counter() - began
-            seconds, losses = steps(run, options.steps, full=full)
-            rate = options.batch / statistics.median(seconds[2:])
-            rows[name] = {"images_per_second": rate, "losses": losses, "fill_seconds": filled}
+        names = ("full teacher + student", "cached teacher")
+        runs = {name: prepare(config, Path(folder), torch.device("cpu")) for name in names}
+        run, began = runs[names[1]], time.perf_counter()
+        run.cache = TeacherCache(run.pixels, len(run.pixels.faces.labels), run.branch_rows, None, run.device)
+        filled = time.perf_counter() - began
+        timed: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        for run in runs.values():
+            run.modes(training=True)
+        for step in range(options.steps):  # in turns, so that other work on the machine slows both alike
+            for name in names:
+                timed[name].append(train_step(runs[name], step, full=name == names[0]))
+        for name, pairs in timed.items():
+            rate = options.batch / statistics.median(seconds for seconds, _ in pairs[2:])
+            rows[name] = {"images_per_second": rate, "losses": [loss for _, loss in pairs], "fill_seconds": filled}
     full, cached = rows.values()
     worst = max(abs(a - b) / abs(a) for a, b in zip(full["losses"], cached["losses"], strict=True))
     report = {

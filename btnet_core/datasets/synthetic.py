@@ -457,7 +457,7 @@ class SyntheticFaces(torch.utils.data.Dataset):
                 )
                 self._done[block] = True
                 if self._done.all() and len(self) >= CACHED_FROM:
-                    self._keep()
+                    self._keep(self._pixels)
         return self._pixels[index]
 
     @property
@@ -478,13 +478,13 @@ class SyntheticFaces(torch.utils.data.Dataset):
         with torch.inference_mode(False):
             return torch.empty(shape, dtype=torch.uint8)
 
-    def _keep(self) -> None:
+    def _keep(self, pixels: Tensor) -> None:
         """Write the cache, where that is possible: every process of a run needs the same faces."""
         with contextlib.suppress(OSError):
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             partial = self._cache.with_suffix(f".{os.getpid()}.partial")
             with open(partial, "wb") as file:
-                np.save(file, self._pixels.numpy())
+                np.save(file, pixels.numpy())
             os.replace(partial, self._cache)
 
     def render_all(self) -> Tensor:

@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml constraints.txt
 	if ! $$found -c 'import venv, ensurepip' 2>/dev/null; then \
 	  echo "$$found has no venv module. On Debian or Ubuntu: apt-get install python3-venv; or: make PYTHON=/path/to/python" >&2; exit 1; \
 	fi; \
-	echo "Preparing $(VENV) with $$($$found --version): some minutes, about 5.5 GB with CUDA ..."; \
+	echo "Preparing $(VENV) with $$($$found --version): some minutes, about 6 GB with CUDA ..."; \
 	$$found -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test,dev]'
 	@rm -f $(VENV)/.ready-*; touch $@

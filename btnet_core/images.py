@@ -25,7 +25,8 @@ MAX_SIDE = 8192  # pixels; a larger "face" is a mistake or a decompression bomb
 class Resize:
     """How images change size; recorded with every result (reproduction-notes 12, 13).
 
-    ``bilinear`` with ``antialias`` is PIL's BILINEAR in float; without it, OpenCV's INTER_LINEAR.
+    ``bilinear`` with ``antialias`` is PIL's BILINEAR in float; without it, OpenCV's INTER_LINEAR. ``area`` is PIL's
+    BOX at whole factors; at others it averages whole pixels, and neighbouring means share some (PIL's do not).
     """
 
     kernel: str = "bilinear"  # one of KERNELS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,30 @@ def test_a_pickle_with_anything_else_is_refused_and_not_run(tmp_path: Path) -> N
 def test_bin_of_another_content(content: object) -> None:
     with pytest.raises(DataError, match="here"):
         parse_bin(pickle.dumps(content), where="here")
+
+
+def test_writable_arrays_of_protocol_5() -> None:
+    data = [np.frombuffer(item, np.uint8).copy() for item in (b"abc", b"de")]
+    encoded, _ = parse_bin(pickle.dumps((data, [True]), protocol=5), where="x")
+    assert encoded == [b"abc", b"de"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x05\x96" + (2**35).to_bytes(8, "little"),  # a bytearray of 32 GiB
+        b"\x80\x04\x8e" + (2**35).to_bytes(8, "little"),  # bytes
+        b"\x80\x02]r\xff\xff\xff\x7f.",  # place 2 billion of the memo
+    ],
+)
+def test_an_announced_size_is_not_allocated(data: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError):
+            parse_bin(data, where="x")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @given(st.binary(max_size=200))

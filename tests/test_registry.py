@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import fetch_lfw_people
 
 from btnet_core.cli import main
 from btnet_core.datasets.faces import open_faces, open_pairs
-from btnet_core.datasets.registry import ENTRIES, crop_lfw, get_lfw
+from btnet_core.datasets.recordio import FaceRecords
+from btnet_core.datasets.registry import ENTRIES, crop_lfw, get_lfw, pack_folder
 from btnet_core.errors import DataError
 from btnet_core.images import encode
 
@@ -83,27 +85,47 @@ def test_real_counts_are_listed(btnet_data: Path, capsys: pytest.CaptureFixture)
     assert "6,000 pairs, 3,000 same" in out
 
 
-def test_lfw_through_scikit_learns_fetcher(tmp_path: Path) -> None:
-    """A fake of what fetch_lfw_people(color=True, resize=1.0, slice_=None) returns."""
-    rng = np.random.default_rng(0)
-    bunch = SimpleNamespace(images=rng.random((5, 250, 250, 3)).astype(np.float32), target=np.array([3, 0, 3, 1, 0]))
-    asked = {}
+def test_a_picture_of_another_format_is_packed_as_png(folder: Path, tmp_path: Path) -> None:
+    """MXNet's layout holds JPEG or PNG; those are packed byte for byte."""
+    image = torch.randint(0, 256, (3, 112, 112), dtype=torch.uint8)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "bob" / "bob_0002.bmp")
+    assert pack_folder(folder, tmp_path / "out") == 4
+    records = FaceRecords(tmp_path / "out")
+    assert records.image(0) == (folder / "ann" / "ann_0001.png").read_bytes()
+    assert records.image(3).startswith(b"\x89PNG")
+    assert torch.equal(open_faces(str(tmp_path / "out"))[3][0], image)
+
+
+def test_lfw_through_scikit_learns_fetcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake of what fetch_lfw_people leaves on disk: lfw_home/lfw_funneled/<name>/<name>_0001.jpg and pairs.txt."""
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "sk"))
+    home, asked = tmp_path / "sk" / "lfw_home", {}
+    ramp = torch.linspace(0, 250, 250).expand(3, 250, 250).round().to(torch.uint8)
 
     def fetch(**options):
         asked.update(options)
-        return bunch
+        for name, count in (("Ann_A", 2), ("Bob_B", 1), ("Cy_C", 2)):
+            (home / "lfw_funneled" / name).mkdir(parents=True)
+            for k in range(1, count + 1):
+                (home / "lfw_funneled" / name / f"{name}_{k:04d}.jpg").write_bytes(encode(ramp, "JPEG"))
+        (home / "pairs.txt").write_text("1\t1\nCy_C\t1\t2\nAnn_A\t2\tBob_B\t1\n")
 
-    assert get_lfw(tmp_path, fetch) == 5
-    assert asked["color"] is True
-    faces = open_faces(str(tmp_path))
+    out = tmp_path / "lfw"
+    assert get_lfw(out, fetch) == 5
+    assert asked["min_faces_per_person"] >= 500  # all pictures at once would be 10 GB
+    assert set(asked) <= set(inspect.signature(fetch_lfw_people).parameters)
+    faces, pairs = open_faces(str(out)), open_pairs(str(out / "pairs.bin"))
     assert faces.labels.tolist() == [0, 0, 1, 2, 2]
-    expected = crop_lfw(255 * bunch.images[1]).float()
-    assert (faces[0][0].float() - expected).abs().mean() < 6  # JPEG of noise
+    assert pairs.same.tolist() == [True, False]
+    expected = torch.linspace(55 + 0.125, 195 - 1.125, 112)  # a ramp stays a ramp; columns 55 to 194
+    assert (faces[0][0][0, 50].float() - expected).abs().max() < 4
+    crop_me = tmp_path / "small.png"
+    crop_me.write_bytes(picture(0, 100))
+    with pytest.raises(DataError, match=r"small\.png.*250"):
+        crop_lfw(crop_me)
 
     def offline(**options):
         raise OSError("no route to host")
 
     with pytest.raises(DataError, match="no route to host"):
         get_lfw(tmp_path, offline)
-    with pytest.raises(DataError, match="250"):
-        crop_lfw(np.zeros((100, 100, 3)))

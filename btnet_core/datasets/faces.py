@@ -36,9 +36,8 @@ def read_parallel(read: Callable[[int], Tensor], indices: Iterable[int]) -> list
     """``read(i)`` for each index, by several threads, in order."""
     wanted = [int(i) for i in indices]
     blocks = [wanted[start : start + 16] for start in range(0, len(wanted), 16)]
-    return [
-        image for block in _pool(os.getpid()).map(lambda block: [read(i) for i in block], blocks) for image in block
-    ]
+    done = _pool(os.getpid()).map(lambda block: [read(i) for i in block], blocks)
+    return [image for block in done for image in block]
 
 
 def stack(read: Callable[[int], Tensor], indices: Iterable[int], size: tuple[int, int]) -> Tensor:
@@ -156,12 +155,18 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
-def image_folder(path: str | Path, on_error: str = "raise") -> StoredFaces:
-    """One sub-folder per identity, sorted by name; sub-folders without images are left out."""
-    groups = [image_files(folder) for folder in sorted(Path(path).iterdir()) if folder.is_dir()]
-    groups = [group for group in groups if group]
+def identity_folders(path: Path) -> list[list[Path]]:
+    """The images of each sub-folder, sorted by name; sub-folders without images are left out."""
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir()) if path.is_dir() else []
+    groups = [group for folder in folders if (group := image_files(folder))]
     if not groups:
         raise DataError(f"{path}: no sub-folder with images ({', '.join(SUFFIXES)}); expected <identity>/<image>")
+    return groups
+
+
+def image_folder(path: str | Path, on_error: str = "raise") -> StoredFaces:
+    """One sub-folder per identity."""
+    groups = identity_folders(Path(path))
     labels = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
     read = _Files([file for group in groups for file in group])
     return StoredFaces(Path(path).name, labels, len(groups), read.files, read, read.where, on_error)

@@ -7,7 +7,7 @@ import os
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -65,6 +65,15 @@ class _Unpickler(pickle._Unpickler):
         if text not in self._encoded:  # one object for one text, however often it is encoded
             self._encoded[text] = text.encode("latin1")
         return self._encoded[text]
+
+    def _bytearray8(self) -> None:  # the original allocates the announced length before it reads
+        length = int.from_bytes(self.read(8), "little")  # type: ignore[attr-defined]
+        data = self.read(length) if length < 2**48 else b""  # type: ignore[attr-defined]
+        if len(data) < length:
+            raise pickle.UnpicklingError("truncated")
+        self.append(data)  # type: ignore[attr-defined]
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _bytearray8}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):

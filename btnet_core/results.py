@@ -17,6 +17,8 @@ from typing import Any
 
 from .errors import DataError
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def record(
     run_dir: str | Path,
@@ -128,10 +130,10 @@ def plain(value: Any, where: str) -> Any:
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"{where} is {value}: a recorded number must be finite; record None where it is undefined")
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, str | Path):  # results are committed: no path of one machine
+        return str(value).replace(f"{ROOT}{os.sep}", "")
+    if value is None or isinstance(value, bool | int | float):
         return value
-    if isinstance(value, Path):
-        return str(value)
     raise DataError(f"{where} is a {type(value).__name__}, which JSON has no form for")
 
 

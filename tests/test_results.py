@@ -54,3 +54,8 @@ def test_figures_are_byte_stable(tmp_path: Path) -> None:
     assert first == draw()
     manifest = json.loads((tmp_path / "figures" / "manifest.json").read_text())
     assert set(manifest["figure"]) >= {"png_sha256", "pdf_sha256"}
+
+
+def test_paths_of_the_machine_are_not_recorded(tmp_path: Path) -> None:
+    results.record(tmp_path, "a", {"x": 1}, config={"init": str(results.ROOT / "runs" / "demo"), "other": Path("b")})
+    assert results.load(tmp_path, "a")["config"] == {"init": str(Path("runs") / "demo"), "other": "b"}

@@ -133,9 +133,16 @@ def evaluate_templates(
 
     ``weighted``: by detector score. ``authors``: nearest FAR point and the merged 1:N. ``options``: how, batch_size.
     """
-    reports = {}
-    for r1, r2 in settings:
-        features = embed_images(embedder, data.images, len(data.template), r1, mirror=r2, device=device, **options)
+    reports, cache = {}, dict[tuple[int, bool], Tensor]()
+    order = sorted(settings, key=lambda pair: pair[1])
+    for place, (r1, r2) in enumerate(order):
+        for r, flip in ((r1, False), (r2, True)):
+            if (r, flip) not in cache:
+                images = (lambda i: data.images(i).flip(-1)) if flip else data.images
+                cache[r, flip] = embed_images(embedder, images, len(data.template), r, device=device, **options)
+        features = cache[r1, False] + cache[r2, True]
+        later = {(a, False) for a, _ in order[place + 1 :]} | {(b, True) for _, b in order[place + 1 :]}
+        cache = {key: value for key, value in cache.items() if key in later}  # IJB-C: 1 GB each
         ids, templates = aggregate(features, data.template, data.media, data.score if weighted else None,
                                    normalised=normalised)  # fmt: skip
         first, second = (rows_of(ids, side, "pairs") for side in (data.first, data.second))
@@ -148,4 +155,4 @@ def evaluate_templates(
             found = identify_templates(templates, ids, data.galleries, data.probes, fpir=fpir, rank=rank, device=device)
             report |= {"tpir": found["tpir"], "identification": found}
         reports[f"{r1}&{r2}"] = report
-    return reports
+    return {f"{r1}&{r2}": reports[f"{r1}&{r2}"] for r1, r2 in settings}

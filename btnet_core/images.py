@@ -25,8 +25,8 @@ MAX_SIDE = 8192  # pixels; a larger "face" is a mistake or a decompression bomb
 class Resize:
     """How images change size; recorded with every result (reproduction-notes 12, 13).
 
-    ``bilinear`` with ``antialias`` is PIL's BILINEAR in float; without it, OpenCV's INTER_LINEAR. ``area`` is PIL's
-    BOX at whole factors; at others it averages whole pixels, and neighbouring means share some (PIL's do not).
+    ``bilinear`` with ``antialias`` is PIL's BILINEAR in float; without it, OpenCV's INTER_LINEAR.
+    ``area`` is PIL's BOX.
     """
 
     kernel: str = "bilinear"  # one of KERNELS
@@ -78,7 +78,10 @@ def resize(pixels: Tensor, size: int | tuple[int, int], how: Resize | None = Non
         return images
     batch = images if images.ndim == 4 else images[None]
     smooth = how.antialias and how.kernel in ("bilinear", "bicubic")
-    if batch.shape[0]:
+    if how.kernel == "area":
+        with torch.autocast(batch.device.type, enabled=False):  # bfloat16 holds 8 bits: a level or more is lost
+            batch = _box(batch.shape[-2], rows).to(batch) @ batch @ _box(batch.shape[-1], columns).to(batch).T
+    elif batch.shape[0]:
         batch = F.interpolate(batch, (rows, columns), mode=how.kernel, **({"antialias": True} if smooth else {}))
     else:
         batch = batch.new_empty(0, batch.shape[1], rows, columns)
@@ -86,6 +89,15 @@ def resize(pixels: Tensor, size: int | tuple[int, int], how: Resize | None = Non
     if how.round_uint8:
         batch = batch.round()
     return batch if images.ndim == 4 else batch[0]
+
+
+def _box(size: int, out: int) -> Tensor:
+    """PIL's BOX along one axis, ``(out, size)``: the mean of the pixels whose centres lie in each new pixel."""
+    scale = size / out
+    centre = (torch.arange(out, dtype=torch.float64) + 0.5) * scale
+    offset = (torch.arange(size, dtype=torch.float64) + 0.5 - centre[:, None]) / max(scale, 1.0)
+    weight = ((offset > -0.5) & (offset <= 0.5)).double()
+    return weight / weight.sum(1, keepdim=True)
 
 
 def degrade(pixels: Tensor, r: int, how: Resize | None = None) -> Tensor:

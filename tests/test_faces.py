@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btnet_core.datasets.faces import draw_pairs, open_faces, open_pairs
-from btnet_core.datasets.verification import parse_bin, read_bin, six_verification_sets, write_bin
+from btnet_core.datasets.verification import parse_bin, parse_pairs, read_bin, six_verification_sets, write_bin
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.images import encode
 
@@ -188,6 +188,36 @@ def test_pairs_txt(folder: Path) -> None:
     (folder / "pairs.txt").write_text("ann 1\n2 bob x\n")
     with pytest.raises(DataError, match="line 1"):
         open_pairs(str(folder / "pairs.txt"))
+
+
+def test_pairs_txt_with_dots_in_a_name(tmp_path: Path) -> None:
+    (tmp_path / "J.R._Doe").mkdir()
+    for k in (1, 2):
+        (tmp_path / "J.R._Doe" / f"J.R._Doe_{k:04d}.png").write_bytes(picture(k))
+    (tmp_path / "pairs.txt").write_text("J.R._Doe 1 02\n")
+    files, same = parse_pairs(tmp_path / "pairs.txt")
+    assert ([file.name for file in files], same) == (["J.R._Doe_0001.png", "J.R._Doe_0002.png"], [True])
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=80), st.sampled_from([b"a" * 300 + b" 1 2", b"a 1 " + b"9" * 5000, b"a " + b"9" * 5000])
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_any_text_is_read_or_raises_data_error(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
+    path = tmp_path_factory.mktemp("text") / "list.txt"
+    path.write_bytes(text)
+    with pytest.raises(DataError):
+        parse_pairs(path)
+    with contextlib.suppress(DataError):
+        open_faces(str(path)).images([0])
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("gone.png 0\n")
+    with pytest.raises(DataError, match=r"gone\.png"):
+        _ = open_faces(str(tmp_path / "list.txt")).checksum
 
 
 def test_six_sets_name_every_missing_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,13 @@ def faces() -> FaceSet:
 def survface_root(faces: FaceSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("survface")
     survface_standin(faces, parent, blur=1.0, noise=5.0, training=faces)
+    return next(parent.iterdir())
+
+
+@pytest.fixture(scope="module")
+def ijbc_root(faces: FaceSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parent = tmp_path_factory.mktemp("ijbc")
+    ijbc_standin(faces, parent, impostors=20)
     return next(parent.iterdir())
 
 
@@ -171,3 +179,30 @@ def test_ijbc_damage_is_named(faces: FaceSet, tmp_path: Path) -> None:
     (meta / "ijbc_face_tid_mid.txt").write_text("1.jpg one 2\n")
     with pytest.raises(DataError, match="face_tid_mid"):
         read_templates(root)
+
+
+def test_missing_images_and_folders_are_named(faces: FaceSet, tmp_path: Path) -> None:
+    ijbc_standin(faces, tmp_path, impostors=20)
+    root = next(tmp_path.iterdir())
+    (root / "loose_crop" / "1.jpg").unlink()
+    with pytest.raises(DataError, match=r"1\.jpg"):
+        read_templates(root)
+    with pytest.raises(DataError, match="training_set"):
+        training_set(tmp_path / "none")
+
+
+@given(
+    st.sampled_from(["face_tid_mid.txt", "name_5pts_score.txt", "template_pair_label.txt", "1N_gallery_G1.csv"]),
+    st.binary(max_size=120),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_bytes_in_an_ijbc_list_raise_data_error_only(ijbc_root: Path, name: str, data: bytes) -> None:
+    path = ijbc_root / "meta" / f"ijbc_{name}"
+    whole = path.read_bytes()
+    try:
+        for text in (data, whole + data, whole[: len(data)]):
+            path.write_bytes(text)
+            with contextlib.suppress(DataError):
+                read_templates(ijbc_root)
+    finally:
+        path.write_bytes(whole)

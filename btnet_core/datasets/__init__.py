@@ -48,11 +48,17 @@ def checksum(paths: Sequence[str | Path]) -> str:
 
     Above 1 GiB in total it is ``sampled-sha256:…``: names, sizes, and 64 blocks of 1 MiB spread evenly over each
     file, or over 64 files spread evenly over the list when there are more. Kept in memory by path, size and time.
+
+    Raises:
+        DataError: a file is missing.
     """
     if not paths:
         return "sha256:" + hashlib.sha256(b"").hexdigest()
     files = [Path(path) for path in paths]
-    stats = [file.stat() for file in files]
+    try:
+        stats = [file.stat() for file in files]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     sampled = sum(stat.st_size for stat in stats) > SAMPLED_ABOVE
     read = set(range(len(files)))
     if sampled and len(files) > _BLOCKS:

@@ -180,7 +180,7 @@ def list_file(path: str | Path, on_error: str = "raise") -> StoredFaces:
         if not line.strip():
             continue
         name, _, label = line.strip().replace("\t", " ").rpartition(" ")
-        if not name or not (label.isascii() and label.isdigit()):
+        if not name or not (label.isascii() and label.isdigit() and len(label) < 19):
             raise DataError(f"{path}, line {number}: got {line[:80]!r}, expected an image path and an integer label")
         files.append(path.parent / name.strip())
         labels.append(int(label))

@@ -174,8 +174,8 @@ def parse_pairs(path: str | Path, folder: str | Path | None = None) -> tuple[lis
         if len(fields) != 4 or not (fields[1].isdecimal() and fields[3].isdecimal()):
             raise DataError(f"{path}, line {number}: got {line[:80]!r}, expected 'name 1 2' or 'name 1 other 2'")
         for name, n in (fields[:2], fields[2:]):
-            stem = folder / name / f"{name}_{int(n):04d}"
-            found = next((file for s in SUFFIXES if (file := stem.with_suffix(s)).is_file()), None)
+            stem = folder / name / f"{name}_{n.lstrip('0'):0>4}"
+            found = next((file for s in SUFFIXES if os.path.isfile(file := Path(f"{stem}{s}"))), None)
             if found is None:
                 raise DataError(f"{path}, line {number}: no image {stem}.* ({', '.join(SUFFIXES)})")
             files.append(found)

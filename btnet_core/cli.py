@@ -165,7 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add in COMMANDS:
         add(commands)
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped by a scheduler: as orderly as by Ctrl-C
+    # Stopped by a scheduler: as orderly as by Ctrl-C. Set for SIGINT too: a shell that starts a job in the background
+    # hands it down ignored, and Python then leaves it so.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         return options.run(options) or 0
     except BTNetError as error:

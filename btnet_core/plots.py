@@ -471,15 +471,18 @@ def _cell(value: Any, digits: int) -> str:
 
 
 def table(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str, Any]], *, caption: str = "",
-          source: str = "ours", digits: int = 2, markdown: bool = False) -> str:  # fmt: skip
+          source: str = "ours", digits: int = 2, markdown: bool = False,
+          more: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None) -> str:  # fmt: skip
     """Our numbers and, in a block of its own, the paper's: row -> column -> value; a missing or None one is "–".
 
-    ``source`` says what ours were measured on. HTML that a notebook shows, or with ``markdown`` a pipe table.
+    ``source`` says what ours were measured on; ``more`` has further blocks of ours by their source. HTML that a
+    notebook shows, or with ``markdown`` a pipe table.
 
     Raises:
         ConfigError: nothing to show.
     """
-    blocks = [(title, rows) for title, rows in ((source, ours), ("paper, as printed", paper)) if rows]
+    blocks = [(source, ours), *(more or {}).items(), ("paper, as printed", paper)]
+    blocks = [(title, rows) for title, rows in blocks if rows]
     columns = list(dict.fromkeys(c for _, rows in blocks for row in rows.values() for c in row))
     if not columns:
         raise ConfigError("table: got no rows, expected at least one row with one column")

@@ -55,6 +55,17 @@ def text(name: str) -> Any:
     return _pick(_published()["text"], name, "text value")[0]
 
 
+def texts() -> dict[str, tuple[Any, str]]:
+    """Every number of the running text that this project compares: name -> (number, where and what it is)."""
+    return {name: (value, about) for name, (value, about) in _published()["text"].items()}
+
+
+def title(name: str) -> str:
+    """What a table shows and its unit, e.g. "Six verification sets, mean accuracy (%)"."""
+    entry = _pick(_published()["tables"], name, "table")
+    return f"{entry['title']} ({entry['unit']})"
+
+
 def errata() -> list[dict[str, str]]:
     """Printed gains that have no value by Eq. 5: table, row, column, printed, ours, why."""
     return _published()["errata"]

@@ -27,13 +27,14 @@ IRESNET_UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3,
 # MobileFaceNet (Chen et al. 2018), rows: expansion, channels, repeats, stride of the first
 MOBILEFACENET_ROWS = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
 NAMES = (*(f"iresnet{depth}" for depth in IRESNET_UNITS), "mobilefacenet")
+ADAPTERS: dict[str, type[Backbone]] = {}  # trunks of the user's own (adapter.Adapter), by the name of the class
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """What a trunk is; stored inside every checkpoint."""
 
-    name: str = "iresnet50"  # one of NAMES
+    name: str = "iresnet50"  # one of NAMES, or of an Adapter class
     width: float = 1.0  # multiplies every channel count
     size: tuple[int, int] = (112, 112)  # canonical rows, columns in pixels; S in the paper
     embedding: int = 512  # D
@@ -42,21 +43,40 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", tuple(self.size))
-        if self.name not in NAMES:
-            raise ConfigError(f"name: got {self.name!r}, expected one of {', '.join(NAMES)}")
+        if self.name not in (*NAMES, *ADAPTERS):
+            raise ConfigError(
+                f"name: got {self.name!r}, expected one of {', '.join((*NAMES, *ADAPTERS))}; "
+                "a trunk of your own needs its Adapter class: import its file first, or --adapter FILE.py"
+            )
         if len(self.size) != 2 or any(side < 16 or side % 16 for side in self.size):
             raise ConfigError(f"size: got {self.size}, expected (rows, columns), multiples of 16")
         if self.width <= 0 or self.embedding < 1 or self.std <= 0:
             raise ConfigError(f"width, embedding and std must be positive, got {self}")
 
 
+class _FastPReLU(torch.autograd.Function):
+    """relu(x) + a min(x, 0) out of operations that have fast bf16 kernels on a CPU, both ways; a is ``(C, 1, 1)``."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a)
+        return torch.addcmul(torch.relu(x), a, torch.clamp_max(x, 0))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, a = ctx.saved_tensors
+        passed = torch.ops.aten.threshold_backward(gradient, x, 0)  # where x > 0
+        of_a = (gradient * torch.clamp_max(x, 0)).sum_to_size(a.shape) if ctx.needs_input_grad[1] else None
+        return torch.addcmul(passed, a, gradient - passed), of_a
+
+
 class PReLU(nn.PReLU):
-    """nn.PReLU; in bf16 on a CPU as relu(x) + a min(x, 0), the same values about three times as fast."""
+    """nn.PReLU; in bf16 on a CPU the same values several times as fast."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
             return super().forward(x)
-        return torch.addcmul(torch.relu(x), self.weight.to(x.dtype).view(-1, 1, 1), torch.clamp_max(x, 0))
+        return _FastPReLU.apply(x, self.weight.to(x.dtype).view(-1, 1, 1))
 
 
 class Pointwise(nn.Conv2d):
@@ -234,6 +254,8 @@ def embed_features(head: nn.Module, z: Tensor) -> Tensor:
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """A trunk with fresh weights (convolutions normal(0, 0.1) as InsightFace trains IResNets)."""
+    if config.name in ADAPTERS:
+        return ADAPTERS[config.name]()  # type: ignore[call-arg]
     if config.name == "mobilefacenet":
         return _mobilefacenet(config)
     channels = [round(c * config.width) for c in (64, 64, 128, 256, 512)]
@@ -306,10 +328,11 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
         raise CheckpointError(f"{path}: cannot read safetensors ({error})") from error
 
 
-def load_backbone(path: Path | str) -> Backbone:
+def load_backbone(path: Path | str, adapter: type[Backbone] | None = None) -> Backbone:
     """Load a trunk: this project's .safetensors, InsightFace arcface_torch ``backbone.pth`` or a MobileFaceNet.
 
-    Nothing in the file is executed. The configuration is inside the file or inferred from the shapes.
+    Nothing in the file is executed. The configuration is inside the file or inferred from the shapes. With ``adapter``
+    (adapter.Adapter) the file is a state dict of the user's own network.
 
     Raises:
         CheckpointError: missing, damaged, or its tensors fit none of the known trunks (the names are listed).
@@ -323,6 +346,8 @@ def load_backbone(path: Path | str) -> Backbone:
         config = BackboneConfig(**json.loads(metadata["btnet_backbone"]))
     else:
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        if adapter is not None:
+            return adapter(state, str(path))  # type: ignore
         state, config = _translate(state, path)
     backbone = build_backbone(config)
     load_strictly(backbone, state, str(path))
@@ -386,7 +411,10 @@ def _translate(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor],
             std=128.0,
         )
         return {_mobilefacenet_name(name): tensor for name, tensor in state.items()}, config
-    raise CheckpointError(f"{path}: neither IResNet nor MobileFaceNet; first tensors: {sorted(state)[:5]}")
+    raise CheckpointError(
+        f"{path}: neither IResNet nor MobileFaceNet; first tensors: {sorted(state)[:5]}. "
+        "Another network needs an Adapter class (--adapter FILE.py, docs/own-recogniser.md)"
+    )
 
 
 def _mobilefacenet_name(name: str) -> str:

@@ -6,6 +6,7 @@ A command is an `add_NAME(commands)` function, listed in COMMANDS, that adds its
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -151,7 +152,42 @@ def run_pack(options: argparse.Namespace) -> None:
         raise ConfigError("pack takes FOLDER and OUT, or --pairs FILE and the .bin to write")
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (add_reproduce, add_train, add_data, add_pack)
+def add_adapt(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "adapt",
+        run_adapt,
+        help="give a trained face recogniser its branches for small faces; the same command goes on after a stop",
+        example="btnet adapt --trunk backbone.pth --faces my_faces/ --resolutions 28 14 7 --out my_btnet/",
+    )
+    parser.add_argument("--trunk", required=True, metavar="FILE", help="IResNet, MobileFaceNet, … (.pth, .safetensors)")
+    parser.add_argument(
+        "--faces", required=True, metavar="PATH", help="a folder for each person, RecordIO, a list file"
+    )
+    parser.add_argument("--no-labels", dest="labels", action="store_false", help="learn from the trunk alone")
+    parser.add_argument("--resolutions", type=int, nargs="+", default=[28, 14, 7], metavar="R", help="default: 28 14 7")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the BTNet")
+    parser.add_argument("--pairs", action="append", default=[], metavar="SET", help="compare on it; may be repeated")
+    parser.add_argument(
+        "--hold-out", type=int, default=10, metavar="PERCENT", help="people to compare on (default: 10)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of the recipe, e.g. epochs=4")
+    parser.add_argument("--fresh", action="store_true", help="start over, whatever DIR holds")
+    _add_machine(parser)
+
+
+def run_adapt(options: argparse.Namespace) -> None:
+    from .training.adapt import adapt
+
+    changes = {name: _value(text) for name, text in map(_pair, options.set)}
+    adapt(
+        options.trunk, options.faces, options.out, resolutions=options.resolutions, labels=options.labels,
+        pairs=options.pairs, percent=options.hold_out, adapter=_adapter(options), device=options.device,
+        fresh=options.fresh, **changes,
+    )  # fmt: skip
+
+
+COMMANDS: tuple[Callable[[Commands], None], ...] = (add_reproduce, add_train, add_data, add_pack, add_adapt)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,8 +220,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", metavar="FILE.py", help="file with the Adapter class of a trunk of your own")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def _adapter(options: argparse.Namespace) -> Any:
+    from .adapter import find_adapter
+
+    return find_adapter(options.adapter) if options.adapter else None
+
+
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
-        raise ReproduceError(f"-p takes NAME=VALUE, got {text!r}")
+        raise ReproduceError(f"expected NAME=VALUE, got {text!r}")
     return name, value
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -134,6 +134,32 @@ class StoredFaces(FaceSet):
             here = int(same[int((same < here).sum()) % len(same)])
 
 
+class Part(FaceSet):
+    """The images ``indices`` of another set, with its labels numbered anew from 0."""
+
+    def __init__(self, faces: FaceSet, indices: Tensor, name: str) -> None:
+        self.faces, self.indices, self.name = faces, indices, name
+        identities, self.labels = torch.unique(faces.labels[indices], return_inverse=True)
+        self.num_identities = len(identities)
+        self.checksum = "sha256:" + hashlib.sha256(f"{faces.checksum} {name}".encode()).hexdigest()
+
+    def image(self, index: int) -> Tensor:
+        return self.faces[int(self.indices[index])][0]
+
+    def images(self, indices: Iterable[int]) -> Tensor:
+        return self.faces.images(self.indices[torch.as_tensor(list(indices), dtype=torch.int64)].tolist())
+
+
+def hold_out(faces: FaceSet, held: bool, percent: int = 10, seed: int = 0) -> Part:
+    """``percent`` of the identities, drawn with ``seed`` (``held``), or all images of the others."""
+    if not 0 < percent < 100 or faces.num_identities < 2:
+        raise ConfigError(f"percent: got {percent} of {faces.num_identities} identities, expected 1 to 99 of 2 or more")
+    order = torch.randperm(faces.num_identities, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.isin(faces.labels, order[: max(1, round(faces.num_identities * percent / 100))])
+    name = f"{faces.name}, {'held' if held else 'without'} {percent} % of the identities, seed {seed}"
+    return Part(faces, torch.nonzero(chosen if held else ~chosen).flatten(), name)
+
+
 class _Files:
     """Read image files by position; a class, so that data-loader workers can pickle it."""
 
@@ -165,8 +191,9 @@ def identity_folders(path: Path) -> list[list[Path]]:
 
 
 def image_folder(path: str | Path, on_error: str = "raise") -> StoredFaces:
-    """One sub-folder per identity."""
-    groups = identity_folders(Path(path))
+    """One sub-folder per identity; in a folder of images alone, each counts as an identity of its own."""
+    loose = [] if any(path.is_dir() for path in Path(path).iterdir()) else [[file] for file in image_files(Path(path))]
+    groups = loose or identity_folders(Path(path))
     labels = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
     read = _Files([file for group in groups for file in group])
     return StoredFaces(Path(path).name, labels, len(groups), read.files, read, read.where, on_error)
@@ -226,8 +253,14 @@ def parse_options(text: str, spec: str, **types: Callable[[str], Any]) -> dict[s
 def open_faces(spec: str, on_error: str = "raise") -> FaceSet:
     """Open ``synthetic:identities=300,images=20,seed=0,first=0``, a RecordIO set, an image folder or a list file.
 
+    ``held:<faces spec>:percent=10,seed=0`` and ``without:…`` part a set by identity (:func:`hold_out`).
     Relative paths are looked up under the data root first. ``on_error``: "raise" or "skip" (:class:`StoredFaces`).
     """
+    if spec.startswith(("held:", "without:")):
+        kind, _, rest = spec.partition(":")
+        inner, _, text = rest.rpartition(":")
+        options = parse_options(text, spec, percent=int, seed=int)
+        return hold_out(open_faces(inner, on_error), kind == "held", **options)
     if spec.startswith("synthetic:"):
         from btnet_core.datasets.synthetic import SyntheticFaces
 

@@ -21,6 +21,7 @@ MR_VARIANTS: dict[str, dict[str, Any]] = {  # reproduction-notes 11
     "v3": {"sizes": tuple(range(4, 113))},
 }
 BRANCH = {"lr": 0.02, "warmup_epochs": 0.0, "epochs": 10}  # A.2, reproduction-notes 20
+ADAPT: dict[str, Any] = {"epochs": 8, "batch": 128, "lr": 0.2}  # `btnet adapt`: as at scale lfw
 
 
 def phi_hr(data: str, **changes: Any) -> TrainConfig:
@@ -49,6 +50,12 @@ def phi_bt(data: str, r: int, trunk: str, kappa: str = "class_means", **changes:
 def distillation_only(data: str, r: int, trunk: str, **changes: Any) -> TrainConfig:
     """phi_bt without labels: the branch learns from the trunk's features alone."""
     return phi_bt(data, r, trunk, **{"name": f"distilled_{r}", "influence_weight": 0.0, **changes})
+
+
+def adapted(data: str, r: int, trunk: str, kappa: str = "", **changes: Any) -> TrainConfig:
+    """The branch that ``btnet adapt`` gives a recogniser: phi_bt, or from distillation alone where there is no kappa."""
+    values = {"name": f"branch_{r}", **ADAPT, **changes}
+    return phi_bt(data, r, trunk, kappa, **values) if kappa else distillation_only(data, r, trunk, **values)
 
 
 def full_finetuning(data: str, r: int, trunk: str, kappa: str, **changes: Any) -> TrainConfig:

@@ -187,7 +187,107 @@ def run_adapt(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (add_reproduce, add_train, add_data, add_pack, add_adapt)
+def add_report(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "report",
+        run_report,
+        help="make one HTML file of a run: summary, figures, tables beside the paper's, every executed notebook",
+        example="btnet report --scale demo --out report.html",
+    )
+    parser.add_argument("--scale", choices=("demo", "lfw", "paper"), default="demo", help="whose run (default: demo)")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where runs are kept (default: runs)")
+    parser.add_argument("--out", metavar="FILE", help="the file to write (default: DIR/SCALE/report.html)")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    from .report import report
+
+    print(report(options.scale, runs=options.runs, out=options.out))
+
+
+def add_embed(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "embed",
+        run_embed,
+        help="embed all face images under a folder, of any sizes, into one .npz file",
+        example="btnet embed faces/ --model my_btnet --out embeddings.npz",
+    )
+    parser.add_argument("source", metavar="FOLDER", help="searched with its sub-folders; or one image")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE.npz", help="names, embeddings, branch, size, scale, failed"
+    )
+    parser.add_argument("--keep-going", action="store_true", help="leave out unreadable images and list them")
+    _add_model(parser)
+
+
+def run_embed(options: argparse.Namespace) -> int:
+    from .tool import embed_folder, open_model
+
+    net = open_model(options.model, options.device, _adapter(options))
+    count, failed = embed_folder(
+        net, options.source, options.out, keep_going=options.keep_going, **_selection(options.select)
+    )
+    print(f"{count:,} embeddings in {options.out}")
+    for name, reason in failed.items():
+        print(f"left out {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def add_verify(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "verify",
+        run_verify,
+        help="tell how alike two faces are, and whether they are one person",
+        example="btnet verify passport.jpg camera.png --model my_btnet",
+    )
+    parser.add_argument("first", metavar="A", help="an aligned face image of any size")
+    parser.add_argument("second", metavar="B")
+    parser.add_argument("--threshold", type=float, help="cosine above which it is one person (default: the model's)")
+    _add_model(parser)
+
+
+def run_verify(options: argparse.Namespace) -> None:
+    from .tool import open_model, verify
+
+    net = open_model(options.model, options.device, _adapter(options))
+    print(verify(net, options.first, options.second, options.model, options.threshold, **_selection(options.select)))
+
+
+def add_evaluate(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "evaluate",
+        run_evaluate,
+        help="ten-fold verification accuracy of a model at every pair of its resolutions",
+        example="btnet evaluate --model my_btnet --pairs lfw.bin --baseline",
+    )
+    parser.add_argument("--pairs", action="append", required=True, metavar="SET", help=".bin or pairs.txt; repeatable")
+    parser.add_argument("--baseline", action="store_true", help="also the trunk on faces scaled up")
+    _add_model(parser, select=False)
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    from .tool import open_model
+    from .training.adapt import compare, report
+
+    net = open_model(options.model, options.device, _adapter(options))
+    print(report(compare(net, options.pairs, baseline=options.baseline, device=options.device)))
+
+
+COMMANDS: tuple[Callable[[Commands], None], ...] = (
+    add_reproduce,
+    add_train,
+    add_data,
+    add_pack,
+    add_adapt,
+    add_embed,
+    add_verify,
+    add_evaluate,
+    add_report,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -218,6 +318,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, e.g. head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _add_model(parser: argparse.ArgumentParser, select: bool = True) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a BTNet")
+    if select:
+        parser.add_argument("--select", default="max+ceil", metavar="RULE", help="branch selection (default: max+ceil)")
+    _add_machine(parser)
+
+
+def _selection(rule: str) -> dict[str, str]:
+    indicator, _, rounding = rule.partition("+")
+    return {"indicator": indicator, "rounding": rounding}
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ class Notebook:
     parameters_cell: int  # its number, from 1
     depends: tuple[str, ...] = ()  # numbers of earlier notebooks whose outputs it reads
     expected: dict[str, float] = dataclasses.field(default_factory=dict)  # scale -> seconds
+    always: bool = False  # whether it runs even if unchanged: it reads results of any scale
 
     @property
     def name(self) -> str:
@@ -54,6 +55,7 @@ def load_notebook(path: Path) -> Notebook:
         parameters_cell=tagged[0] + 1,
         depends=tuple(about.get("depends", ())),
         expected=about.get("seconds", {}),
+        always=about.get("always", False),
     )
 
 
@@ -151,10 +153,10 @@ def explain(error: Any, notebook: Notebook, cell: int) -> str:
 
 
 def code_checksum() -> str:
-    """A checksum of this package that comments and layout do not change; the command line does not count."""
+    """A checksum of this package that comments and layout do not change; what only reports results does not count."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*")):
-        if path.suffix == ".py" and path.name not in ("cli.py", "__main__.py"):
+        if path.suffix == ".py" and path.name not in ("cli.py", "__main__.py", "report.py", "summary.py"):
             digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
         elif path.suffix == ".json":
             digest.update(path.read_bytes())

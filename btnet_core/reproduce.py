@@ -63,7 +63,7 @@ def reproduce(
             print_ = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
             expected = state.seconds(notebook.name) or notebook.expected.get(scale)
             line = Progress(f"[{number}/{len(chosen)}] {notebook.name}", expected, len(notebook.cells))
-            if resume and state.is_current(notebook, print_):
+            if resume and not notebook.always and state.is_current(notebook, print_):
                 line.end(f"unchanged, not run again (it took {clock(expected or 0)})")
             else:
                 _run_one(notebook, values[notebook.name], print_, state, line, fresh=not resume)
@@ -71,7 +71,20 @@ def reproduce(
     print(f"Scale {scale}: {ran} run, {len(chosen) - ran} unchanged, in {clock(time.time() - began)}. Results:")
     for folder in ("results", "figures", "notebooks", "logs"):
         print(f"  {folder:<10}{run_dir / folder}")
+    print(f"  {'report':<10}{_report(scale, runs, notebooks)}")
     return run_dir
+
+
+def _report(scale: str, runs: str | Path, notebooks: str | Path | None) -> str:
+    """The path of the report, made now; without one the run is as good, so that a failure is only told."""
+    from .errors import BTNetError
+
+    try:
+        from .report import report
+
+        return str(report(scale, runs=runs, notebooks=notebooks))
+    except (BTNetError, OSError, ImportError) as error:
+        return f"not made: {error}\n    the results above are complete; once mended: btnet report --scale {scale} --runs {runs}"
 
 
 def _run_one(

@@ -1,0 +1,212 @@
+"""Recorded results beside the paper's numbers: what was reproduced at which scale, and whether the paper's claims hold.
+
+Only recorded JSON is read. *Tables* are ``{"table1": {row: {column: number}}}`` with the paper's rows and columns; the
+numbers of the running text are the table "text", whose only column is "value".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import published, results
+from .errors import DataError
+from .evaluation.gains import gains, show_gain
+from .scales import SCALES
+
+Tables = dict[str, dict[str, dict[str, Any]]]
+TABLES = tuple(f"table{number}" for number in range(1, 9))
+MADE_BY = {  # what of the paper each notebook makes
+    "01": ("Figure 1",), "02": ("Figure 2", "Figure 3", "Figure 5", "Figure 6"), "05": ("Table 1",),
+    "06": ("Table 2", "Figure 8"), "07": ("Table 3", "Table 4", "Figure 7"),
+    "08": ("Table 5", "Table 6", "Table 7", "Table 8"), "09": ("Figure 4", "Figure 9"),
+}  # fmt: skip
+
+
+def collect(folders: Iterable[Path]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Results by (scale, notebook) in `<folder>/results/*.json`; of two the later folder's, its path as "path".
+
+    Files without a scale (benchmarks) are passed over. Raises DataError naming a file that is not JSON or no result.
+    """
+    found = {}
+    for folder in folders:
+        for path in sorted((folder / "results").glob("*.json")):
+            record = results.load(folder, path.stem)
+            if not isinstance(record, dict):
+                raise DataError(f"{path} holds a {type(record).__name__}, expected what results.record writes")
+            if record.get("scale") in SCALES:
+                found[record["scale"], record.get("name", path.stem)] = record | {"path": path}
+    return found
+
+
+def everything(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What is recorded in the repository (figures/results), then in the runs of all scales beside `run_dir`, and there."""
+    return collect([results.ROOT / "figures", *(run_dir.parent / scale for scale in SCALES), run_dir])
+
+
+def ours(record: Mapping[str, Any]) -> Tables:
+    """One record's numbers in the paper's tables. Raises DataError naming the file and what it lacks."""
+    try:
+        return _ours(record["name"], record["values"])
+    except (KeyError, TypeError, AttributeError) as error:
+        where = record.get("path", record.get("name"))
+        raise DataError(f"{where} is not what its notebook records ({type(error).__name__}: {error})") from None
+
+
+def _ours(name: str, values: Mapping[str, Any]) -> Tables:
+    if name == "01_upsampling_error":
+        return {"text": {key: {"value": value} for key, value in
+                         (("figure1_knee", values["knee"]["measured"]), ("figure1_images", values["images"]))}}  # fmt: skip
+    if name == "02_architecture_and_cost":  # of IResNet-50, by the architecture alone
+        share = {row["r"]: 100 * row["share"] for row in values["iresnet50"]}
+        return {"text": {f"figure5_share_{r}": {"value": round(share[r], 1)} for r in (28, 7)}}
+    if name == "05_verification":
+        rows = {
+            method.replace("_v2", "(v2)").replace("_v3", "(v3)"): {s: cell["accuracy"] for s, cell in row.items()}
+            for method, row in values["accuracy"].items()
+        }
+        best = {s: value for s, value in gains(rows).get("phi_bt", {}).items() if value is not None}
+        text: dict[str, dict[str, Any]] = {}
+        for kind, same in (("cross", False), ("same", True)):
+            if some := [value for s, value in best.items() if _same(s) == same]:
+                text |= {f"{kind}_gain_{end.__name__}": {"value": round(end(some), 2)} for end in (min, max)}
+        return {"table1": rows, "text": text}
+    if name == "06_survface_identification":
+        reports = values["reports"].items()
+        return {"table2": {f"BTNet ({k})" if "+" in k else k: {"AUC": r["auc"], **r["tpir"]} for k, r in reports}}
+    if name == "08_template_aggregation":
+        return {
+            f"table{5 + 2 * (key == 'tpir') + same}": {
+                method: {s: value for s, value in row.items() if _same(s) == same}
+                for method, row in values[key].items()
+            }
+            for key in ("tar", "tpir")
+            for same in (False, True)
+        }
+    return {key: values[key] for key in ("table3", "table4") if key in values}
+
+
+def _same(setting: str) -> bool:
+    first, second = setting.split("&")
+    return first == second
+
+
+def by_scale(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Tables]:
+    """Our tables of every scale, empty for one that has not been run."""
+    tables: dict[str, Tables] = {scale: {} for scale in SCALES}
+    for (scale, _), record in records.items():
+        for table, rows in ours(record).items():
+            tables[scale].setdefault(table, {}).update(rows)
+    return tables
+
+
+def paper() -> Tables:
+    """All that the paper prints, as `ours` has it."""
+    text = {name: {"value": value} for name, (value, _) in published.texts().items()}
+    return {table: published.table(table) for table in TABLES} | {"text": text}  # type: ignore[return-value]
+
+
+def blocks(table: str, records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Our rows of one table, a block for each scale under a title that says what made it, gains in brackets."""
+    shown, columns = {}, next(iter(published.table(table).values()))
+    for scale in SCALES:
+        made = [record for (of, _), record in records.items() if of == scale and ours(record).get(table)]
+        for record in made:
+            values, rows = record["values"], ours(record)[table]
+            data = values.get("test") or values.get("data") or ", ".join(values.get("pairs", ()))
+            shown[f"ours, scale {scale}, seed {record.get('seed')}: {data or record['name']}"] = with_gains(table, rows)
+        for record in [r for (of, name), r in records.items() if of == scale and name.endswith("_seeds")]:
+            mean, std = (record["values"].get(key) for key in ("mean", "std"))
+            if table == "table1" and mean and std:
+                title = f"ours, scale {scale}, mean ± standard deviation over {len(record['values']['by_seed'])} seeds"
+                shown[title] = {m: {s: f"{v:.2f} ± {std[m][s]:.2f}" for s, v in row.items()} for m, row in mean.items()}
+        if not made:
+            shown[f"ours, scale {scale}"] = {"not run": dict.fromkeys(columns)}
+    return shown
+
+
+def with_gains(table: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Numbers with their gains by Eqs. 4 and 5, for the tables that have them: "87.17 (+1.17)"."""
+    if table in TABLES[1:4] or "phi_hr" not in rows:
+        return {name: dict(row) for name, row in rows.items()}
+    gained = {name: {s: show_gain(value) for s, value in row.items()} for name, row in gains(rows).items()}
+    return {name: {s: f"{v:.2f} ({gained[name][s]})" for s, v in row.items()} for name, row in rows.items()}
+
+
+def printed(table: str) -> dict[str, dict[str, Any]]:
+    """The paper's rows of one table with the gains as it prints them."""
+    rows = published.table(table)
+    if table in TABLES[1:4]:
+        return rows
+    gain = published.gain
+    return {name: {s: f"{v:.2f} ({gain(table, name, s)})" for s, v in row.items()} for name, row in rows.items()}
+
+
+def coverage(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, dict[str, str | None]]:
+    """For each figure and table of the paper what each scale has recorded: None where nothing."""
+    tables, whole, made = by_scale(records), paper(), {item: key for key, items in MADE_BY.items() for item in items}
+    lines: dict[str, dict[str, str | None]] = {}
+    for item in sorted(made):
+        table = item.lower().replace(" ", "")
+        for scale in SCALES:
+            mine = next((r for (of, name), r in records.items() if of == scale and name.startswith(made[item])), None)
+            cell = f"seed {mine.get('seed')}" if mine else None
+            if table in TABLES:  # of Table 2 the paper's own rows count
+                wanted = [(row, c) for row, cells in whole[table].items() for c in cells
+                          if table != "table2" or row.startswith("BTNet")]  # fmt: skip
+                have = sum(tables[scale].get(table, {}).get(row, {}).get(c) is not None for row, c in wanted)
+                cell = f"{have} of {len(wanted)} numbers" if have else None
+            lines.setdefault(item, {})[scale] = cell
+    return lines
+
+
+def claims(tables: Tables) -> dict[str, str]:
+    """What the paper concludes, looked up in one set of tables: for how many settings it holds, or by how much."""
+    answers: dict[str, str] = {}
+    one, two, three, four = (tables.get(table, {}) for table in TABLES[:4])
+
+    def count(claim: str, holds: Iterable[bool]) -> None:
+        if holds := list(holds):
+            answers[claim] = f"{sum(holds)} of {len(holds)}"
+
+    def ahead(names: Iterable[str], *others: str) -> Iterator[float]:
+        """Points by which phi_bt leads the best of `others` at each setting with a face below 112."""
+        for rows in (tables.get(name, {}) for name in names):
+            if {"phi_bt", *others} <= rows.keys():
+                for s in rows["phi_bt"].keys() - {"112&112"}:
+                    if all(s in rows[other] for other in others):
+                        yield rows["phi_bt"][s] - max(rows[other][s] for other in others)
+
+    if knee := tables.get("text", {}).get("figure1_knee"):
+        answers["Figure 1: the error soars below about this many px"] = f"{knee['value']:g}"
+    baselines = ("phi_hr", "phi_mm", "phi_mr")
+    count("Table 1: phi_bt above phi_mr below 112", (lead > 0 for lead in ahead(["table1"], "phi_mr")))
+    count("Table 1: phi_bt above every baseline below 112", (lead > 0 for lead in ahead(["table1"], *baselines)))
+    cross = (value for s, value in one.get("phi_mm", {}).items() if not _same(s))
+    count("Table 1: phi_mm at chance (50 ± 1) across resolutions", (abs(value - 50) < 1 for value in cross))
+    if {"phi_hr", "phi_mr"} <= one.keys():
+        loss = one["phi_mr"]["112&112"] - one["phi_hr"]["112&112"]
+        answers["Table 1: phi_mr against phi_hr at 112&112, points"] = f"{loss:+.2f}"
+    for low, high in (("floor", "near"), ("near", "ceil")):
+        pairs = ((two.get(f"BTNet ({i}+{k})", {}).get("0.3") for k in (low, high)) for i in ("avg", "min", "max"))
+        count(f"Table 2: {high} above {low} at FPIR 0.3", (b > a for a, b in pairs if a is not None and b is not None))
+    steps = [three.get(name, {}) for name in published.table("table3")]
+    for claim, better, worse in (("BCT above pretraining alone", 2, 1), ("branch distillation above BCT", 4, 2)):
+        columns = {"112&14", "14&14"} & steps[better].keys() & steps[worse].keys()
+        count(f"Table 3: {claim}", (steps[better][s] > steps[worse][s] for s in columns))
+    if len(four) > 1:
+        losses = [[row[s] for row in four.values()] for s in ("112&14", "14&14")]
+        spread = " and ".join(f"{max(column) - min(column):.2f}" for column in losses)
+        answers["Table 4: between influence losses, points"] = spread
+    near = (lead > -1 for lead in ahead(["table5", "table7"], "phi_hr"))
+    count("Tables 5, 7: phi_bt above phi_hr or less than 1 point below", near)
+    count("Tables 6, 8: phi_bt above every baseline", (lead > 0 for lead in ahead(["table6", "table8"], *baselines)))
+    return answers
+
+
+def compare_claims(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, dict[str, str | None]]:
+    """`claims` of the paper's own tables, and beside them of each scale's."""
+    answers: dict[str, dict[str, str]] = {"the paper": claims(paper())}
+    answers |= {f"scale {scale}": claims(tables) for scale, tables in by_scale(records).items()}
+    return {claim: {whose: found.get(claim) for whose, found in answers.items()} for claim in answers["the paper"]}

@@ -12,9 +12,13 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -206,23 +210,19 @@ class BTNet(nn.Module):
 
     @torch.inference_mode()
     def embed(
-        self,
-        images: Sequence,
-        *,
-        indicator: str = "max",
-        rounding: str = "ceil",
-        how: Resize | None = None,
-        batch_size: int = 64,
-        normalise: bool = True,
-        return_info: bool = False,
-    ) -> Tensor | tuple[Tensor, list[dict]]:
+        self, images: Sequence, *, indicator: str = "max", rounding: str = "ceil", how: Resize | None = None,
+        batch_size: int = 64, normalise: bool = True, return_info: bool = False, keep_going: bool = False,
+    ) -> Tensor | tuple[Tensor, list[dict]]:  # fmt: skip
         """Embed aligned faces of any sizes, each through its own branch, in the order given.
+
+        Threads decode and resize while the model works; about ``batch_size`` faces of each branch are held at a time.
 
         Args:
             images: PIL images, paths, uint8 arrays ``(H, W, 3)`` or pixel tensors ``(3, H, W)`` in [0, 255], RGB.
             indicator, rounding: branch selection, see ``select_branch``.
             normalise: unit length, so that a dot product is the cosine.
-            return_info: also return for each image its size, its branch and the scale factors of the resize.
+            return_info: also return for each image its ``size``, branch ``r``, and the ``scale`` factors of the resize.
+            keep_going: an image that cannot be read gets a row of NaN, and its info {"error": message}.
 
         Returns:
             ``(len(images), D)`` float32 on the CPU [, list of dicts].
@@ -230,31 +230,43 @@ class BTNet(nn.Module):
         Raises:
             DataError: an image is not a face image; the message gives its place in the list.
         """
-        device = next(self.parameters()).device
-        faces = [self.trunk.crop(to_pixels(image, f"images[{index}]")) for index, image in enumerate(images)]
-        sizes = np.array([face.shape[-2:] for face in faces], dtype=np.int64).reshape(-1, 2)
-        chosen = select_branch(
-            sizes[:, 1], sizes[:, 0], indicator=indicator, rounding=rounding, resolutions=self.resolutions
-        )
-        embeddings = torch.empty(len(faces), self.trunk.config.embedding)
-        was_training = self.training
+        device, was_training = next(self.parameters()).device, self.training
+        embeddings = torch.full((len(images), self.trunk.config.embedding), torch.nan)
+        info: list[dict] = [{}] * len(images)
+        waiting: dict[int, list[tuple[int, Tensor]]] = {r: [] for r in self.resolutions}
+
+        def load(index: int) -> tuple[Tensor, dict]:
+            face = self.trunk.crop(to_pixels(images[index], f"images[{index}]"))
+            rows, columns = face.shape[-2:]
+            r = select_branch(columns, rows, indicator=indicator, rounding=rounding, resolutions=self.resolutions)
+            target = scaled_size(r, self.trunk.config.size)
+            facts = {"size": (rows, columns), "r": r, "scale": (target[0] / rows, target[1] / columns)}
+            return resize(face, target, how), facts
+
+        def flush(r: int) -> None:
+            indices, pixels = zip(*waiting[r], strict=True)
+            x = self.trunk.normalise(torch.stack(pixels).to(device)).contiguous(memory_format=torch.channels_last)
+            embeddings[list(indices)] = self(x, r).float().cpu()
+            waiting[r].clear()
+
         self.eval()
-        for r in np.unique(chosen).tolist():
-            target, members = scaled_size(r, self.trunk.config.size), np.flatnonzero(chosen == r)
-            for start in range(0, len(members), batch_size):
-                indices = members[start : start + batch_size]
-                pixels = torch.stack([resize(faces[index].to(device), target, how) for index in indices])
-                embeddings[torch.from_numpy(indices)] = self(self.trunk.normalise(pixels), r).cpu()
-        self.train(was_training)
+        try:
+            for index, loaded in enumerate(ahead(load, range(len(images)), 2 * batch_size, keep_going)):
+                if isinstance(loaded, DataError):
+                    info[index] = {"error": str(loaded)}
+                    continue
+                pixels, info[index] = loaded
+                r = info[index]["r"]
+                waiting[r].append((index, pixels))
+                if len(waiting[r]) == batch_size:
+                    flush(r)
+            for r in (r for r, faces in waiting.items() if faces):
+                flush(r)
+        finally:
+            self.train(was_training)
         if normalise:
             embeddings = nn.functional.normalize(embeddings)
-        if not return_info:
-            return embeddings
-        info = []
-        for (rows, columns), r in zip(sizes.tolist(), np.asarray(chosen).tolist(), strict=True):
-            target = scaled_size(r, self.trunk.config.size)
-            info.append({"size": (rows, columns), "r": r, "scale": (target[0] / rows, target[1] / columns)})
-        return embeddings, info
+        return (embeddings, info) if return_info else embeddings
 
     # ---- storage (paper 3.4): the trunk once, each resolution as its own small file ----
 
@@ -278,6 +290,10 @@ class BTNet(nn.Module):
             CheckpointError: a file is missing, damaged, or a branch was trained on another trunk.
         """
         folder = Path(folder)
+        if not (folder / "trunk.safetensors").is_file():
+            raise CheckpointError(
+                f"{folder}: holds no BTNet (trunk.safetensors); `btnet adapt --out {folder}` makes one"
+            )
         state, metadata = read_safetensors(folder / "trunk.safetensors")
         if "btnet_backbone" not in metadata:
             raise CheckpointError(
@@ -301,6 +317,28 @@ class BTNet(nn.Module):
                 raise CheckpointError(f"{path}: tensors missing or unexpected: {sorted(missing)[:5]}")
             load_strictly(route, route.state_dict() | state, str(path))
         return btnet
+
+
+def ahead(load: Callable[[int], Any], indices: Iterable[int], depth: int, keep_errors: bool) -> Iterator[Any]:
+    """``load(i)`` for each index, in order, by threads that are up to ``depth`` items ahead; a DataError may be one."""
+
+    def guarded(index: int) -> Any:
+        try:
+            return load(index)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
+        jobs: deque = deque()
+        try:
+            for index in indices:
+                jobs.append(pool.submit(guarded if keep_errors else load, index))
+                if len(jobs) > depth:
+                    yield jobs.popleft().result()
+            while jobs:
+                yield jobs.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def weights_digest(module: nn.Module) -> str:

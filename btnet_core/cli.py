@@ -277,6 +277,40 @@ def run_evaluate(options: argparse.Namespace) -> None:
     print(report(compare(net, options.pairs, baseline=options.baseline, device=options.device)))
 
 
+def add_figures(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "figures",
+        run_figures,
+        help="draw every figure and table of the paper again from recorded results, without training",
+        example="btnet figures --out figures   (or, from the repository's own results: btnet figures --runs figures)",
+    )
+    parser.add_argument("--scale", choices=("demo", "lfw", "paper"), default="demo", help="whose run (default: demo)")
+    parser.add_argument(
+        "--runs", default="runs", metavar="DIR", help="where runs, or results/, are kept (default: runs)"
+    )
+    parser.add_argument(
+        "--out", default="figures", metavar="DIR", help="where figures and results go (default: figures)"
+    )
+
+
+def run_figures(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from .figures import remake
+
+    runs = Path(options.runs)
+    folder = runs if (runs / "results").is_dir() else runs / options.scale
+    made, missing = remake(folder, out=options.out)
+    if not made:
+        raise ReproduceError(
+            f"{folder / 'results'} holds no results: btnet reproduce --scale {options.scale} makes them"
+        )
+    print(
+        f"{len(made)} figures and tables in {options.out}" + (f"; not recorded: {', '.join(missing)}" * bool(missing))
+    )
+
+
 COMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_reproduce,
     add_train,
@@ -287,6 +321,7 @@ COMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_verify,
     add_evaluate,
     add_report,
+    add_figures,
 )
 
 

@@ -299,11 +299,12 @@ def _pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
     return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~same
 
 
-def branch_loss(z_r: Tensor, z_s: Tensor, kind: str = "mean") -> Tensor:
+def branch_loss(z_r: Tensor, z_s: Tensor, kind: str = "mean", *, channels: int = 1) -> Tensor:
     """Eq. 2, the distillation of ``z_r`` to the trunk's ``z_s``, both ``(B, C_r, r, r)``; no gradient into ``z_s``.
 
     ``mean``: squared difference over all elements (reproduction-notes 2); ``batch_sum``: divided by the batch size V
     alone, as Eq. 2 is written (C_r r r times as large); ``cosine``: 1 - cosine over channels, mean over positions.
+    ``channels``: their axis; the gradient lies in memory as the axes are given.
     """
     if z_r.shape != z_s.shape:
         raise ConfigError(f"branch_loss: got z_r {tuple(z_r.shape)} and z_s {tuple(z_s.shape)}, expected one shape")
@@ -311,15 +312,20 @@ def branch_loss(z_r: Tensor, z_s: Tensor, kind: str = "mean") -> Tensor:
         z_r, z_s = z_r.float(), z_s.float()
     z_s = z_s.detach()
     if kind == "cosine":
-        return 1 - F.cosine_similarity(z_r, z_s, dim=1, eps=1e-6).mean()
+        return 1 - F.cosine_similarity(z_r, z_s, dim=channels, eps=1e-6).mean()
     if kind not in ("mean", "batch_sum"):
         raise ConfigError(f"distillation: got {kind!r}, expected mean, batch_sum or cosine")
     return F.mse_loss(z_r, z_s) if kind == "mean" else F.mse_loss(z_r, z_s, reduction="sum") / len(z_r)
 
 
-def embedding_loss(z: Tensor, z_teacher: Tensor) -> Tensor:
-    """Mean squared difference of the un-normalised embeddings ``(B, D)`` (reproduction-notes 1, the authors' extra)."""
-    return F.mse_loss(z.float(), z_teacher.detach().float())
+def embedding_loss(z: Tensor, z_teacher: Tensor, kind: str = "mse") -> Tensor:
+    """Distance of the embeddings ``(B, D)``; no gradient into the teacher's.
+
+    ``mse``: mean squared difference of the un-normalised ones (reproduction-notes 1, the authors' extra); ``cosine``:
+    1 - cosine, the distance by which faces are compared.
+    """
+    z, z_teacher = z.float(), z_teacher.detach().float()
+    return F.mse_loss(z, z_teacher) if kind == "mse" else 1 - F.cosine_similarity(z, z_teacher).mean()
 
 
 MARGINS: dict[str, type[Margin]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,8 +31,19 @@ class Scale:
     from_hr: bool = False  # Deviation where True: phi_mr and phi_mm start from phi_hr, not from random weights
     hr: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # TrainConfig fields for phi_hr
     trunk: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for phi_mr
+    specialists: bool = True  # train phi_mm
     specialist: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for each phi_mm
     branch: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for each branch of phi_bt
+    epochs: Mapping[int, int] = field(default_factory=lambda: NOTHING)  # of the branch of r, where it has its own
+    trunks: tuple[str, ...] = ("phi_mr",)  # of phi_bt; further ones give phi_bt_<trunk>
+    variants: tuple[str, ...] = ("v1",)  # of phi_mr: candidate sizes (methods.MR_VARIANTS)
+    ablation: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # TrainConfig fields for notebook 07's runs
+    ablated: int = 14  # resolution of those runs
+
+    @property
+    def shown(self) -> str:
+        """Faces for pictures, which may be published: its own, or where those are of real people the demo's."""
+        return self.faces if self.pictures else SCALES["demo"].faces
 
     def run_dir(self, given: str = "") -> Path:
         """The folder of this scale's runs: ``given``, or ``runs/<name>`` of the repository."""
@@ -56,6 +67,16 @@ SCALES = {
             trunk={"epochs": 1, "batch": 32, "lr": 1.2, "warmup_epochs": 0.1, "margin": 0.2, "scale": 32.0},
             specialist={"epochs": 1, "batch": 32, "lr": 1.2, "warmup_epochs": 0.1, "margin": 0.2, "scale": 32.0},
             branch={"epochs": 2, "batch": 32, "lr": 1.6, "margin": 0.2, "scale": 32.0},
+            # Deviation: 7 px and half the faces, so that eighteen runs take minutes.
+            ablation={
+                "data": "synthetic:identities=400,images=8,seed=0",
+                "epochs": 1,
+                "batch": 32,
+                "lr": 1.6,
+                "margin": 0.2,
+                "scale": 32.0,
+            },
+            ablated=7,
         ),
         Scale(
             name="lfw",
@@ -80,6 +101,19 @@ SCALES = {
         ),
     )
 }
+
+
+def _quick(scale: Scale) -> Scale:
+    """The headline rows alone (hr, mr, bt at 28, 14, 7), with a third of the epochs."""
+    return replace(
+        scale, name=f"{scale.name}-quick", claim=f"{scale.claim} Quick: fewer epochs, headline rows alone.",
+        epochs={r: max(1, epochs // 3) for r, epochs in scale.epochs.items()}, trunks=scale.trunks[:1],
+        variants=("v1",), specialists=False, resolutions=tuple(r for r in scale.resolutions if r < 56),
+        trunk={**scale.trunk, "epochs": 1}, ablation={**scale.ablation, "epochs": 1},
+    )  # fmt: skip
+
+
+SCALES["lfw-quick"] = _quick(SCALES["lfw"])
 
 
 def get_scale(name: str) -> Scale:

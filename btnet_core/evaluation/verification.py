@@ -6,8 +6,9 @@ The metrics take plain arrays and return shares in [0, 1]; ``evaluate_pairs`` re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,19 +163,31 @@ def embed_images(
     return torch.cat(parts)
 
 
-def pair_similarities(
-    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]], *, flip: bool = True, **options: Any
-) -> dict[tuple[int, int], np.ndarray]:
-    """Cosine (P,) of each pair with its first image at r1 rows and its second at r2, per setting (r1, r2).
+def unit_embeddings(
+    embedder: Embedder, pairs: Any, resolutions: Iterable[int], *, flip: bool = True, **options: Any
+) -> dict[int, Tensor]:
+    """For each r the unit embedding (N, D) of every image of a PairSet (datasets/faces.py).
 
-    Each image is embedded once per resolution; with ``flip`` the mirrored image's embedding is added before
-    normalising. ``pairs`` is a PairSet (datasets/faces.py); ``options`` are those of ``embed_images``.
+    With ``flip`` the mirrored image's embedding is added before normalising; ``options`` are those of ``embed_images``.
     """
     faces = pairs.images(np.arange(pairs.num_images))  # once, not once per resolution
-    unit = {
+    return {
         r: F.normalize(embed_images(embedder, faces.__getitem__, len(faces), r, mirror=r if flip else None, **options))
-        for r in sorted({r for setting in settings for r in setting}, reverse=True)
+        for r in sorted(set(resolutions), reverse=True)
     }
+
+
+def pair_similarities(
+    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]], *,
+    known: Mapping[int, Tensor] = MappingProxyType({}), **options: Any,
+) -> dict[tuple[int, int], np.ndarray]:  # fmt: skip
+    """Cosine (P,) of each pair with its first image at r1 rows and its second at r2, per setting (r1, r2).
+
+    Each image is embedded once per resolution. ``known``: ``unit_embeddings`` made before, such as those of a trunk that
+    several methods share at 112; ``options`` are those of that function.
+    """
+    needed = {r for setting in settings for r in setting} - known.keys()
+    unit = {**known, **(unit_embeddings(embedder, pairs, needed, **options) if needed else {})}
     first, second = (torch.as_tensor(np.asarray(side), dtype=torch.int64) for side in (pairs.first, pairs.second))
     return {(a, b): (unit[a][first] * unit[b][second]).sum(1).double().numpy() for a, b in settings}
 
@@ -186,7 +199,7 @@ def evaluate_pairs(
     """Table 1's protocol: {"112&7": {accuracy, std, folds, auc, directions}, …}, in % but for the thresholds.
 
     ``cross="both"`` averages both directions fold by fold when r1 != r2; "authors" puts only the first image of
-    each pair at r1 (reproduction-notes 28). ``options``: flip, device, how, batch_size.
+    each pair at r1 (reproduction-notes 28). ``options``: known, flip, device, how, batch_size.
     """
     if cross not in ("both", "authors"):
         raise ConfigError(f"cross: got {cross!r}, expected 'both' or 'authors'")

@@ -17,6 +17,7 @@ CHOICES = {
     "bn": BN_MODES,
     "loss": (*MARGINS, *METRICS),
     "distillation": ("mean", "batch_sum", "cosine"),
+    "embedding": ("mse", "cosine"),
     "precision": ("auto", "bf16", "fp16", "fp32"),
     "cache": ("auto", "memory", "memmap", "off"),
     "matmul": ("highest", "high"),
@@ -57,6 +58,7 @@ class TrainConfig:
     branch_weight: float = 0.0  # lambda_branch, 0.5 for phi_bt (3.3)
     distillation: str = "mean"  # of Eq. 2, see losses.branch_loss (reproduction-notes 2)
     embedding_weight: float = 0.0  # 1 in the authors' code (reproduction-notes 1)
+    embedding: str = "mse"  # how it is measured, see losses.embedding_loss
     classifier: str = "fresh"  # kappa starts "fresh", as "class_means" of the embeddings, or from this file
     fix_classifier: bool = False  # BCT: kappa* does not learn (3.3)
     sample_rate: float = 1.0  # share of the negative classes used each step (PartialFC); 1: all
@@ -77,6 +79,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile the network
     sync_bn: bool = False  # batch statistics over all processes (reproduction-notes 7)
     cache: str = "auto"  # the teacher's features: in memory, in a file, or computed at every step
+    cache_dir: str = ""  # where the features are kept for other runs of the same teacher, data and r; "": not kept
     workers: int = 2  # decoding threads, when the data do not fit in memory
     checkpoint_seconds: float = 300.0  # between checkpoints; one at each epoch's end too
     validation: tuple[str, ...] = ()  # pair sets, specs of datasets.open_pairs

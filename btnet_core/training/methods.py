@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from btnet_core.backbones import Backbone, load_strictly, read_safetensors
-from btnet_core.btnet import BTNet, Route
+from btnet_core.backbones import Backbone, load_backbone, load_strictly, read_safetensors
+from btnet_core.btnet import BTNet, Route, coupling_layer
+from btnet_core.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
 from btnet_core.errors import CheckpointError
+from btnet_core.images import Resize
 from btnet_core.scales import Scale
 from btnet_core.training.config import TrainConfig
 
@@ -20,6 +22,7 @@ MR_VARIANTS: dict[str, dict[str, Any]] = {  # reproduction-notes 11
     "v2": {"sizes": PYRAMID, "size_weights": (0.3, 0.25, 0.2, 0.15, 0.1)},
     "v3": {"sizes": tuple(range(4, 113))},
 }
+EMBEDDING_WEIGHT = 40.0  # of 1 - cosine to the teacher's embedding, times lambda_branch; chosen at the scale lfw
 BRANCH = {"lr": 0.02, "warmup_epochs": 0.0, "epochs": 10}  # A.2, reproduction-notes 20
 ADAPT: dict[str, Any] = {"epochs": 8, "batch": 128, "lr": 0.2}  # `btnet adapt`: as at scale lfw
 
@@ -109,6 +112,15 @@ def load_route(trunk: Backbone, path: Path | str) -> BTNet:
     return btnet
 
 
+def load_run(trunk: Backbone, folder: Path, **options: Any) -> Embedder:
+    """What a run of ``ablations`` has learned, as an embedder of its resolution; ``options`` are those of Embedder."""
+    if (folder / "route.safetensors").is_file():
+        return BranchEmbedder(load_route(trunk, folder / "route.safetensors"), **options)
+    if (folder / "trunk.safetensors").is_file():
+        return UpsamplingEmbedder(load_backbone(folder / "trunk.safetensors"), **options)
+    return BranchEmbedder(BTNet.load(folder / "btnet"), **options)
+
+
 def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]:
     """Every run of Table 1 at a scale, in order, by the folder under ``models`` that it is trained in.
 
@@ -126,9 +138,70 @@ def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]
             "seed": seed,
         }
     runs = [] if scale.pretrained else [phi_hr(scale.faces, **fresh, **scale.hr)]
-    runs += [phi_mr(scale.faces, **start, **scale.trunk)]
-    runs += [phi_mm(scale.faces, r, **start, **scale.specialist) for r in scale.resolutions]
-    trunk, kappa = (str(models / "phi_mr" / f"{part}.safetensors") for part in ("trunk", "classifier"))
-    branch = {"btnet": str(models / "phi_bt"), "seed": seed, "validation": scale.pairs, **scale.branch}
-    runs += [phi_bt(scale.faces, r, trunk, kappa, **branch) for r in scale.resolutions]
+    runs += [phi_mr(scale.faces, variant, **start, **scale.trunk) for variant in scale.variants]
+    if scale.specialists:
+        runs += [phi_mm(scale.faces, r, **start, **scale.specialist) for r in scale.resolutions if r < 56]
+    for index, name in enumerate(scale.trunks):
+        trunk, kappa = kept(scale, models, name)
+        own = f"phi_bt_{name}" if index else "phi_bt"
+        for r in scale.resolutions:
+            changes: dict[str, Any] = {"btnet": str(models / own), "seed": seed, "validation": scale.pairs}
+            changes |= scale.branch | ({"epochs": scale.epochs[r]} if r in scale.epochs else {})
+            runs.append(phi_bt(scale.faces, r, trunk, kappa, **{"name": f"{own}_{r}", **changes}))
     return {run.name: run for run in runs}
+
+
+def kept(scale: Scale, models: Path, name: str) -> tuple[str, str]:
+    """Files of a trained trunk and its classifier; "class_means" for a phi_hr that others trained."""
+    trunk, kappa = (str(models / name / f"{part}.safetensors") for part in ("trunk", "classifier"))
+    return trunk, "class_means" if scale.pretrained and name == "phi_hr" else kappa
+
+
+def ablations(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, dict[str, TrainConfig]]:
+    """The runs of Section 5 at resolution ``scale.ablated``, by table and row; the paper's names for its rows.
+
+    "table3", "table4", "figure7" (rows are units) and "beyond": what the paper leaves open, each one switch away from
+    phi_bt. Rows of the same configuration share a run (its ``name``). All start from phi_bt's trunk, which must be
+    there, and share the teacher's features.
+    """
+    trunk, kappa = kept(scale, models, scale.trunks[0])
+    network, r = load_backbone(trunk), scale.ablated
+    changes: dict[str, Any] = {"seed": seed, "cache_dir": str(models / "teacher"), **scale.ablation}
+    data = changes.pop("data", scale.faces)
+
+    def bt(name: str, **switch: Any) -> TrainConfig:
+        return phi_bt(data, r, trunk, kappa, **{"name": name, **changes, **switch})
+
+    names = [name for name, _ in network.units()]
+    ends = names.index(coupling_layer(network, r))
+    allocations = dict.fromkeys(names[i] for i in (0, ends // 2, ends, (ends + len(names)) // 2, len(names) - 1))
+    steps = {"Scratch": "scratch", "Pretraining": "pretraining", "Pretraining + BCT": "bct",
+             "Pretraining + BCT + Fix Trunk": "fix_trunk",
+             "Pretraining + BCT + Fix Trunk + Branch Distillation": "distillation"}  # fmt: skip
+    standard = table3(data, "distillation", trunk, kappa, r, **{**changes, "name": "phi_bt"})
+    return {
+        "table3": {
+            row: table3(data, step, trunk, kappa, r, **changes, **({"backbone": network.config} if step == "scratch" else {}))
+            for row, step in steps.items()
+            if step != "distillation"
+        }
+        | {list(steps)[-1]: standard},
+        "table4": {"CosFace": bt("cosface", loss="cosface"), "ArcFace": bt("arcface", loss="arcface"),
+                   "CurricularFace": standard},
+        "figure7": {
+            unit: standard if unit == names[ends] else figure7(data, r, unit, trunk, kappa, **changes)
+            for unit in allocations
+        },
+        "beyond": {
+            "Eq. 3 alone": standard,
+            "+ embedding MSE (the authors' code)": bt("embedding_mse", embedding_weight=1.0),
+            "+ embedding cosine": bt("embedding_cosine", embedding="cosine", embedding_weight=EMBEDDING_WEIGHT),
+            "cosine for the feature maps": bt("cosine_maps", distillation="cosine"),
+            "no labels (distillation alone)": bt("no_labels", influence_weight=0.0),
+            "no labels, + embedding cosine": bt("no_labels_cosine", influence_weight=0.0, embedding="cosine",
+                                                embedding_weight=EMBEDDING_WEIGHT),
+            "no antialiasing": bt("no_antialias", resize=Resize(antialias=False)),
+            "batch norms of T_r fixed": bt("frozen_bn", bn="frozen_bn"),
+            "all of the trunk fine-tuned (Section 3.4)": full_finetuning(data, r, trunk, kappa, **changes),
+        },
+    }  # fmt: skip

@@ -1,6 +1,7 @@
 # make reproduce   run every notebook at the demo scale; SCALE=lfw and ARGS="--only 01,05" choose others
 # make test        the tests; ARGS="-k losses" chooses some
 # make lab         JupyterLab on the notebooks
+# make figures     the figures and tables in figures/, from what make reproduce recorded
 # make lint        style and types
 # Each prepares $(VENV) first: minutes and gigabytes the first time, about a second afterwards.
 
@@ -28,10 +29,8 @@ test: $(STAMP)
 lab: $(STAMP)
 	@$(RUN) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
-figures: reproduce
-	@mkdir -p figures/results
-	@cp runs/demo/figures/*.png runs/demo/figures/*.pdf runs/demo/figures/manifest.json figures/
-	@cp runs/demo/results/*.json figures/results/
+figures: $(STAMP)
+	@$(RUN) -m btnet_core figures $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

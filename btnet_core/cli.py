@@ -42,7 +42,8 @@ def add_reproduce(commands: Commands) -> None:
         help="run the notebooks in order and collect their results under runs/",
         example="btnet reproduce --scale demo --only 01,05 -p seed=1",
     )
-    parser.add_argument("--scale", choices=("demo", "lfw", "paper"), default="demo", help="size of the experiments")
+    parser.add_argument("--scale", choices=("demo", "lfw", "lfw-quick", "paper"), default="demo",
+                        help="size of the experiments")  # fmt: skip
     parser.add_argument("--only", default="", metavar="01,05", help="only these notebooks, by number or name")
     parser.add_argument(
         "-p",
@@ -69,8 +70,9 @@ def run_reproduce(options: argparse.Namespace) -> None:
     from .reproduce import reproduce
 
     parameters = dict(_pair(text) for text in options.parameters)
+    quick = parameters.pop("quick", "false").lower() == "true"  # of the scale, not of a notebook
     reproduce(
-        options.scale,
+        options.scale + "-quick" * quick,
         only=options.only.split(","),
         parameters=parameters,
         resume=options.resume,

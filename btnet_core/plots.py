@@ -1,16 +1,16 @@
-"""One function per figure of the paper, from plain arrays, dicts or the model itself, to a matplotlib Figure.
+"""One function per figure of the paper, from the values that its notebook records (or the model) to a Figure.
 
-Sizes are inches for a two-column page; text is 7-8 pt, fonts stay text in PDF. Colours are seaborn's colour-blind
+Values and arrays are those of results.record, as they are or read back from JSON; figures.py knows which. Sizes are inches for a two-column page; text is 7-8 pt, fonts stay text in PDF. Colours are seaborn's colour-blind
 safe palette: one colour per method and one per resolution throughout. Hollow markers are the paper's printed values.
 Nothing is saved here (results.save_figure does) and no global state of matplotlib changes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import html
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +21,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from btnet_core import published
 from btnet_core.btnet import INDICATORS, ROUNDINGS, BTNet, Route, select_branch
 from btnet_core.errors import ConfigError
 
@@ -61,10 +63,15 @@ def _paper_ready(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def _label(method: str) -> str:
-    return METHODS.get(method, (method,))[0]
+    """phi_mr(v2) and phi_mr_v2 are one method; phi_mm_28 is one model of phi_mm."""
+    method = method.replace("(v", "_v").rstrip(")") if method.startswith("phi_") else method
+    name, _, r = method.rpartition("_")
+    return f"{METHODS[name][0]}, {r} px" if name in METHODS and r.isdigit() else METHODS.get(method, (method,))[0]
 
 
 def _method(method: str, index: int = 0) -> dict[str, Any]:
+    if method.rpartition("_")[2].isdigit():  # one model of phi_mm, one branch of phi_bt
+        return {"color": _colour(int(method.rpartition("_")[2])), "marker": "o"}
     _, colour, marker = METHODS.get(method, (method, sns.color_palette("colorblind").as_hex()[index % 10], "o"))
     return {"color": colour, "marker": marker}
 
@@ -102,22 +109,17 @@ def _show(axes: Axes, image: np.ndarray, title: str = "", outline: str | None = 
 
 
 @_paper_ready
-def figure1(
-    resolutions: Sequence[int], curves: Mapping[str, Any], knees: Mapping[str, float], *, paper_knee: float | None = 32
-) -> Figure:
+def figure1(values: Mapping[str, Any]) -> Figure:
     """Figure 1: error bounds and measured error against resolution; mean over images and their 10-90 % range.
 
-    Args:
-        curves: name -> (len(resolutions), images) in grey levels, of "paper", "complete", "measured" and, only in
-            the left panel, "interpolation", the part of the measured error that the bounds speak of.
-        knees: name -> resolution of the knee, px.
+    ``values`` of notebook 01: "resolutions" (px), "knee" (px) and, of the curves "paper", "complete", "measured" and
+    "interpolation" (the part of the measured error that the bounds speak of), "mean", "low", "high" in grey levels.
     """
     labels = {"measured": "measured error", "complete": "complete bound", "paper": "paper's bound (Eq. 11)"}
     figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.6), layout="constrained")
-    r = np.asarray(resolutions)
+    r, knees, paper_knee = np.asarray(values["resolutions"]), values["knee"], published.text("figure1_knee")
     for (name, label), colour, marker in zip(labels.items(), (BLUE, GREEN, ORANGE), "osD", strict=True):
-        values = np.asarray(curves[name])
-        mean, (low, high) = values.mean(1), np.percentile(values, (10, 90), axis=1)
+        mean, low, high = (np.asarray(values[name][key]) for key in ("mean", "low", "high"))
         shown = mean > 0
         left.plot(r[shown], mean[shown], color=colour, label=label, marker=marker, markevery=max(1, len(r) // 12))
         left.fill_between(r[shown], low[shown], high[shown], color=colour, alpha=0.18, linewidth=0)
@@ -126,37 +128,39 @@ def figure1(
         right.plot(knees[name], np.interp(knees[name], *zip(*sorted(zip(r, rise, strict=True)), strict=True)), marker,
                    color=colour, markersize=7, markeredgecolor="white")  # fmt: skip
     left.set(yscale="log", ylabel="grey levels of 255", title="Absolute: mean, 10-90 % of images")
-    right.set(ylabel=f"share of the rise to {r.min()} px", title=f"Relative to {r.max()}: where the curves bend")
-    part = np.asarray(curves["interpolation"]).mean(1)
+    right.set(ylabel=f"share of the rise to {r.min()} px", title=f"Relative to {r.max()} px: where the curves bend")
+    part = np.asarray(values["interpolation"]["mean"])
     left.plot(r[part > 0], part[part > 0], "--", color=BLUE, linewidth=1, label="interpolation part of it")
-    if paper_knee:
-        right.axvline(paper_knee, color="#888888", linestyle=":", linewidth=1)
-        right.plot(paper_knee, 0, "v", color="#444444", clip_on=False, label=f"paper: about {paper_knee:.0f}",
-                   **HOLLOW)  # fmt: skip
+    right.axvline(paper_knee, color="#888888", linestyle=":", linewidth=1)
+    right.plot(paper_knee, 0, "v", color="#444444", clip_on=False, label=f"paper: about {paper_knee:.0f}", **HOLLOW)
     for axes in (left, right):
         axes.set_xlabel("resolution (px)")
         axes.set_xticks([7, 14, 28, 56, 84, 112])
     left.set_ylim(bottom=left.get_ylim()[0] / 6)  # room for the legend
     left.legend(loc="lower center", ncols=2)
     right.legend()
+    figure.set_layout_engine("constrained", w_pad=0.1)
     return figure
 
 
 @_paper_ready
-def error_maps(face: Any, degraded: Mapping[int, Any], errors: Mapping[int, Any]) -> Figure:
-    """One face (3, S, S) in [0, 255], as it comes back from each resolution, and |error| (S, S) in grey levels."""
-    n = len(degraded)
-    figure, axes = plt.subplots(
-        2, n + 1, figsize=(PAGE, PAGE / (n + 1) * 2 + 0.25), layout="constrained", squeeze=False
-    )
-    _show(axes[0, 0], _picture(face), f"original, {np.shape(face)[-1]} px")
-    axes[1, 0].axis("off")
-    top = max(np.percentile(np.asarray(error), 99.5) for error in errors.values())
-    for column, (r, image) in enumerate(degraded.items(), start=1):
-        error = np.asarray(errors[r])
-        _show(axes[0, column], _picture(image), f"{r} px and back")
-        shown = _show(axes[1, column], error, f"mean {error.mean():.1f}", cmap="magma", vmin=0, vmax=top)
-    figure.colorbar(shown, ax=axes[1, 0], location="right", fraction=0.35, label="|error| (grey levels)")
+def error_maps(arrays: Mapping[str, Any]) -> Figure:
+    """Figure 1, beside it: one "face" (3, S, S) in [0, 255], as it comes "back" (n, 3, S, S) from each of "resolutions"
+    (n,), and the absolute "error" (n, S, S) in grey levels."""
+    errors, n = np.asarray(arrays["error"], np.float32), len(arrays["resolutions"])
+    width = [1.0] * (n + 1) + [0.07]
+    figure, axes = plt.subplots(2, n + 2, figsize=(PAGE, 2 * PAGE / sum(width) + 0.35), layout="constrained",
+                                width_ratios=width, squeeze=False)  # fmt: skip
+    _show(axes[0, 0], _picture(arrays["face"]), f"original, {np.shape(arrays['face'])[-1]} px")
+    for blank in (axes[1, 0], axes[0, -1]):
+        blank.axis("off")
+    axes[1, 0].text(1, 0.5, "absolute error,\nmean in grey levels", ha="right", va="center", fontsize=7)
+    top = np.percentile(errors, 99.5, axis=(1, 2)).max()
+    for column, r in enumerate(np.asarray(arrays["resolutions"]).tolist()):
+        _show(axes[0, column + 1], _picture(arrays["back"][column]), f"{r} px and back")
+        title = f"mean {errors[column].mean():.1f}"
+        shown = _show(axes[1, column + 1], errors[column], title, cmap="magma", vmin=0, vmax=top)
+    figure.colorbar(shown, cax=axes[1, -1], label="grey levels of 255")
     return figure
 
 
@@ -251,13 +255,13 @@ def figure3(btnet: BTNet) -> Figure:
             text = first if len(run) == 1 else f"{first}-{last.split('U')[-1].removeprefix('block')}"
             solid, stays = own or r == btnet.resolutions[-1], colour if own else "#555555"
             _box(axes, column + 0.05, y, 0.86, 0.5, f"{text}{' /2' if stride == 2 else ''}\n{rows}", stays, solid=solid,
-                 size=min(5.2, 48 / len(text)), linestyle="-" if solid else (0, (2, 1.5)))  # fmt: skip
+                 size=min(6.2, 52 / len(text)), linestyle="-" if solid else (0, (2, 1.5)))  # fmt: skip
             ends = own and not chain[min(run[-1] + 1, len(chain) - 1)][3]
             _arrow(axes, (column + 0.91, y + 0.25), (column + 1.05, y + 0.25), colour if ends else "#777777")
             if ends:
                 axes.plot((column + 0.98,) * 2, (y - 0.06, y + 0.62), color=colour, linewidth=1.6)
                 axes.text(column + 0.98, y + 0.66, f"$z_{{{r}}}$", ha="center", fontsize=6.5, color=colour)
-        _box(axes, len(runs) + 0.05, y, 0.95, 0.5, "head", "#555555", solid=not row, size=5.2,
+        _box(axes, len(runs) + 0.05, y, 0.95, 0.5, "head", "#555555", solid=not row, size=6.2,
              linestyle=(0, (2, 1.5)) if row else "-")  # fmt: skip
     legend = "filled: trunk, or a branch of its own · dashed: $T_r$, the trunk's weights with BatchNorm of its own"
     axes.text(-1.1, 0.88, f"{legend} · second line: rows of the output", fontsize=6.2)
@@ -265,27 +269,23 @@ def figure3(btnet: BTNet) -> Figure:
 
 
 @_paper_ready
-def figure4(faces: Mapping[int, Any], maps: Mapping[int, Any]) -> Figure:
-    """Figure 4: a face (3, r, r) at each resolution above a feature map (r, r) of the trunk with as many rows."""
-    n = len(faces)
-    figure, axes = plt.subplots(2, n, figsize=(PAGE, 2 * PAGE / n + 0.3), layout="constrained", squeeze=False)
-    for column, (r, face) in enumerate(faces.items()):
-        _show(axes[0, column], _picture(face), f"{r} px", _colour(r))
-        _show(axes[1, column], _map(maps[r]), "", _colour(r), cmap="viridis")
-    axes[0, 0].set_ylabel("image")
-    axes[1, 0].set_ylabel("feature map of $T$")
+def figure4(arrays: Mapping[str, Any]) -> Figure:
+    """Figure 4: a face "face_<r>" (3, r, r) above a map "trunk_<r>" (r, r) of the trunk that saw it at full size."""
+    resolutions = sorted((int(name[5:]) for name in arrays if name.startswith("face_")), reverse=True)
+    n = len(resolutions)
+    figure, axes = plt.subplots(2, n, figsize=(PAGE, 2 * PAGE / n + 0.2), layout="constrained", squeeze=False)
+    for column, r in enumerate(resolutions):
+        _show(axes[0, column], _picture(arrays[f"face_{r}"]), f"{r} px", _colour(r))
+        _show(axes[1, column], _map(arrays[f"trunk_{r}"]), "", _colour(r), cmap="viridis")
+    axes[0, 0].set_ylabel("face, shrunk")
+    axes[1, 0].set_ylabel("map of $T$, face at full size")
     return figure
 
 
-def _costs(costs: Sequence[Any]) -> list[dict[str, Any]]:
-    rows = [dataclasses.asdict(cost) if dataclasses.is_dataclass(cost) else dict(cost) for cost in costs]
-    return sorted(rows, key=lambda cost: cost["r"])
-
-
 @_paper_ready
-def figure5(costs: Sequence[Any], *, paper_share: Mapping[int, float] | None = None) -> Figure:
-    """Figure 5: parameters to store for each resolution (costs.Cost or dicts); ``paper_share``: r -> 0 to 1."""
-    rows = _costs(costs)
+def figure5(values: Mapping[str, Any]) -> Figure:
+    """Figure 5: parameters to store for each resolution; ``values`` of notebook 02: costs of the paper's trunk."""
+    rows = sorted(values["iresnet50"], key=lambda cost: cost["r"])
     figure, axes = plt.subplots(figsize=(COLUMN, 2.5), layout="constrained")
     whole, x = rows[-1]["stored"] / 1e6, np.arange(len(rows) - 1)
     axes.bar(x - 0.2, whole, 0.38, color=GREY, label="full fine-tuning: a model each")
@@ -293,12 +293,12 @@ def figure5(costs: Sequence[Any], *, paper_share: Mapping[int, float] | None = N
     axes.bar(x + 0.2, stored, 0.38, color=BLUE, label=r"$\phi_{bt}$: branch + BN")
     for at, value in zip(x + 0.2, stored, strict=True):
         share = 100 * value / whole
-        text = f"{share:.{1 if share >= 1 else 2}f}%"
+        text = f"{share:.{1 if share >= 1 else 2}f} %"
         axes.annotate(text, (at, value), (0, 6), textcoords="offset points", ha="center", fontsize=6.5)
-    printed = {at: (paper_share or {}).get(cost["r"]) for at, cost in zip(x + 0.2, rows[:-1], strict=True)}
-    points = [(at, share * whole) for at, share in printed.items() if share is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), "D", color="#222222", label="paper", **HOLLOW)
+    printed = {r: whole * published.text(f"figure5_share_{r}") / 100 for r in (28, 7)}
+    printed[14] = published.value("table3", "Pretraining + BCT + Fix Trunk", "params") or 0
+    points = [(at, printed[cost["r"]]) for at, cost in zip(x + 0.2, rows[:-1], strict=True) if cost["r"] in printed]
+    axes.plot(*zip(*points, strict=True), "D", color="#222222", label="paper, as printed", clip_on=False, **HOLLOW)
     axes.set(xlabel="resolution (px)", ylabel="parameters stored (millions)", ylim=(0, whole * 1.42))
     axes.set_xticks(x, [str(cost["r"]) for cost in rows[:-1]])
     axes.legend(loc="upper right")
@@ -306,28 +306,29 @@ def figure5(costs: Sequence[Any], *, paper_share: Mapping[int, float] | None = N
 
 
 @_paper_ready
-def figure6(costs: Sequence[Any], times: Mapping[int, Mapping[str, float]], *, where: str = "CPU") -> Figure:
-    """Figure 6: multiply-accumulates and measured time a face; ``times``: r -> median, low, high in ms."""
-    rows = _costs(costs)
-    figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.3), layout="constrained")
-    resolutions, x = [cost["r"] for cost in rows], np.arange(len(rows))
+def figure6(values: Mapping[str, Any]) -> Figure:
+    """Figure 6: multiply-accumulates and measured time a face; ``values`` of notebook 02: costs with "ms", "device"."""
+    rows = sorted(values["iresnet50"], key=lambda cost: cost["r"])
+    figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.4), layout="constrained")
+    x = np.arange(len(rows))
     macs = np.array([[cost["macs"] / 1e9] * 3 for cost in rows])
-    timed = np.array([[times[r]["median"], times[r]["low"], times[r]["high"]] for r in resolutions])
-    units = ("GMACs a face", f"time a face (ms, {where})")
-    for axes, values, unit in zip(panels, (macs, timed), units, strict=True):
-        spread = np.abs(values[:, 1:] - values[:, :1]).T
-        label = r"$\phi_{hr}$, $\phi_{mm}$, $\phi_{mr}$: up-sampled to S"
-        axes.bar(x - 0.2, values[-1, 0], 0.38, color=GREY, label=label)
-        axes.bar(x + 0.2, values[:, 0], 0.38, color=BLUE, label=r"$\phi_{bt}$: at its own size",
+    timed = np.array([[cost["ms"][key] for key in ("median", "low", "high")] for cost in rows])
+    units = ("GMACs a face", f"time a face (ms, {values['device'].upper()})")
+    for axes, points, unit in zip(panels, (macs, timed), units, strict=True):
+        spread = np.abs(points[:, 1:] - points[:, :1]).T
+        axes.bar(
+            x - 0.2, points[-1, 0], 0.38, color=GREY, label=r"$\phi_{hr}$, $\phi_{mm}$, $\phi_{mr}$: scaled up first"
+        )
+        axes.bar(x + 0.2, points[:, 0], 0.38, color=BLUE, label=r"$\phi_{bt}$: at its own size",
                  yerr=spread if spread.any() else None, error_kw={"elinewidth": 0.8, "capsize": 2})  # fmt: skip
-        for index, value in enumerate(values[:, 0]):
+        for index, value in enumerate(points[:, 0]):
             top = (index + 0.2, value + spread[1, index])
             axes.annotate(f"{value:.3g}", top, (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
-        axes.set(xlabel="resolution (px)", ylabel=unit, ylim=(0, values.max() * 1.4))
-        axes.set_xticks(x, [str(r) for r in resolutions])
-    panels[0].legend(loc="upper left")
+        axes.set(xlabel="resolution (px)", ylabel=unit, ylim=(0, points.max() * 1.12))
+        axes.set_xticks(x, [str(cost["r"]) for cost in rows])
     panels[0].set_title("multiply-accumulates, counted")
     panels[1].set_title("time, median and quartiles")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -358,92 +359,127 @@ def figure7(points: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 @_paper_ready
-def figure8(results: Mapping[str, float], *, paper: Mapping[str, float] | None = None, metric: str = "TPIR20@FPIR=0.3 (%)",
-            resolutions: Sequence[int] = (7, 14, 28, 112)) -> Figure:  # fmt: skip
-    """Figure 8: which branch a face goes to, and what each strategy ("max+ceil", ...) achieves; paper's hollow."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.6), layout="constrained")
-    side = np.arange(3, 131)
-    for rounding, colour, style in zip(ROUNDINGS, (ORANGE, GREEN, BLUE), (":", "--", "-"), strict=True):
+def figure8(reports: Mapping[str, Any], *, scale: str = "", resolutions: Sequence[int] = (7, 14, 28, 112)) -> Figure:
+    """Figure 8: which branch a face goes to, and what each strategy ("max+ceil", ...) achieves; the paper's hollow.
+
+    ``reports`` of notebook 06; bars are the binomial standard error over its mated probes.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
+    side, printed = np.arange(3, 131), published.table("table2")
+    for place, (rounding, colour, style) in enumerate(
+        zip(ROUNDINGS, (ORANGE, GREEN, BLUE), (":", "--", "-"), strict=True)
+    ):
         chosen = select_branch(side, side, rounding=rounding, resolutions=resolutions)
         left.step(side, chosen, where="mid", color=colour, linestyle=style, label=rounding)
         for index, indicator in enumerate(INDICATORS):
-            key, at = f"{indicator}+{rounding}", index + (ROUNDINGS.index(rounding) - 1) * 0.25
-            if key in results:
-                right.plot(at, results[key], "o", color=colour, label=f"{rounding}" if not index else "")
-            if paper and key in paper:
-                right.plot(at, paper[key], "D", color=colour, **HOLLOW)
+            key, at = f"{indicator}+{rounding}", index + (place - 1) * 0.22
+            if key in reports:
+                value, mated = reports[key]["tpir"]["0.3"], reports[key]["mated"]
+                right.errorbar(at, value, binomial(value, mated), fmt="o", color=colour, capsize=2)
+            right.plot(at + 0.08, printed[f"BTNet ({key})"]["0.3"], "D", color=colour, **HOLLOW)
     left.plot(side, side, color="#bbbbbb", linewidth=0.8, label="no resize")
     left.set(xlabel="indicator: min, max or avg of (W, H) (px)", ylabel="branch (px)", xscale="log", yscale="log")
     for axis in (left.xaxis, left.yaxis):
         axis.set_ticks(list(resolutions), [str(r) for r in resolutions])
         axis.set_ticks([], minor=True)
-    if paper:
-        right.plot([], [], "D", color="#444444", label="paper (its own model)", **HOLLOW)
-    right.set(xlabel="indicator", ylabel=metric)
+    right.errorbar([], [], [], fmt="o", color="#444444", capsize=2, label=f"scale {scale}, standard error")
+    right.plot([], [], "D", color="#444444", label="paper, QMUL-SurvFace", **HOLLOW)
+    right.set(xlabel="indicator", ylabel="TPIR20 at FPIR 0.3 (%)", xlim=(-0.5, 2.5))
     right.set_xticks(range(3), INDICATORS)
-    left.legend()
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, columnspacing=1, handletextpad=0.2)
+    left.legend(loc="upper left")
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=1, handletextpad=0.4)
+    figure.set_layout_engine("constrained", w_pad=0.1)
     return figure
 
 
 @_paper_ready
-def figure9(maps: Mapping[str, Mapping[int, Sequence[Any]]], similarity: Mapping[str, Mapping[int, Sequence[float]]], *,
-            coupled: Mapping[int, int], measure: str = "similarity to 112 px") -> Figure:  # fmt: skip
+def figure9(values: Mapping[str, Any], arrays: Mapping[str, Any]) -> Figure:
     """Figure 9: feature maps by method and stage at each resolution, and below them a number that says the same.
 
     Args:
-        maps: method -> r -> one (H, W) map per stage. similarity: method -> r -> one number per stage (112 left out).
-        coupled: r -> index of the stage where phi_bt's branch joins the trunk; outlined and marked.
+        values: of notebook 09: "resolutions"; "coupled", r -> the stage (from 1) where its branch joins the trunk, which is
+            outlined; "similarity", method -> r -> "mean" and "error" (standard error over faces), one a stage.
+        arrays: "<method>_<r>_<stage>" (h, w), one map each.
     """
-    methods, resolutions = list(maps), list(next(iter(maps.values())))
-    stages = len(maps[methods[0]][resolutions[0]])
-    figure = plt.figure(figsize=(PAGE, 0.43 * len(resolutions) + 2.1), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(0.43 * len(resolutions) + 0.5, 1.7))
-    grid = upper.subplots(len(resolutions), stages * len(methods), squeeze=False, gridspec_kw={"wspace": 0.02})
-    panels = lower.subplots(1, len(methods), sharey=True, squeeze=False)[0]
-    for m, method in enumerate(methods):
+    methods, resolutions = list(values["similarity"]), values["resolutions"]
+    coupled = {int(r): stage for r, stage in values["coupled"].items()}
+    stages = len(next(iter(values["similarity"][methods[0]].values()))["mean"])
+    figure = plt.figure(figsize=(PAGE, 0.43 * len(resolutions) + 2.35), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(0.43 * len(resolutions) + 0.45, 1.9))
+    blocks, panels = (
+        upper.subfigures(1, len(methods), squeeze=False)[0],
+        lower.subplots(1, len(methods), sharey=True, squeeze=False)[0],
+    )
+    for method, block, panel in zip(methods, blocks, panels, strict=True):
+        block.suptitle(_label(method), fontsize=8)
+        grid = block.subplots(len(resolutions), stages, squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
         for row, r in enumerate(resolutions):
-            for stage, feature in enumerate(maps[method][r]):
+            for stage in range(1, stages + 1):
                 joins = next((low for low, at in coupled.items() if at == stage and r in (low, max(resolutions))), None)
                 outline = _colour(joins) if joins and method == "phi_bt" else None
-                title = "" if row else f"{'' if stage else _label(method)}\nst. {stage + 1}"
-                _show(grid[row, m * stages + stage], _map(feature), title, outline, cmap="viridis")
-            if not m:
-                grid[row, 0].set_ylabel(f"{r}", rotation=0, ha="right", va="center")
-        for r, values in similarity[method].items():
-            panels[m].plot(range(1, stages + 1), values, "o-", color=_colour(r), label=f"{r} px")
-            if method == "phi_bt" and r in coupled:
-                panels[m].plot(coupled[r] + 1, values[coupled[r]], "s", color=_colour(r), **HOLLOW | {"markersize": 9})
-        panels[m].set(xlabel="stage", title=_label(method), xticks=range(1, stages + 1))
-    panels[0].set_ylabel(measure)
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+                _show(
+                    grid[row, stage - 1],
+                    _map(arrays[f"{method}_{r}_{stage}"]),
+                    "" if row else f"{stage}",
+                    outline,
+                    cmap="viridis",
+                )
+            grid[row, 0].set_ylabel(
+                f"{r}" if method == methods[0] else "", rotation=0, ha="right", va="center", fontsize=7
+            )
+        for r, row_ in values["similarity"][method].items():
+            colour = _colour(int(r))
+            panel.errorbar(
+                range(1, stages + 1), row_["mean"], row_["error"], fmt="o-", color=colour, capsize=2, label=f"{r} px"
+            )
+            if method == "phi_bt" and int(r) in coupled:
+                at = coupled[int(r)]
+                panel.plot(at, row_["mean"][at - 1], "s", color=colour, **HOLLOW | {"markersize": 9})
+        panel.set(xlabel="stage", title=_label(method), xticks=range(1, stages + 1), ylim=(0, 1))
+    panels[0].set_ylabel("cosine with the maps at 112 px")
+    handles = panels[0].get_legend_handles_labels()
+    joined = plt.Line2D([], [], marker="s", color="#444444", **HOLLOW | {"markersize": 9})
+    lower.legend([*handles[0], joined], [*handles[1], "branch joins the trunk"], loc="outside lower center", ncols=4)
     return figure
 
 
+def binomial(percent: float, n: int) -> float:
+    """Standard error, in %, of a share of ``n`` independent trials."""
+    return 100 * float(np.sqrt(percent / 100 * (1 - percent / 100) / n))
+
+
 @_paper_ready
-def accuracy_curves(curves: Mapping[str, Mapping[int, Any]], *, paper: Mapping[str, Mapping[int, float]] | None = None,
-                    ylabel: str = "verification accuracy (%)", title: str = "") -> Figure:  # fmt: skip
-    """Accuracy against resolution: method -> r -> a value or one per seed (mean and standard deviation are shown)."""
-    figure, axes = plt.subplots(figsize=(COLUMN * 1.2, 2.6), layout="constrained")
-    for index, (method, values) in enumerate(curves.items()):
-        r = sorted(values)
-        runs = [np.atleast_1d(np.asarray(values[k], float)) for k in r]
-        spread = [run.std(ddof=1) if len(run) > 1 else 0.0 for run in runs]
-        mean = [run.mean() for run in runs]
-        axes.errorbar(r, mean, spread, capsize=2, label=_label(method), **_method(method, index))
-        if paper and method in paper:
-            axes.plot(list(paper[method]), list(paper[method].values()), **_method(method, index), **HOLLOW)
-    if paper:
-        axes.plot([], [], "o", color="#444444", label="paper (other data)", **HOLLOW)
-    _ticks(axes, sorted({r for values in curves.values() for r in values}))
-    axes.set(ylabel=ylabel, title=title)
-    axes.legend()
+def accuracy_curves(panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]], *, ylabel: str, note: str,
+                    paper: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None) -> Figure:  # fmt: skip
+    """Accuracy against resolution: title -> method -> r -> (value, standard error), and the paper's values, hollow.
+
+    ``note`` says in the legend what ours were measured on.
+    """
+    shape = (1, len(panels)) if len(panels) < 3 else (2, -(-len(panels) // 2))
+    figure, grid = plt.subplots(*shape, figsize=((COLUMN, PAGE)[len(panels) > 1], 0.55 + 2.2 * shape[0]), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for axes, (title, methods) in zip(grid.flat, panels.items(), strict=False):
+        for index, (method, points) in enumerate(methods.items()):
+            r, shift = sorted(points), 2 ** (0.07 * (index - (len(methods) - 1) / 2))  # so that bars stay apart
+            value, error = zip(*(points[k] for k in r), strict=True)
+            axes.errorbar(
+                [k * shift for k in r], value, error, capsize=2, label=_label(method), **_method(method, index)
+            )
+            printed = {k: v for k, v in (paper or {}).get(title, {}).get(method, {}).items() if v is not None}
+            axes.plot([k * shift for k in printed], list(printed.values()), **_method(method, index), **HOLLOW)
+        _ticks(axes, sorted({r for points in methods.values() for r in points}))
+        axes.set(ylabel=ylabel if axes in grid[:, 0] else "", title=title)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    grey = {"color": "#444444", "marker": "o"}
+    handles += [plt.Line2D([], [], **grey), plt.Line2D([], [], **grey, **HOLLOW)][: 2 if paper else 1]
+    labels += [note, "paper, as printed"][: 2 if paper else 1]
+    figure.legend(handles, labels, loc="outside lower center", ncols=6 if len(panels) > 1 else 2, columnspacing=1.2)
     return figure
 
 
 @_paper_ready
 def loss_curves(histories: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, ylabel: str = "loss", log: bool = True,
-                window: int = 20) -> Figure:  # fmt: skip
+                window: int = 1) -> Figure:  # fmt: skip
     """Loss against step: name -> (steps, values); every value faint, the mean over ``window`` neighbours bold."""
     figure, axes = plt.subplots(figsize=(COLUMN * 1.2, 2.4), layout="constrained")
     for index, (name, (steps, values)) in enumerate(histories.items()):
@@ -453,6 +489,10 @@ def loss_curves(histories: Mapping[str, tuple[Sequence[float], Sequence[float]]]
         mean = np.convolve(values, np.ones(width) / width, "valid")
         axes.plot(np.asarray(steps)[middle], mean, color=colour, label=_label(name))
     axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
+    if log:  # plain numbers, at most six of them
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
     axes.legend()
     return figure
 
@@ -470,6 +510,15 @@ def _cell(value: Any, digits: int) -> str:
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _blocks(ours: Any, paper: Any, source: str, more: Any = None) -> tuple[list[tuple[str, Any]], list[str]]:
+    blocks = [(source, ours), *(more or {}).items(), ("paper, as printed", paper)]
+    blocks = [(title, rows) for title, rows in blocks if rows]
+    columns = list(dict.fromkeys(c for _, rows in blocks for row in rows.values() for c in row))
+    if not columns:
+        raise ConfigError("table: got no rows, expected at least one row with one column")
+    return blocks, columns
+
+
 def table(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str, Any]], *, caption: str = "",
           source: str = "ours", digits: int = 2, markdown: bool = False,
           more: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None) -> str:  # fmt: skip
@@ -481,11 +530,7 @@ def table(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str
     Raises:
         ConfigError: nothing to show.
     """
-    blocks = [(source, ours), *(more or {}).items(), ("paper, as printed", paper)]
-    blocks = [(title, rows) for title, rows in blocks if rows]
-    columns = list(dict.fromkeys(c for _, rows in blocks for row in rows.values() for c in row))
-    if not columns:
-        raise ConfigError("table: got no rows, expected at least one row with one column")
+    blocks, columns = _blocks(ours, paper, source, more)
     if markdown:
         lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
         for title, rows in blocks:
@@ -504,3 +549,53 @@ def table(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str
             cells = "".join(f'<td style="text-align:right">{cell}</td>' for cell in cells)
             body += f'<tr style="{style}"><td style="{left}">{html.escape(name)}</td>{cells}</tr>'
     return Table(f"<table><caption>{html.escape(caption)}</caption>{body}</table>")
+
+
+@_paper_ready
+def table_figure(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str, Any]], *, caption: str = "",
+                 source: str = "ours", digits: int = 2,
+                 more: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None) -> Figure:  # fmt: skip
+    """`table` as a figure: ours in black; below a rule the paper's, in grey italics. Raises ConfigError as `table`."""
+    blocks, columns = _blocks(ours, paper, source, more)
+    texts = {
+        (title, name): [_cell(row.get(c), digits) for c in columns]
+        for title, rows in blocks
+        for name, row in rows.items()
+    }
+    em, line = 0.056, 0.155  # inches: a character, a row
+    first = em * max(len(name) for _, name in texts) + 0.1
+    wide = [em * max(len(cell) for cell in column) + 0.16 for column in zip(columns, *texts.values(), strict=True)]
+    width = max(first + sum(wide), 4.2)
+    wide = [w + (width - first - sum(wide)) / len(wide) for w in wide]
+    right = first + np.cumsum(wide)
+    fit = functools.partial(textwrap.wrap, width=int(width / em / 1.15))  # bold
+    head, wrapped = fit(caption), {title: fit(title) for title, _ in blocks}
+    height = line * (len(head) + 1.6 + sum(len(wrapped[title]) + len(rows) + 0.8 for title, rows in blocks))
+    figure = plt.figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    y = line / 2
+    rule = functools.partial(axes.plot, (0, width), color="black", clip_on=False)
+
+    def write(cells: Sequence[str], at: Sequence[float], **style: Any) -> None:
+        nonlocal y
+        for index, (cell, x) in enumerate(zip(cells, at, strict=True)):
+            axes.text(x, y, cell, ha="right" if index else "left", va="center", fontsize=7, **style)
+        y += line
+
+    for words in head:
+        write([words], [0], weight="bold")
+    rule((y - 0.35 * line,) * 2, linewidth=1)
+    y += 0.3 * line
+    write(["", *columns], [0, *right])
+    for title, rows in blocks:
+        style: dict[str, Any] = {"color": "#707070", "style": "italic"} if rows is paper else {}
+        rule((y - 0.35 * line,) * 2, linewidth=0.6)
+        y += 0.3 * line
+        for words in wrapped[title]:
+            write([words], [0.0], weight="bold", **style)
+        for name in rows:
+            write([_label(name), *texts[title, name]], [0.06, *right], **style)
+        y += 0.3 * line
+    rule((y - 0.35 * line,) * 2, linewidth=1)
+    return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .errors import DataError
 
@@ -31,17 +34,24 @@ def record(
     seed: int | None = None,
     seconds: float | None = None,
     scale: str = "",
+    arrays: dict[str, Any] | None = None,
 ) -> Path:
     """Write `<run_dir>/results/<name>.json` atomically and return its path.
 
     `values` are the numbers; `config` a dataclass or dict; `data` the checksum of what they were measured on;
-    `kernel` the name of the resize; `seconds` the duration. Raises DataError for NaN, infinity or a value
+    `kernel` the name of the resize; `seconds` the duration; `arrays` small pictures that a figure needs (those of
+    faces that may be shown), kept beside it as `<name>.npz`. Raises DataError for NaN, infinity or a value
     JSON does not have, naming its place: an undefined number is None.
     """
     body = {"name": name, "scale": scale, "values": values, "config": config, "data": data, "kernel": kernel}
     body |= {"seed": seed, "seconds": None if seconds is None else round(seconds, 3)} | environment()
     path = Path(run_dir) / "results" / f"{name}.json"
-    write_atomically(path, json.dumps(plain(body, name), indent=1, allow_nan=False).encode() + b"\n")
+    content = json.dumps(plain(body, name), indent=1, allow_nan=False).encode() + b"\n"
+    if arrays is not None:
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)
+        write_atomically(path.with_suffix(".npz"), packed.getvalue())
+    write_atomically(path, content)
     return path
 
 
@@ -56,29 +66,39 @@ def load(run_dir: str | Path, name: str) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON ({error})") from None
 
 
-def save_figure(fig: Any, run_dir: str | Path, name: str) -> list[Path]:
-    """Write figures/<name>.png and .pdf under `run_dir`, the same bytes for the same drawing and versions.
+def load_arrays(run_dir: str | Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays that `record` kept beside a result; none is {}."""
+    path = Path(run_dir) / "results" / f"{name}.npz"
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
 
-    Their checksums go to figures/manifest.json; `btnet reproduce` adds notebook, parameters, commit and seconds.
+
+def save_figure(
+    fig: Any, run_dir: str | Path, name: str, about: dict[str, Any] | None = None, *, folder: str = "figures"
+) -> list[Path]:
+    """Write `<run_dir>/<folder>/<name>.png` and .pdf, the same bytes for the same drawing and versions.
+
+    Their checksums go to manifest.json beside them, with what `about` says of their origin.
     """
     import matplotlib
 
-    paths = [Path(run_dir) / "figures" / f"{name}{suffix}" for suffix in (".png", ".pdf")]
+    paths = [Path(run_dir) / folder / f"{name}{suffix}" for suffix in (".png", ".pdf")]
     for path, metadata in zip(paths, ({"Software": None}, {"CreationDate": None}), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{name}.{os.getpid()}{path.suffix}")
         with matplotlib.rc_context({"pdf.fonttype": 42}):
             fig.savefig(partial, dpi=200, bbox_inches="tight", metadata=metadata)
         os.replace(partial, path)
-    update_manifest(
-        run_dir, {name: {p.suffix[1:] + "_sha256": hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}}
-    )
+    sums = {f"{p.suffix[1:]}_sha256": hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+    update_manifest(run_dir, {name: (about or {}) | {"matplotlib": matplotlib.__version__} | sums}, folder=folder)
     return paths
 
 
-def update_manifest(run_dir: str | Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Merge what is known about figures into `<run_dir>/figures/manifest.json`."""
-    path = Path(run_dir) / "figures" / "manifest.json"
+def update_manifest(run_dir: str | Path, entries: dict[str, dict[str, Any]], *, folder: str = "figures") -> None:
+    """Merge what is known about figures into `<run_dir>/<folder>/manifest.json`."""
+    path = Path(run_dir) / folder / "manifest.json"
     manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for name, entry in entries.items():
         manifest[name] = manifest.get(name, {}) | plain(entry, name)

@@ -57,15 +57,15 @@ def report(
     document.cells = [cell for stem, line in ran.items() for cell in _cells(stem, executed.get(stem), line["state"])]
     resources = {
         "metadata": {"path": str(run_dir), "name": f"BTNet, reproduced: scale {scale}"},
-        "scale": get_scale(scale),
-    }
-    resources |= {
+        "scale": scale,
+        "claim": get_scale(scale).claim,
+        "about": results.environment(),
+        "highlight": HtmlFormatter().get_style_defs(".highlight"),
         "front": _front(scale, run_dir, ran),
         "figures": _figures(run_dir, state),
-        "toc": [],
         "ran": list(ran),
+        "toc": [],  # filled by Renderer
     }
-    resources |= {"highlight": HtmlFormatter().get_style_defs(".highlight"), "about": results.environment()}
     body, _ = Exporter().from_notebook_node(document, resources)
     for folder in (f"{results.ROOT}{os.sep}", f"{run_dir.parent.parent}{os.sep}"):  # no path of one machine
         body = body.replace(folder, "")
@@ -185,13 +185,10 @@ def _front(scale: str, run_dir: Path, ran: dict[str, Any]) -> dict[str, Any]:
     records = summary.everything(run_dir)
     return {
         "ran": plots.table(ran, {}, source=f"scale {scale}", digits=1),
-        "claims": plots.table(summary.compare_claims(records), {}, source="for how many settings it holds, or by how much"),
-        "coverage": plots.table(summary.coverage(records), {}, source="what each scale has of the paper's figures and numbers"),
-        "tables": {
-            published.title(table): plots.table({}, summary.printed(table), more=summary.blocks(table, records))
-            for table in summary.TABLES
-        },
-    }  # fmt: skip
+        "claims": plots.table(summary.compare_claims(records), {}, source="for how many settings, or by how much"),
+        "coverage": plots.table(summary.coverage(records), {}, source="recorded of the paper's figures and numbers"),
+        "tables": {published.title(table): summary.show(table, records) for table in summary.TABLES},
+    }
 
 
 def _figures(run_dir: Path, state: dict[str, Any]) -> list[dict[str, Any]]:

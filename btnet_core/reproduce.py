@@ -76,15 +76,14 @@ def reproduce(
 
 
 def _report(scale: str, runs: str | Path, notebooks: str | Path | None) -> str:
-    """The path of the report, made now; without one the run is as good, so that a failure is only told."""
-    from .errors import BTNetError
-
+    """The path of the report, made now; without it the run is as good, so that a failure is only told."""
     try:
         from .report import report
 
         return str(report(scale, runs=runs, notebooks=notebooks))
-    except (BTNetError, OSError, ImportError) as error:
-        return f"not made: {error}\n    the results above are complete; once mended: btnet report --scale {scale} --runs {runs}"
+    except Exception as error:
+        again = f"btnet report --scale {scale} --runs {runs}"
+        return f"not made ({type(error).__name__}: {error}); the results are complete, once mended: {again}"
 
 
 def _run_one(

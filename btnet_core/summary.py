@@ -35,7 +35,7 @@ def collect(folders: Iterable[Path]) -> dict[tuple[str, str], dict[str, Any]]:
             record = results.load(folder, path.stem)
             if not isinstance(record, dict):
                 raise DataError(f"{path} holds a {type(record).__name__}, expected what results.record writes")
-            if record.get("scale") in SCALES:
+            if record.get("scale") in SCALES and path.stem != "11_summary":  # which is made of these
                 found[record["scale"], record.get("name", path.stem)] = record | {"path": path}
     return found
 
@@ -84,7 +84,10 @@ def _ours(name: str, values: Mapping[str, Any]) -> Tables:
             for key in ("tar", "tpir")
             for same in (False, True)
         }
-    return {key: values[key] for key in ("table3", "table4") if key in values}
+    found = {key: values[key] for key in ("table3", "table4") if key in values}
+    for point in values.get("figure7", ()) if name == "07_ablations" else ():  # which has no printed numbers
+        found.setdefault("figure7", {}).setdefault(point["setting"], {})[str(point["stored"])] = point["accuracy"]
+    return found
 
 
 def _same(setting: str) -> bool:
@@ -157,7 +160,7 @@ def coverage(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, 
                           if table != "table2" or row.startswith("BTNet")]  # fmt: skip
                 have = sum(tables[scale].get(table, {}).get(row, {}).get(c) is not None for row, c in wanted)
                 cell = f"{have} of {len(wanted)} numbers" if have else None
-            lines.setdefault(item, {})[scale] = cell
+            lines.setdefault(item, {})[f"scale {scale}"] = cell
     return lines
 
 
@@ -199,6 +202,8 @@ def claims(tables: Tables) -> dict[str, str]:
         losses = [[row[s] for row in four.values()] for s in ("112&14", "14&14")]
         spread = " and ".join(f"{max(column) - min(column):.2f}" for column in losses)
         answers["Table 4: between influence losses, points"] = spread
+    curves = [sorted((int(stored), a) for stored, a in row.items()) for row in tables.get("figure7", {}).values()]
+    count("Figure 7: most branch layers above fewest", (curve[-1][1] > curve[0][1] for curve in curves))
     near = (lead > -1 for lead in ahead(["table5", "table7"], "phi_hr"))
     count("Tables 5, 7: phi_bt above phi_hr or less than 1 point below", near)
     count("Tables 6, 8: phi_bt above every baseline", (lead > 0 for lead in ahead(["table6", "table8"], *baselines)))
@@ -209,4 +214,22 @@ def compare_claims(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict
     """`claims` of the paper's own tables, and beside them of each scale's."""
     answers: dict[str, dict[str, str]] = {"the paper": claims(paper())}
     answers |= {f"scale {scale}": claims(tables) for scale, tables in by_scale(records).items()}
-    return {claim: {whose: found.get(claim) for whose, found in answers.items()} for claim in answers["the paper"]}
+    known = dict.fromkeys(claim for found in answers.values() for claim in found)
+    return {claim: {whose: found.get(claim) for whose, found in answers.items()} for claim in known}
+
+
+def text(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The numbers of the paper's running text and figures, and ours beside them."""
+    made = {f"scale {scale}": tables.get("text", {}) for scale, tables in by_scale(records).items()}
+    return {
+        f"{about} [{name}]": {"the paper": value}
+        | {scale: rows.get(name, {}).get("value") for scale, rows in made.items()}
+        for name, (value, about) in published.texts().items()
+    }
+
+
+def show(table: str, records: Mapping[tuple[str, str], Mapping[str, Any]]) -> Any:
+    """One of the paper's tables with a block for each scale, as HTML that a notebook shows."""
+    from .plots import table as shown
+
+    return shown({}, printed(table), more=blocks(table, records))

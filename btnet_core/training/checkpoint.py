@@ -8,10 +8,13 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from btnet_core.errors import CheckpointError, TrainingError
 from btnet_core.training import distributed
@@ -19,6 +22,7 @@ from btnet_core.training import distributed
 FORMAT = 1
 STATE = "checkpoint/state.pt"
 RECORD = "run.json"
+HOLDER = "running.pid"
 
 
 def versions() -> dict[str, str]:
@@ -41,11 +45,15 @@ def write_atomically(path: Path, write) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps a failed write into a RuntimeError
         temporary.unlink(missing_ok=True)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        full = full or "No space left" in str(error) or "file write failed" in str(error)
-        kept = f"; the last good one is kept in {path}" if path.exists() else ""
-        reason = "the disk is full" if full else str(error)
-        raise TrainingError(f"{path}: cannot be written ({reason}){kept}") from error
+        raise unwritten(path, error, path) from error
+
+
+def unwritten(path: Path, error: Exception, good: Path) -> TrainingError:
+    """What to tell when ``path`` could not be written: why, and what is left."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = full or "No space left" in str(error) or "file write failed" in str(error)
+    kept = f"; the last good one is kept in {good}" if good.exists() else ""
+    return TrainingError(f"{path}: cannot be written ({'the disk is full' if full else error}){kept}")
 
 
 def save_state(out: Path, state: dict[str, Any]) -> None:
@@ -114,6 +122,39 @@ def read_record(out: Path) -> dict[str, Any] | None:
         return json.loads((out / RECORD).read_text())
     except (OSError, json.JSONDecodeError):
         return None
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold ``out`` for one run; the system lets go of it when the process ends, however that happens.
+
+    Raises:
+        TrainingError: another process trains there.
+    """
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TrainingError(
+            f"{out}: process {holder(out)} trains there; wait for it, stop it, or choose another folder"
+        ) from None
+    try:
+        (out / HOLDER).write_text(str(os.getpid()))
+        yield
+    finally:
+        (out / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def holder(out: Path) -> int:
+    """The process that trains in ``out``; 0: none."""
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            return 0
+    except Timeout:
+        with suppress(OSError, ValueError):
+            return int((out / HOLDER).read_text())
+        return -1
 
 
 def forget(out: Path) -> None:

@@ -126,6 +126,11 @@ def free_memory() -> float:
         )
 
 
+def transfer(rows: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for the copy where there is one to make."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+
+
 def mirrored(pixels: Tensor, flip: Tensor) -> Tensor:
     """Images with ``flip`` set are mirrored left to right; before any down-sampling (reproduction-notes 14)."""
     return torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
@@ -163,16 +168,22 @@ class TeacherCache:
         shares = distributed.world() if folder else 1
         like = compute(pixels.get(torch.arange(1)).to(device))
         self.size = sum(2 * count * row[0].numel() * row.element_size() for row in like)
-        self.stores = [
-            self._store(folder, index, (2 * count, *row.shape[1:]), row.dtype) for index, row in enumerate(like)
+        self.stores = [  # maps lie as (N, H, W, C): the loop reads them channels_last, as the network's own
+            self._store(folder, index, (2 * count, *_channels_last(row).shape[1:]), row.dtype)
+            for index, row in enumerate(like)
         ]
+        done = folder / "complete" if folder else None
+        if done and done.is_file():  # filled by an earlier run
+            return
         for start in range(64 * (distributed.rank() if shares > 1 else 0), count, 64 * shares):
             records = torch.arange(start, min(start + 64, count))
             faces = pixels.get(records).to(device)
             for flip, images in enumerate((faces, faces.flip(-1))):
                 for store, row in zip(self.stores, compute(images), strict=True):
-                    store[2 * records + flip] = row.cpu()
+                    store[2 * records + flip] = _channels_last(row).cpu()
         distributed.wait()
+        if done and distributed.rank() == 0:
+            done.touch()
 
     @staticmethod
     def _store(folder: Path | None, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -184,7 +195,12 @@ class TeacherCache:
 
     def rows(self, records: Tensor, flip: Tensor, device: torch.device) -> list[Tensor]:
         index = 2 * records + flip
-        return [store[index].to(device, non_blocking=True) for store in self.stores]
+        rows = [transfer(store[index], device) for store in self.stores]
+        return [row.permute(0, 3, 1, 2) if row.ndim == 4 else row for row in rows]
+
+
+def _channels_last(row: Tensor) -> Tensor:
+    return row.permute(0, 2, 3, 1) if row.ndim == 4 else row
 
 
 def cache_place(choice: str, size: int, epochs: int, folder: Path) -> tuple[str, str]:

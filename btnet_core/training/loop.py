@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -9,12 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from btnet_core.backbones import read_safetensors, save_backbone, write_safetensors
@@ -52,6 +54,8 @@ def fit(run: Run, progress: Progress) -> None:
             if run.scaler.passes(math.isfinite(values["norm"])):
                 run.optimiser.step()
             run.step += 1
+            if run.scaler.enabled:
+                progress.extra = {"loss_scale": run.scaler.scale, "skipped_steps": run.scaler.skipped}
             progress.step(run.step, {k: v for k, v in values.items() if k != "stop"}, lr, config.batch)
             ended = run.step % steps == 0
             if (
@@ -106,12 +110,14 @@ def _check_finite(run: Run, values: dict[str, float], batch: Batch, lr: float) -
     """
     overflow = run.scaler.scale > 1  # of fp16 gradients: the step is skipped and the scale halved
     if math.isfinite(values["loss"]) and (math.isfinite(values["norm"]) or overflow):
+        run.norms.append(values["norm"])
         return
     weights = torch.nn.utils.get_total_norm([p.detach() for p in run.trainable.values()]).item()
+    before = ", ".join(f"{norm:.4g}" for norm in run.norms)
     shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items() if key != "stop")
     raise TrainingError(
         f"{run.config.name}: not finite at step {run.step + 1} (epoch {run.step / run.sampler.steps:.2f}), lr {lr:.4g}: "
-        f"{shown}; norm of the weights {weights:.4g}; records {batch.records.tolist()}. "
+        f"{shown}; gradient norms before it {before}; norm of the weights {weights:.4g}; records {batch.records.tolist()}. "
         f"The last checkpoint is kept in {run.out / checkpoint.STATE}"
     )
 
@@ -167,20 +173,31 @@ def train(
     """
     out, chosen = Path(out), distributed.start(device)
     torch.set_float32_matmul_precision(config.matmul)
+    torch.backends.cudnn.allow_tf32 = config.matmul != "highest"  # convolutions, too
     identity = {"config": json.loads(config.to_json()), "inputs": _inputs(config)}
     record = None if fresh else checkpoint.read_record(out)
-    if record and {key: record[key] for key in identity} == identity:
+    if record and {"config": _complete(record["config"]), "inputs": record["inputs"]} == identity:
         return record["metrics"]
     checkpoint.check_room(out, 0)
-    distributed.wait()  # every process has read the record before the first one removes it
-    if fresh or record:  # asked for again, or finished with another configuration: start over
-        checkpoint.forget(out)
-    run = prepare(config, out, chosen)
+    with checkpoint.alone(out) if distributed.rank() == 0 else nullcontext():
+        distributed.wait()  # every process has read the record before the first one removes it
+        if fresh or record:  # asked for again, or finished with another configuration: start over
+            checkpoint.forget(out)
+        try:
+            return _train(config, out, chosen, identity, show)
+        except (OSError, SafetensorError) as error:
+            raise checkpoint.unwritten(out, error, out / checkpoint.STATE) from error
+
+
+def _train(config: TrainConfig, out: Path, device: torch.device, identity: dict[str, Any], show: str) -> dict[str, Any]:
+    run = prepare(config, out, device)
     folder = btnet_folder(run)
-    checkpoint.check_room(out, 8 * sum(tensor.numel() for tensor in run.network.state_dict().values()))
+    numbers = sum(tensor.numel() for tensor in run.network.state_dict().values())
+    numbers += run.kappa.num_classes * run.trunk.config.embedding if run.kappa is not None else 0
+    checkpoint.check_room(out, 8 * numbers)  # float32, and as many momenta
     state = checkpoint.load_state(out)
     if state is not None:
-        _check_same(json.loads(state["config"]), identity["config"], out)
+        _check_same(_complete(json.loads(state["config"])), identity["config"], out)
         run.restore(state)
     show = show if distributed.rank() == 0 else "none"
     progress = Progress(
@@ -202,9 +219,18 @@ def _inputs(config: TrainConfig) -> dict[str, str]:
     return {"data": open_faces(config.data).checksum, **{path: checkpoint.fingerprint(path) for path in files}}
 
 
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the fields that came after it, at their defaults."""
+    try:
+        return json.loads(TrainConfig.from_json(json.dumps(config)).to_json())
+    except ConfigError:  # a field that is gone: another configuration
+        return config
+
+
 def _check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
     """Going on from a checkpoint is only allowed where the result is what the configuration says."""
-    free = {"workers", "checkpoint_seconds", "validation", "validation_resolutions", "validate_epochs", "cache", "name"}
+    free = {"workers", "checkpoint_seconds", "validation", "validation_resolutions", "validate_epochs", "name"}
+    free |= {"cache", "cache_dir"}
     changed = [
         f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in old.keys() | new.keys() if old.get(key) != new.get(key)
     ]
@@ -224,11 +250,15 @@ def _fill_cache(run: Run, progress: Progress) -> None:
     row = run.branch_rows(run.pixels.get(torch.arange(1)).to(run.device))
     count = len(run.pixels.faces.labels)
     size = sum(2 * count * part.numel() * part.element_size() for part in row)
-    place, text = cache_place(config.cache, size, config.epochs, run.out)
+    folder = Path(config.cache_dir or run.out / "cache")
+    place, text = ("memmap", f"inputs and teacher features: {size / 1e6:.1f} MB, kept in {folder} for other runs") if \
+        config.cache_dir else cache_place(config.cache, size, config.epochs, run.out)  # fmt: skip
+    facts = (weights_digest(run.trunk), run.pixels.faces.checksum, run.network.couple_at, config.resize.name,
+             run.precision, [(tuple(part.shape), part.dtype) for part in row])  # fmt: skip
+    folder /= hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     progress.say(f"{config.name}: {text}")
     if place != "off":
-        folder = run.out / "cache" if place == "memmap" else None
-        run.cache = TeacherCache(run.pixels, count, run.branch_rows, folder, run.device)
+        run.cache = TeacherCache(run.pixels, count, run.branch_rows, folder if place == "memmap" else None, run.device)
 
 
 def btnet_folder(run: Run) -> Path | None:

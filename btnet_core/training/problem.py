@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from btnet_core.training.data import (
     branch_input,
     mirrored,
     open_pixels,
+    transfer,
     trunk_input,
 )
 
@@ -71,6 +73,7 @@ class Run:
     step: int = 0
     began: float = field(default_factory=time.monotonic)  # moved back by the time that earlier sessions took
     validation: list[dict[str, Any]] = field(default_factory=list)
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=5))  # of the last steps' gradients
 
     def __post_init__(self) -> None:
         config, learns = self.config, dict(self.trainable)
@@ -96,10 +99,9 @@ class Run:
         """Network input, and the teacher's [z_s, embedding if needed] for the same faces."""
         if self.cache is not None:
             x, *teacher = self.cache.rows(batch.records, batch.flip, self.device)
-            return x.contiguous(memory_format=torch.channels_last), teacher
+            return x, teacher
         assert pixels is not None  # only a filled cache does without
-        pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
-        faces = mirrored(pixels.to(self.device, non_blocking=True), batch.flip)
+        faces = mirrored(transfer(pixels, self.device), batch.flip)
         if not self.config.resolution:
             return trunk_input(self.trunk, faces, batch.size, self.config.resize), []
         x, *teacher = self.branch_rows(faces)
@@ -136,9 +138,13 @@ class Run:
             parts["influence"] = config.influence_weight * self.influence(z, labels)
         if config.branch_weight:
             share = config.branch_weight / distributed.world()
-            parts["branch"] = share * losses.branch_loss(z_r, teacher[0], config.distillation)
+            axis = 1 if self.cache is None else -1  # cached: the gradient in channels_last too, which BN takes faster
+            z_r, z_s = z_r.movedim(1, axis), teacher[0].movedim(1, axis)
+            parts["branch"] = share * losses.branch_loss(z_r, z_s, config.distillation, channels=axis)
             if config.embedding_weight:
-                parts["embedding"] = share * config.embedding_weight * losses.embedding_loss(z, teacher[1])
+                parts["embedding"] = (
+                    share * config.embedding_weight * losses.embedding_loss(z, teacher[1], config.embedding)
+                )
         return parts
 
     def influence(self, z: Tensor, labels: Tensor) -> Tensor:

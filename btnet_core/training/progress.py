@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,27 +13,42 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-LINE_SECONDS = 10.0  # between plain lines
+LINE_SECONDS, LIVE_SECONDS = 10.0, 0.5  # between plain lines; between updates of the bar and of LIVE
+LIVE = "progress.json"  # where the run stands now, for whoever watches it from another process
+STEP = "{name}: step "  # how a plain line about progress begins
+
+
+def watched() -> bool:
+    """True where a bar is seen: in a terminal, or a live kernel; papermill, nbconvert and logs get plain lines."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if getattr(shell, "kernel", None) is None:
+        return sys.stderr.isatty()
+    import psutil  # comes with ipykernel
+
+    runner = psutil.Process().parent()
+    words = " ".join(runner.cmdline()) if runner is not None else ""
+    return "BTNET_REPRODUCE" not in os.environ and not re.search("papermill|nbconvert|jupyter-execute", words)
 
 
 class Progress:
-    """Counts images and shows the means since the last line; every row goes to ``metrics.jsonl``.
+    """Counts images and shows the means since the last row; every row goes to ``metrics.jsonl``.
 
-    Only the first process speaks (``speak``). ``show``: "bar", "lines", "none" or "auto" (a bar where stderr is a
-    terminal, lines elsewhere).
+    Only the first process speaks (``speak``). ``show``: "bar", "lines", "none" or "auto" (a bar where it is
+    ``watched``, lines elsewhere). ``extra``: numbers that every row shows as they are.
     """
 
     def __init__(
         self, out: Path, name: str, total: int, start: int, steps: int, *, show: str = "auto", speak: bool = True
     ) -> None:
-        self.name, self.total, self.steps, self.speak = name, total, steps, speak
-        self.every = max(1, steps // 10)  # steps between rows of metrics.jsonl
-        self.began = self.last = self.told = time.monotonic()
+        self.out, self.name, self.total, self.steps, self.speak = out, name, total, steps, speak
+        self.every = max(1, min(steps // 10, 100))  # steps between rows of metrics.jsonl
+        self.began = self.last = self.told = self.shown = time.monotonic()
         self.start = start
         self.sums: dict[str, float] = {}
         self.row: dict[str, Any] = {}  # the latest
-        self.count = self.images = self.all_images = 0
-        show = ("bar" if sys.stderr.isatty() else "lines") if show == "auto" else show
+        self.extra: dict[str, float] = {}
+        self.count = self.images = 0
+        show = ("bar" if watched() else "lines") if show == "auto" else show
         self.bar = tqdm(total=total, initial=start, desc=name, unit="step") if show == "bar" and speak else None
         self.lines = show == "lines" and speak
         self.file = self.board = None
@@ -39,7 +56,7 @@ class Progress:
             path = out / "metrics.jsonl"
             _keep_until(path, start)
             self.file = path.open("a")
-            self.board = _tensorboard(out)
+            self.board = _tensorboard(out, start)
 
     def step(self, step: int, parts: dict[str, float], lr: float, images: int) -> None:
         """Account for step ``step`` (from 1)."""
@@ -47,34 +64,33 @@ class Progress:
             self.sums[key] = self.sums.get(key, 0.0) + value
         self.count += 1
         self.images += images
-        self.all_images += images
         if self.bar is not None:
             self.bar.update()
-        if step % self.every == 0 or step == self.total:
-            self._row(step, lr)
-
-    def _row(self, step: int, lr: float) -> None:
-        now = time.monotonic()
+        now, ended = time.monotonic(), step % self.every == 0 or step == self.total
+        if not (self.speak and (ended or now - self.shown >= LIVE_SECONDS)):
+            return
         row: dict[str, Any] = {key: value / self.count for key, value in self.sums.items()}
-        row |= {
-            "step": step,
-            "epoch": step / self.steps,
-            "lr": lr,
-            "images_per_second": self.images / max(now - self.last, 1e-9),
-        }
-        row |= {"seconds": now - self.began, "memory_gb": memory_gb()}
-        self.sums, self.count, self.images, self.last = {}, 0, 0, now
-        self.row = row
-        self.write(row)
+        row |= {"step": step, "epoch": step / self.steps, "lr": lr,
+                "images_per_second": self.images / max(now - self.last, 1e-9),
+                "seconds": now - self.began, "memory_gb": memory_gb(), **self.extra}  # fmt: skip
+        self._show(row, now)
+        if ended:
+            self.write(row)
+            self.sums, self.count, self.images, self.last, self.row = {}, 0, 0, now, row
+
+    def _show(self, row: dict[str, Any], now: float) -> None:
+        """The row as the bar's text, as a line if the last is long ago, and in LIVE."""
+        step, self.shown = row["step"], now
         text = " ".join(f"{key} {row[key]:.4g}" for key in row if key not in ("step", "epoch", "seconds"))
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         elif self.lines and (now - self.told >= LINE_SECONDS or step == self.total):
-            self.told = now
-            left = (self.total - step) * (now - self.began) / max(1, step - self.start)
-            print(
-                f"{self.name}: step {step}/{self.total} epoch {row['epoch']:.2f} {text} left {left:.0f} s", flush=True
-            )
+            self.told, left = now, (self.total - step) * (now - self.began) / max(1, step - self.start)
+            begin = STEP.format(name=self.name)
+            print(f"{begin}{step}/{self.total} epoch {row['epoch']:.2f} {text} left {left:.0f} s", flush=True)
+        temporary = self.out / f".{LIVE}"
+        temporary.write_text(json.dumps({"start": self.start, "total": self.total, "text": text, **row}))
+        temporary.replace(self.out / LIVE)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and TensorBoard."""
@@ -82,7 +98,7 @@ class Progress:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         if self.board is not None:
-            for key, value in row.items():
+            for key, value in (row | row.get("validation", {})).items():
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(key, value, row["step"])
 
@@ -130,9 +146,9 @@ def _keep_until(path: Path, step: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _tensorboard(out: Path):
+def _tensorboard(out: Path, start: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(out / "tensorboard"))
+    return SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)

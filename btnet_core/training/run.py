@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from btnet_core.errors import ConfigError, TrainingError
 from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
+from btnet_core.training.progress import LIVE, STEP, watched
 
 
 def train_from_file(
@@ -38,11 +41,12 @@ def train_from_file(
 def train_in_subprocess(
     config: TrainConfig, out: Path | str, *, device: str = "auto", fresh: bool = False, command: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """As ``train``, in another process that outlives this one; its lines are shown as they come.
+    """As ``train``, in another process that outlives this one, with its progress as a bar or as lines.
 
-    They are also in ``out/train.log``. Interrupting the cell stops the process, which saves a checkpoint first; calling
-    again goes on. ``command`` replaces ``python`` in front of ``-m btnet_core train``, e.g. ("torchrun",
-    "--nproc-per-node=4"). Environment variable BTNET_FRESH=1 (``btnet reproduce --fresh``) acts as ``fresh``.
+    Its lines are also in ``out/train.log``. Interrupting the cell stops the process, which saves a checkpoint first;
+    calling again goes on, after a kernel's death by watching the process that it left. ``command`` replaces ``python``
+    in front of ``-m btnet_core train``, e.g. ("torchrun", "--nproc-per-node=4"). Environment variable BTNET_FRESH=1
+    (``btnet reproduce --fresh``) acts as ``fresh``.
 
     Raises:
         TrainingError: the process failed; its last lines are in the message.
@@ -50,24 +54,53 @@ def train_in_subprocess(
     """
     out, fresh = Path(out), fresh or os.environ.get("BTNET_FRESH") == "1"
     out.mkdir(parents=True, exist_ok=True)
+    if pid := checkpoint.holder(out):
+        print(f"{config.name}: process {pid} is training here, started earlier")
+        _follow(out, config.name, lambda: checkpoint.holder(out) > 0, lambda: os.kill(pid, signal.SIGINT))
     file, log = out / "config.json", out / "train.log"
     file.write_text(config.to_json())
+    (out / LIVE).unlink(missing_ok=True)
     arguments = [*(command or (sys.executable,)), "-m", "btnet_core", "train", "--config", str(file), "--out", str(out)]
     arguments += ["--device", device, *(["--fresh"] if fresh else [])]
-    with log.open("wb") as sink, log.open(encoding="utf-8", errors="replace") as source:
+    with log.open("wb") as sink:
         process = subprocess.Popen(arguments, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            while process.poll() is None:
-                time.sleep(0.2)
-                print(source.read(), end="", flush=True)
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            print(source.read(), end="", flush=True)
-            raise
-        print(source.read(), end="", flush=True)
+    _follow(out, config.name, lambda: process.poll() is None, lambda: process.send_signal(signal.SIGINT))
     if process.returncode:
         tail = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-8:])
         raise TrainingError(f"training in {out} ended with status {process.returncode}:\n{tail}")
     record = checkpoint.read_record(out)
     return json.loads(json.dumps(record["metrics"])) if record else {}
+
+
+def _follow(out: Path, name: str, runs: Callable[[], bool], stop: Callable[[], None]) -> None:
+    """Show the training in ``out`` while it ``runs``; Ctrl-C calls ``stop``, and is raised when it has ended."""
+    bar, live, stopped, alive = None, watched(), False, True
+    with (out / "train.log").open(encoding="utf-8", errors="replace") as log:
+        while alive:
+            try:
+                alive = runs()
+                for line in log.read().splitlines():
+                    if not (live and line.startswith(STEP.format(name=name))):
+                        (print if bar is None else bar.write)(line)
+                sys.stdout.flush()
+                bar = _advance(bar, out, name) if live else None
+                time.sleep(0.2 if alive else 0)
+            except KeyboardInterrupt:
+                stop()
+                stopped = True
+    if bar is not None:
+        bar.close()
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def _advance(bar: tqdm | None, out: Path, name: str) -> tqdm | None:
+    """The bar at the step where the training stands."""
+    try:
+        at = json.loads((out / LIVE).read_text())
+    except (OSError, ValueError):  # not there yet
+        return bar
+    bar = bar if bar is not None else tqdm(total=at["total"], initial=at["start"], desc=name, unit="step")
+    bar.set_postfix_str(at["text"], refresh=False)
+    bar.update(at["step"] - bar.n)
+    return bar

@@ -105,6 +105,11 @@ class Renderer(IPythonRenderer):
     def latex_environment(self, name: str, body: str) -> str:
         return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
 
+    def image(self, text: str, url: str, title: str | None = None) -> str:
+        """Embedded, or where that cannot be (another place, no file) told."""
+        picture = super().image(text, url, title)
+        return picture if 'src="data:' in picture else f"<em>[picture not here: {text or html.escape(url)}]</em>"
+
     def link(self, text: str, url: str, title: str | None = None) -> str:
         """A link to a notebook leads to its section; one to another file of the repository is only named."""
         stem = Path(url.partition("#")[0]).stem

@@ -17,6 +17,7 @@ from .scales import SCALES
 
 Tables = dict[str, dict[str, dict[str, Any]]]
 TABLES = tuple(f"table{number}" for number in range(1, 9))
+GAINS = (TABLES[0], *TABLES[4:])  # those that print gains
 MADE_BY = {  # what of the paper each notebook makes
     "01": ("Figure 1",), "02": ("Figure 2", "Figure 3", "Figure 5", "Figure 6"), "05": ("Table 1",),
     "06": ("Table 2", "Figure 8"), "07": ("Table 3", "Table 4", "Figure 7"),
@@ -45,6 +46,11 @@ def everything(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return collect([results.ROOT / "figures", *(run_dir.parent / scale for scale in SCALES), run_dir])
 
 
+def scales(records: Mapping[tuple[str, str], Any]) -> list[str]:
+    """The three scales, run or not, and quick ones that were run."""
+    return [scale for scale in SCALES if "-" not in scale or any(of == scale for of, _ in records)]
+
+
 def ours(record: Mapping[str, Any]) -> Tables:
     """One record's numbers in the paper's tables. Raises DataError naming the file and what it lacks."""
     try:
@@ -55,39 +61,38 @@ def ours(record: Mapping[str, Any]) -> Tables:
 
 
 def _ours(name: str, values: Mapping[str, Any]) -> Tables:
+    found: Tables = {}
+    text: dict[str, Any] = {}
     if name == "01_upsampling_error":
-        return {"text": {key: {"value": value} for key, value in
-                         (("figure1_knee", values["knee"]["measured"]), ("figure1_images", values["images"]))}}  # fmt: skip
-    if name == "02_architecture_and_cost":  # of IResNet-50, by the architecture alone
+        text = {"figure1_knee": values["knee"]["measured"], "figure1_images": values["images"]}
+    elif name == "02_architecture_and_cost":  # of IResNet-50, by the architecture alone
         share = {row["r"]: 100 * row["share"] for row in values["iresnet50"]}
-        return {"text": {f"figure5_share_{r}": {"value": round(share[r], 1)} for r in (28, 7)}}
-    if name == "05_verification":
-        rows = {
-            method.replace("_v2", "(v2)").replace("_v3", "(v3)"): {s: cell["accuracy"] for s, cell in row.items()}
-            for method, row in values["accuracy"].items()
+        text = {f"figure5_share_{r}": round(share[r], 1) for r in (28, 7)}
+    elif name == "05_verification":
+        accuracy = values["accuracy"].items()
+        rows = {method: {s: cell["accuracy"] for s, cell in row.items()} for method, row in accuracy}
+        found["table1"] = {
+            m.replace("_v2", "(v2)").replace("_v3", "(v3)"): _printed_at("table1", rows[m]) for m in rows
         }
-        best = {s: value for s, value in gains(rows).get("phi_bt", {}).items() if value is not None}
-        text: dict[str, dict[str, Any]] = {}
+        best = {s: value for s, value in gains(found["table1"]).get("phi_bt", {}).items() if value is not None}
         for kind, same in (("cross", False), ("same", True)):
-            if some := [value for s, value in best.items() if _same(s) == same]:
-                text |= {f"{kind}_gain_{end.__name__}": {"value": round(end(some), 2)} for end in (min, max)}
-        return {"table1": rows, "text": text}
-    if name == "06_survface_identification":
+            some = [value for s, value in best.items() if _same(s) == same]
+            text |= {f"{kind}_gain_{end.__name__}": round(end(some), 2) for end in (min, max) if some}
+    elif name == "06_survface_identification":
         reports = values["reports"].items()
-        return {"table2": {f"BTNet ({k})" if "+" in k else k: {"AUC": r["auc"], **r["tpir"]} for k, r in reports}}
-    if name == "08_template_aggregation":
-        return {
-            f"table{5 + 2 * (key == 'tpir') + same}": {
-                method: {s: value for s, value in row.items() if _same(s) == same}
-                for method, row in values[key].items()
-            }
-            for key in ("tar", "tpir")
-            for same in (False, True)
-        }
-    found = {key: values[key] for key in ("table3", "table4") if key in values}
-    for point in values.get("figure7", ()) if name == "07_ablations" else ():  # which has no printed numbers
-        found.setdefault("figure7", {}).setdefault(point["setting"], {})[str(point["stored"])] = point["accuracy"]
-    return found
+        found["table2"] = {f"BTNet ({k})" if "+" in k else k: {"AUC": r["auc"], **r["tpir"]} for k, r in reports}
+    elif name == "07_ablations":  # whose columns are of another resolution at the scale demo
+        found = {table: values[table] for table in ("table3", "table4")} | {"figure7": {}}
+        for point in values["figure7"]:  # without printed numbers: setting -> parameters stored -> accuracy
+            found["figure7"].setdefault(point["setting"], {})[str(point["stored"])] = point["accuracy"]
+    elif name == "08_template_aggregation":
+        for key, tables in (("tar", ("table5", "table6")), ("tpir", ("table7", "table8"))):
+            found |= {table: {m: _printed_at(table, row) for m, row in values[key].items()} for table in tables}
+    return found | ({"text": {key: {"value": value} for key, value in text.items()}} if text else {})
+
+
+def _printed_at(table: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {column: row[column] for column in next(iter(published.table(table).values())) if column in row}
 
 
 def _same(setting: str) -> bool:
@@ -97,7 +102,7 @@ def _same(setting: str) -> bool:
 
 def by_scale(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Tables]:
     """Our tables of every scale, empty for one that has not been run."""
-    tables: dict[str, Tables] = {scale: {} for scale in SCALES}
+    tables: dict[str, Tables] = {scale: {} for scale in scales(records)}
     for (scale, _), record in records.items():
         for table, rows in ours(record).items():
             tables[scale].setdefault(table, {}).update(rows)
@@ -113,12 +118,13 @@ def paper() -> Tables:
 def blocks(table: str, records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Our rows of one table, a block for each scale under a title that says what made it, gains in brackets."""
     shown, columns = {}, next(iter(published.table(table).values()))
-    for scale in SCALES:
+    for scale in scales(records):
         made = [record for (of, _), record in records.items() if of == scale and ours(record).get(table)]
         for record in made:
             values, rows = record["values"], ours(record)[table]
             data = values.get("test") or values.get("data") or ", ".join(values.get("pairs", ()))
-            shown[f"ours, scale {scale}, seed {record.get('seed')}: {data or record['name']}"] = with_gains(table, rows)
+            title = f"ours, scale {scale}, seed {record.get('seed')}: {data or record['name']}"
+            shown[title] = with_gains(table, rows)
         for record in [r for (of, name), r in records.items() if of == scale and name.endswith("_seeds")]:
             mean, std = (record["values"].get(key) for key in ("mean", "std"))
             if table == "table1" and mean and std:
@@ -131,18 +137,17 @@ def blocks(table: str, records: Mapping[tuple[str, str], Mapping[str, Any]]) -> 
 
 def with_gains(table: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Numbers with their gains by Eqs. 4 and 5, for the tables that have them: "87.17 (+1.17)"."""
-    if table in TABLES[1:4] or "phi_hr" not in rows:
+    if table not in GAINS or "phi_hr" not in rows:
         return {name: dict(row) for name, row in rows.items()}
     gained = {name: {s: show_gain(value) for s, value in row.items()} for name, row in gains(rows).items()}
     return {name: {s: f"{v:.2f} ({gained[name][s]})" for s, v in row.items()} for name, row in rows.items()}
 
 
 def printed(table: str) -> dict[str, dict[str, Any]]:
-    """The paper's rows of one table with the gains as it prints them."""
-    rows = published.table(table)
-    if table in TABLES[1:4]:
+    """The paper's rows of one table, with the gains that it prints in brackets."""
+    rows, gain = published.table(table), published.gain
+    if table not in GAINS:
         return rows
-    gain = published.gain
     return {name: {s: f"{v:.2f} ({gain(table, name, s)})" for s, v in row.items()} for name, row in rows.items()}
 
 
@@ -152,14 +157,17 @@ def coverage(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, 
     lines: dict[str, dict[str, str | None]] = {}
     for item in sorted(made):
         table = item.lower().replace(" ", "")
-        for scale in SCALES:
+        for scale in scales(records):
             mine = next((r for (of, name), r in records.items() if of == scale and name.startswith(made[item])), None)
             cell = f"seed {mine.get('seed')}" if mine else None
             if table in TABLES:  # of Table 2 the paper's own rows count
                 wanted = [(row, c) for row, cells in whole[table].items() for c in cells
-                          if table != "table2" or row.startswith("BTNet")]  # fmt: skip
+                          if c != "params" and (table != "table2" or row.startswith("BTNet"))]  # fmt: skip
                 have = sum(tables[scale].get(table, {}).get(row, {}).get(c) is not None for row, c in wanted)
-                cell = f"{have} of {len(wanted)} numbers" if have else None
+                other = {c for cells in tables[scale].get(table, {}).values() for c in cells if c != "params"}
+                cell = (
+                    f"{have} of {len(wanted)} numbers" if have else f"at {', '.join(sorted(other))}" if other else None
+                )
             lines.setdefault(item, {})[f"scale {scale}"] = cell
     return lines
 
@@ -196,10 +204,10 @@ def claims(tables: Tables) -> dict[str, str]:
         count(f"Table 2: {high} above {low} at FPIR 0.3", (b > a for a, b in pairs if a is not None and b is not None))
     steps = [three.get(name, {}) for name in published.table("table3")]
     for claim, better, worse in (("BCT above pretraining alone", 2, 1), ("branch distillation above BCT", 4, 2)):
-        columns = {"112&14", "14&14"} & steps[better].keys() & steps[worse].keys()
-        count(f"Table 3: {claim}", (steps[better][s] > steps[worse][s] for s in columns))
+        settings = [s for s in steps[better] if s != "params" and s in steps[worse]]
+        count(f"Table 3: {claim}", (steps[better][s] > steps[worse][s] for s in settings))
     if len(four) > 1:
-        losses = [[row[s] for row in four.values()] for s in ("112&14", "14&14")]
+        losses = [[row[s] for row in four.values()] for s in next(iter(four.values()))]
         spread = " and ".join(f"{max(column) - min(column):.2f}" for column in losses)
         answers["Table 4: between influence losses, points"] = spread
     curves = [sorted((int(stored), a) for stored, a in row.items()) for row in tables.get("figure7", {}).values()]

@@ -160,9 +160,10 @@ def _cells(stem: str, notebook: Any, state: str) -> list[Any]:
             heading = next(iter(re.findall(r"^#+ (.+)$", cell.source, re.M)), heading)
         cell.id = f"{stem}-{cell.id}"[:64]
         cell.metadata = cell.metadata | {"section": stem, "alt": cell.metadata.get("alt", heading)}
-        for output in cell.get("outputs", ()):
-            if WIDGET in output.get("data", {}):
-                output.data.pop("text/plain", None)  # the widget's repr
+        if outputs := cell.get("outputs"):  # of a live widget its still picture, if it has one
+            cell.outputs = [
+                o for o in outputs if WIDGET not in o.get("data", ()) or o.data.keys() - {WIDGET, "text/plain"}
+            ]
         cells.append(cell)
     return cells
 

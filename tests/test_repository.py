@@ -6,9 +6,12 @@ import ast
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+
+from btnet_core.notebooks import load_notebooks
 
 try:
     import tomllib
@@ -63,6 +66,29 @@ def test_notebook_has_the_agreed_shape(path: Path) -> None:
     assert max(len(source.splitlines()) for source in sources) <= 24
     assert not re.search(r"sys\.path|^!|^%pip|class ", "\n".join(sources), re.MULTILINE)
     assert "".join(cells[0]["source"]).startswith(f"# {path.name[:2]} ")
+
+
+def test_notebooks_run_after_those_they_depend_on() -> None:
+    order = [notebook.name[:2] for notebook in load_notebooks(ROOT / "notebooks")]
+    assert order[:5] == ["01", "02", "03", "04", "00"]  # the tour wants a trained network
+    assert order[5:] == sorted(order[5:])
+    for notebook in load_notebooks(ROOT / "notebooks"):
+        assert all(order.index(one) < order.index(notebook.name[:2]) for one in notebook.depends if one in order)
+
+
+def test_gpu_tests_skip_without_a_gpu_and_are_an_error_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from conftest import pytest_collection_modifyitems
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    marks: list[pytest.MarkDecorator] = []
+    item = SimpleNamespace(keywords={"gpu": True}, add_marker=marks.append)
+    for asked in ("", "not gpu", "not slow"):
+        pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name, asked=asked: asked), [item])
+    assert [mark.name for mark in marks] == ["skip"] * 3
+    for asked in ("gpu", "gpu and not slow", "slow or gpu"):
+        with pytest.raises(pytest.UsageError, match="no CUDA device"):
+            pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name, asked=asked: asked), [item])
 
 
 def test_committed_figures_are_linked_and_exist() -> None:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +210,39 @@ def test_schedule_of_a2() -> None:
     assert (bt.lr, bt.epochs, bt.warmup_epochs, bt.branch_weight, bt.fix_classifier) == (0.02, 10, 0.0, 0.5, True)
 
 
+@pytest.mark.parametrize(("matmul", "tf32"), [("high", True), ("highest", False)])
+def test_tf32_is_named_for_products_and_convolutions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matmul: str, tf32: bool
+) -> None:
+    monkeypatch.setattr(loop, "_train", lambda *arguments: {})
+    train(TrainConfig(data=FACES, matmul=matmul), tmp_path, device="cpu")
+    assert torch.get_float32_matmul_precision() == matmul
+    assert torch.backends.cudnn.allow_tf32 is tf32
+
+
+def test_a_record_from_before_a_field_existed_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = methods.phi_hr(FACES, backbone=TINY, **QUICK)
+    metrics = train(config.replace(epochs=1), tmp_path, device="cpu", show="none")
+    record = checkpoint.read_record(tmp_path)
+    del record["config"]["compile"], record["config"]["workers"]
+    checkpoint.write_record(tmp_path, record)
+    monkeypatch.setattr(loop, "_train", lambda *arguments: pytest.fail("it trained again"))
+    assert train(config.replace(epochs=1), tmp_path, device="cpu", show="none") == metrics
+
+
+@pytest.mark.slow
+def test_compiled_gives_the_same_losses(trunk: Path, tmp_path: Path) -> None:
+    import shutil
+
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile on a CPU needs a C++ compiler")
+    rows = {}
+    for compiled in (False, True):
+        train(branch(trunk, epochs=1, compile=compiled), tmp_path / str(compiled), device="cpu", show="none")
+        rows[compiled] = [row["loss"] for row in read_metrics(tmp_path / str(compiled))]
+    assert rows[True] == pytest.approx(rows[False], rel=1e-3)
+
+
 def test_configuration_round_trip_and_errors() -> None:
     config = methods.phi_bt(FACES, 14, "trunk", couple_at="S4U1")
     assert TrainConfig.from_json(config.to_json()) == config
@@ -292,7 +327,7 @@ def test_not_finite_stops_with_everything_one_needs(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(loop.Run, "losses", poisoned)
     with pytest.raises(TrainingError) as caught:
         train(config, tmp_path, device="cpu", show="none")
-    for expected in ("step 5", "lr ", "norm", "records [", "checkpoint"):
+    for expected in ("step 5", "lr ", "norm", "gradient norms before it", "records [", "checkpoint"):
         assert expected in str(caught.value)
     assert checkpoint.load_state(tmp_path)["step"] == 3
     monkeypatch.undo()
@@ -362,6 +397,47 @@ def test_no_room_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match="cannot be written"):
         train(config, tmp_path / "file", device="cpu", show="none")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder on a disk of its own of as many MB as asked for."""
+    out = tmp_path / "disk"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}m", "tmpfs", str(out)]
+    if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs a Linux root")
+    yield out
+    subprocess.run(["umount", "-l", str(out)], check=True)
+
+
+@pytest.mark.parametrize("small_disk", [3], indirect=True)
+def test_a_disk_too_small_is_found_before_the_first_step(small_disk: Path) -> None:
+    with pytest.raises(TrainingError, match=r"disk: \d+ MB free, checkpoints need \d+ MB"):
+        train(methods.phi_hr(FACES, backbone=TINY, **QUICK), small_disk, device="cpu", show="none")
+    assert not (small_disk / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("small_disk", [8], indirect=True)
+def test_a_disk_that_fills_stops_the_run_and_the_last_checkpoint_survives(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, losses, ballast = methods.phi_hr(FACES, backbone=TINY, **QUICK), loop.Run.losses, small_disk / "ballast"
+
+    def filling(run, *arguments):
+        if run.step == 4:
+            with suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        return losses(run, *arguments)
+
+    monkeypatch.setattr(loop.Run, "losses", filling)
+    with pytest.raises(TrainingError, match=r"disk is full.*last good one is kept"):
+        train(config, small_disk, device="cpu", show="none")
+    monkeypatch.undo()
+    ballast.unlink()
+    assert checkpoint.load_state(small_disk)["step"] == 3
+    assert train(config, small_disk, device="cpu", show="none")["steps"] == 6
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -44,6 +44,18 @@ def test_compiled_gives_the_same_losses(tmp_path: Path) -> None:
     assert losses(tmp_path / "compiled", "cuda", precision="fp32", compile=True) == pytest.approx(plain, rel=1e-2)
 
 
+def test_the_cached_teacher_gives_the_same_losses(tmp_path: Path) -> None:
+    train(methods.phi_mr(FACES, backbone=SMALL, **QUICK), tmp_path / "trunk", device="cuda", show="none")
+    files = [str(tmp_path / "trunk" / f"{name}.safetensors") for name in ("trunk", "classifier")]
+    rows = {}
+    for cache in ("off", "memory"):
+        config = methods.phi_bt(FACES, 14, *files, **{**QUICK, "precision": "fp32", "cache": cache})
+        train(config, tmp_path / cache, device="cuda", show="none")
+        rows[cache] = [row["loss"] for row in read_metrics(tmp_path / cache)]
+    assert rows["memory"] == pytest.approx(rows["off"], rel=1e-2)
+    assert rows["memory"][0] == pytest.approx(rows["off"][0], rel=1e-4)
+
+
 def one_step(run: Run, step: int) -> float:
     batch = run.sampler.batch(step)
     loss = sum(run.losses(batch, *run.inputs(batch, run.pixels.get(batch.records))).values())

@@ -189,6 +189,33 @@ def run_adapt(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def add_export(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "export",
+        run_export,
+        help="write a model for other programs: pixels in, embedding of unit length and its norm out",
+        example="btnet export --model my_btnet --format onnx --out exported/   (or: --resolution 14 7)",
+    )
+    parser.add_argument("--format", required=True, choices=("onnx", "torchscript", "pt2"))
+    parser.add_argument(
+        "--resolution", nargs="+", default=["all"], metavar="R", help="a file for each; default: all in one file"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="receives btnet.onnx, or btnet_14.onnx, …")
+    _add_model(parser, select=False)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    from .export import export
+    from .tool import open_model
+
+    if options.resolution != ["all"] and not all(text.isdecimal() for text in options.resolution):
+        raise ConfigError(f"--resolution {' '.join(options.resolution)}: expected rows of branches, or all")
+    rows = [int(text) for text in options.resolution if text != "all"]
+    for path in export(open_model(options.model, "cpu", _adapter(options)), options.format, options.out, rows):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 def add_report(commands: Commands) -> None:
     parser = add_command(
         commands,
@@ -322,6 +349,7 @@ COMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_embed,
     add_verify,
     add_evaluate,
+    add_export,
     add_report,
     add_figures,
 )

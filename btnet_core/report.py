@@ -94,10 +94,14 @@ class Renderer(IPythonRenderer):
         return f'<h{level + 1} id="{anchor}">{text} {link}</h{level + 1}>\n'
 
     def block_math(self, body: str) -> str:
-        """An equation of its own, its number at the right."""
+        """An equation of its own, its number at the right; where \\qquad stands between two, a narrow page may break."""
         tag = re.search(r"\\tag\{([^}]*)\}", body)
         number = f'<span class="tag">({html.escape(tag[1])})</span>' if tag else ""
-        return f'<div class="equation">{mathml(body.replace(tag[0], "") if tag else body, "block")}{number}</div>'
+        body = body.replace(tag[0], "") if tag else body
+        parts = body.split(r"\qquad")
+        whole = all(p.count("{") == p.count("}") and p.count(r"\begin") == p.count(r"\end") for p in parts)
+        drawn = "".join(mathml(part, "block") for part in (parts if whole else [body]))
+        return f'<div class="equation">{drawn}{number}</div>'
 
     def inline_math(self, body: str) -> str:
         return mathml(body, "inline")
@@ -131,6 +135,7 @@ class Exporter(HTMLExporter):
     def __init__(self) -> None:
         super().__init__(
             config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}),
+            preprocessors=["nbconvert.preprocessors.CoalesceStreamsPreprocessor"],
             template_name="report",
             extra_template_basedirs=[str(Path(__file__).parent / "templates")],
         )

@@ -50,3 +50,8 @@ def alike(z_r: Tensor, z_s: Tensor) -> Tensor:
     rows, columns = min(z_r.shape[2:], z_s.shape[2:])
     a, b = (F.adaptive_avg_pool2d(z, (rows, columns)).flatten(1) for z in (z_r, z_s))
     return F.cosine_similarity(a, b)
+
+
+def strength(z: Tensor) -> Tensor:
+    """What a picture of maps ``(B, C, h, w)`` shows: their root mean square over channels ``(B, h, w)``."""
+    return z.square().mean(1).sqrt()

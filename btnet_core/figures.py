@@ -6,6 +6,7 @@ beside it) is all that a figure needs; Figures 2 and 3 are drawn from the model 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -95,6 +96,7 @@ def _falls(record: dict[str, Any], _: Arrays) -> Figure:
 
 
 FIGURES: dict[str, tuple[str, Drawing]] = {  # file -> (the result it is made from, how)
+    "tour": ("00_tour", lambda r, a: plots.tour(r["values"], a)),
     "figure1_upsampling_error": ("01_upsampling_error", lambda r, a: plots.figure1(r["values"])),
     "figure1_error_maps": ("01_upsampling_error", lambda r, a: plots.error_maps(a)),
     "figure2_idea": ("02_architecture_and_cost", lambda r, a: plots.figure2(_paper_net())),
@@ -136,8 +138,8 @@ def draw(name: str, run_dir: str | Path) -> Figure:
 def remake(run_dir: str | Path, only: str = "", *, out: str | Path | None = None) -> tuple[list[str], list[str]]:
     """Draw and save all figures (those of the result ``only``) for which ``run_dir/results`` has what they need.
 
-    They go to ``run_dir/figures`` or, with the results themselves, to the folder ``out``. Returns the names of those made and of
-    those not recorded. The manifest beside them ties each to its notebook, parameters, commit and duration.
+    They go to ``run_dir/figures`` or, with the results and the pictures of other notebooks, to the folder ``out``. Returns the
+    names of those made and of those not recorded. The manifest ties each to its notebook, parameters, commit and duration.
     """
     made, missing, folder = [], [], ("figures", "")[out is not None]
     for name, (source, _) in FIGURES.items():
@@ -152,7 +154,19 @@ def remake(run_dir: str | Path, only: str = "", *, out: str | Path | None = None
         results.save_figure(draw(name, run_dir), out or run_dir, name, about, folder=folder)
         made.append(name)
     if out and Path(out).resolve() != Path(run_dir).resolve():
-        (Path(out) / "results").mkdir(parents=True, exist_ok=True)
-        for path in sorted((Path(run_dir) / "results").glob("*.[jn][sp][oz]*")):
-            shutil.copyfile(path, Path(out) / "results" / path.name)
+        _copy(Path(run_dir), Path(out))
     return made, missing
+
+
+def _copy(run_dir: Path, out: Path) -> None:
+    """The results, and the figures whose notebook draws them from its models (10)."""
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    for path in sorted((run_dir / "results").glob("*.[jn][sp][oz]*")):
+        shutil.copyfile(path, out / "results" / path.name)
+    manifest = run_dir / "figures" / "manifest.json"
+    sources = {source for source, _ in FIGURES.values()}
+    for name, entry in json.loads(manifest.read_text()).items() if manifest.is_file() else ():
+        if entry.get("notebook") not in (*sources, None):
+            for suffix in ("png", "pdf"):
+                shutil.copyfile(manifest.with_name(f"{name}.{suffix}"), out / f"{name}.{suffix}")
+            results.update_manifest(out, {name: entry}, folder="")

@@ -60,11 +60,16 @@ def load_notebook(path: Path) -> Notebook:
 
 
 def load_notebooks(folder: str | Path | None = None) -> list[Notebook]:
-    """The notebooks NN_*.ipynb of `folder` in order; by default of ./notebooks or of the repository."""
+    """The notebooks NN_*.ipynb of `folder`; by default of ./notebooks or of the repository.
+
+    In the order of their numbers, but after those that they depend on: the tour, 00, runs once there is a network.
+    """
     places = [Path(folder)] if folder else [Path("notebooks"), PACKAGE.parent / "notebooks"]
     for place in places:
         if found := sorted(place.resolve().glob("[0-9][0-9]_*.ipynb")):
-            return [load_notebook(path) for path in found]
+            return sorted(
+                map(load_notebook, found), key=lambda n: (last := max(n.name[:2], *n.depends), n.name[:2] != last)
+            )
     where = " nor ".join(str(place.resolve()) for place in places)
     raise ReproduceError(f"no notebooks NN_name.ipynb in {where}: call it from a copy of the repository")
 

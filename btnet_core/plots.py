@@ -403,43 +403,71 @@ def figure9(values: Mapping[str, Any], arrays: Mapping[str, Any]) -> Figure:
     """
     methods, resolutions = list(values["similarity"]), values["resolutions"]
     coupled = {int(r): stage for r, stage in values["coupled"].items()}
-    stages = len(next(iter(values["similarity"][methods[0]].values()))["mean"])
-    figure = plt.figure(figsize=(PAGE, 0.43 * len(resolutions) + 2.35), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(0.43 * len(resolutions) + 0.45, 1.9))
-    blocks, panels = (
-        upper.subfigures(1, len(methods), squeeze=False)[0],
-        lower.subplots(1, len(methods), sharey=True, squeeze=False)[0],
-    )
-    for method, block, panel in zip(methods, blocks, panels, strict=True):
-        block.suptitle(_label(method), fontsize=8)
-        grid = block.subplots(len(resolutions), stages, squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
+    stages = range(1, len(next(iter(values["similarity"][methods[0]].values()))["mean"]) + 1)
+    side, step = 0.355, 0.385  # inches: a map, and the distance to the next
+    block = step * len(stages) + 0.13
+    width, height = max(0.4 + block * len(methods), 1.4 * COLUMN), step * len(resolutions) + 2.25
+    figure = plt.figure(figsize=(width, height))
+    for index, method in enumerate(methods):
+        left = 0.42 + index * block
         for row, r in enumerate(resolutions):
-            for stage in range(1, stages + 1):
+            for stage in stages:
+                place = left + (stage - 1) * step, height - 0.4 - (row + 1) * step
+                axes = figure.add_axes((place[0] / width, place[1] / height, side / width, side / height))
                 joins = next((low for low, at in coupled.items() if at == stage and r in (low, max(resolutions))), None)
                 outline = _colour(joins) if joins and method == "phi_bt" else None
-                _show(
-                    grid[row, stage - 1],
-                    _map(arrays[f"{method}_{r}_{stage}"]),
-                    "" if row else f"{stage}",
-                    outline,
-                    cmap="viridis",
-                )
-            grid[row, 0].set_ylabel(
-                f"{r}" if method == methods[0] else "", rotation=0, ha="right", va="center", fontsize=7
-            )
-        for r, row_ in values["similarity"][method].items():
-            colour = _colour(int(r))
-            panel.errorbar(
-                range(1, stages + 1), row_["mean"], row_["error"], fmt="o-", color=colour, capsize=2, label=f"{r} px"
-            )
+                _show(axes, _map(arrays[f"{method}_{r}_{stage}"]), "", outline, cmap="viridis")
+                axes.set_title("" if row else f"{stage}", fontsize=7, pad=3)
+                if stage == 1 and not index:
+                    axes.set_ylabel(f"{r} px", rotation=0, ha="right", va="center", fontsize=7)
+        middle = (left + (block - 0.13) / 2) / width
+        figure.text(middle, 1 - 0.14 / height, f"{_label(method)}, stage", ha="center", va="center")
+        panel = figure.add_axes((left / width, 0.7 / height, (block - 0.2) / width, 1 / height))
+        for r, points in values["similarity"][method].items():
+            style = {"fmt": "o-", "color": _colour(int(r)), "capsize": 2, "label": f"{r} px"}
+            panel.errorbar(stages, points["mean"], points["error"], **style)
             if method == "phi_bt" and int(r) in coupled:
                 at = coupled[int(r)]
-                panel.plot(at, row_["mean"][at - 1], "s", color=colour, **HOLLOW | {"markersize": 9})
-        panel.set(xlabel="stage", title=_label(method), xticks=range(1, stages + 1), ylim=(0, 1))
-    panels[0].set_ylabel("cosine with the maps at 112 px")
-    handles = panels[0].get_legend_handles_labels()
+                panel.plot(at, points["mean"][at - 1], "s", color=_colour(int(r)), **HOLLOW | {"markersize": 9})
+        panel.set(xlabel="stage", xticks=stages, xlim=(0.6, len(stages) + 0.4), ylim=(0, 1))
+        if index:
+            panel.tick_params(labelleft=False)
+        else:
+            panel.set_ylabel("cosine to 112 px")
+            handles, labels = panel.get_legend_handles_labels()
     joined = plt.Line2D([], [], marker="s", color="#444444", **HOLLOW | {"markersize": 9})
-    lower.legend([*handles[0], joined], [*handles[1], "branch joins the trunk"], loc="outside lower center", ncols=4)
+    figure.legend([*handles, joined], [*labels, "a branch joins the trunk"], loc="lower center", ncols=4)
+    return figure
+
+
+@_paper_ready
+def tour(values: Mapping[str, Any], arrays: Mapping[str, Any]) -> Figure:
+    """Notebook 00: faces "face_<i>" (3, h, w), a row for each of "people", outlined in the colour of the "branch" that each
+    took, and the cosine "similarity" of all pairs."""
+    people, branches = values["people"], values["branch"]
+    each = len(branches) // people
+    figure = plt.figure(figsize=(PAGE, 3.1), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
+    for index, axes in enumerate(left.subplots(people, each, squeeze=False).flat):
+        rows, columns = values["size"][index]
+        title = "" if index >= each else f"{columns} x {rows}\n" + r"$\rightarrow$" + f" {branches[index]} px"
+        _show(axes, _picture(arrays[f"face_{index}"]), title, _colour(branches[index]))
+        if index % each == 0:
+            axes.set_ylabel(f"person {index // each + 1}", fontsize=7)
+    axes = right.subplots()
+    shown = _show(
+        axes, np.asarray(values["similarity"]), cmap="viridis", vmin=min(0, np.min(values["similarity"])), vmax=1
+    )
+    for edge in range(each, len(branches), each):
+        axes.axhline(edge - 0.5, color="white", linewidth=1.5)
+        axes.axvline(edge - 0.5, color="white", linewidth=1.5)
+    middles = np.arange(people) * each + (each - 1) / 2
+    names = [f"person {index + 1}" for index in range(people)]
+    axes.set_xticks(middles, names)
+    axes.set_yticks(middles, names, rotation=90, va="center")
+    axes.tick_params(length=0)
+    axes.set_title("cosine of the embeddings" + ("" if values["trained"] else " (NOT TRAINED)"))
+    right.colorbar(shown, ax=axes, shrink=0.85)
     return figure
 
 

@@ -8,7 +8,7 @@ import torch
 from btnet_core.backbones import BackboneConfig, build_backbone
 from btnet_core.btnet import BTNet
 from btnet_core.embedders import BranchEmbedder, MultiModelEmbedder, UpsamplingEmbedder
-from btnet_core.features import alike, network, stage_features, stages
+from btnet_core.features import alike, network, stage_features, stages, strength
 from btnet_core.images import resize
 
 SMALL = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
@@ -49,3 +49,8 @@ def test_alike_is_the_cosine_on_the_coarser_grid() -> None:
     large = z.repeat_interleave(4, 2).repeat_interleave(4, 3)
     torch.testing.assert_close(alike(large, z), torch.ones(2))
     torch.testing.assert_close(alike(z, large), torch.ones(2))
+
+
+def test_strength_is_the_root_mean_square_over_channels() -> None:
+    z = torch.tensor([3.0, -4.0]).view(1, 2, 1, 1).expand(1, 2, 5, 5)
+    torch.testing.assert_close(strength(z), torch.full((1, 5, 5), 12.5**0.5))

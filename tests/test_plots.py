@@ -194,6 +194,17 @@ def test_figure9_outlines_the_coupling_layers_of_bt_alone():
     assert (_hollow(charts[3])[0].get_xdata()[0], _hollow(charts[3])[0].get_ydata()[0]) == (3, 0.3)
 
 
+def test_tour_outlines_each_face_by_its_branch():
+    branches, arrays = [112, 7, 112, 7], {f"face_{i}": torch.full((3, 7, 7), 50.0) for i in range(4)}
+    values = {"trained": False, "people": 2, "branch": branches, "size": [(112, 112), (7, 7)] * 2}
+    axes = plots.tour(values | {"similarity": np.eye(4).tolist()}, arrays).axes
+    assert [a.spines["top"].get_edgecolor() for a in axes[:4]] == [
+        mpl.colors.to_rgba(plots._colour(r)) for r in branches
+    ]
+    np.testing.assert_array_equal(axes[4].images[0].get_array(), np.eye(4))
+    assert "NOT TRAINED" in axes[4].get_title()
+
+
 def test_accuracy_curves_errors_and_paper():
     panels = {"r & r": {"phi_hr": {14: (72.0, 2.0), 112: (98.0, 0.5)}}, "112 & r": {"phi_hr": {14: (60.0, 1.0)}}}
     paper = {"r & r": {"phi_hr": {14: 73.88, 112: None}}}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from btnet_core.backbones import Backbone, load_backbone
-from btnet_core.btnet import BTNet
+from btnet_core.btnet import BTNet, Route, weights_digest
 from btnet_core.errors import ConfigError
 from btnet_core.images import Resize, degrade, resize, scaled_size
 
@@ -68,6 +68,16 @@ class Embedder(ABC):
     def _embed(self, pixels: Tensor, r: int) -> Tensor:
         """One batch on the device -> embeddings of any float dtype."""
 
+    @abstractmethod
+    def network(self, r: int) -> nn.Module:
+        """What embeds faces of r."""
+
+    def fingerprint(self, r: int) -> str:
+        """Equal for two embedders that give the same embeddings at r: weights, resize and precision."""
+        network = self.network(r)
+        route = f"route {r}" if isinstance(network, Route) else f"from {r} px"
+        return f"{weights_digest(network)} {route} {self.how.name} {self.precision} {self.device.type}"
+
 
 class UpsamplingEmbedder(Embedder):
     """phi_hr, phi_mr: shrink to r, scale back up to S, embed with the trunk."""
@@ -75,6 +85,9 @@ class UpsamplingEmbedder(Embedder):
     def __init__(self, backbone: Backbone, *, how: Resize | None = None, **options) -> None:
         super().__init__(backbone, how=how, **options)
         self.backbone = backbone
+
+    def network(self, r: int) -> nn.Module:
+        return self.backbone
 
     def _embed(self, pixels: Tensor, r: int) -> Tensor:
         faces = degrade(self.backbone.crop(pixels), r, self.how)
@@ -88,9 +101,13 @@ class MultiModelEmbedder(Embedder):
         super().__init__(*backbones.values(), how=how, **options)
         self.single = {r: UpsamplingEmbedder(backbone, how=how, **options) for r, backbone in backbones.items()}
 
-    def _embed(self, pixels: Tensor, r: int) -> Tensor:
+    def network(self, r: int) -> nn.Module:
         if r not in self.single:
             raise ConfigError(f"resolution {r}: phi_mm has models for {sorted(self.single)}")
+        return self.single[r].backbone
+
+    def _embed(self, pixels: Tensor, r: int) -> Tensor:
+        self.network(r)
         return self.single[r]._embed(pixels, r)
 
 
@@ -100,6 +117,9 @@ class BranchEmbedder(Embedder):
     def __init__(self, btnet: BTNet, *, how: Resize | None = None, **options) -> None:
         super().__init__(btnet, how=how, **options)
         self.btnet = btnet
+
+    def network(self, r: int) -> nn.Module:
+        return self.btnet.route(r)
 
     def _embed(self, pixels: Tensor, r: int) -> Tensor:
         trunk = self.btnet.trunk
@@ -125,6 +145,6 @@ def load_methods(models: Path | str, **options) -> dict[str, Embedder]:
     for name in ("phi_mr", "phi_mr_v2", "phi_mr_v3"):
         if name in trunks:
             found[name] = UpsamplingEmbedder(load_backbone(trunks[name]), **options)
-    if "phi_bt" in trunks:
-        found["phi_bt"] = BranchEmbedder(BTNet.load(models / "phi_bt"), **options)
+    for name in sorted(name for name in trunks if name.startswith("phi_bt")):
+        found[name] = BranchEmbedder(BTNet.load(models / name), **options)
     return found

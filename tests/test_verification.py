@@ -195,3 +195,28 @@ def test_evaluate_pairs_without_flip_and_other_sizes() -> None:
     assert embedder.seen == {112: 30}
     with pytest.raises(ConfigError, match="cross: got 'one'"):
         v.evaluate_pairs(embedder, pair_set(), [(112, 7)], cross="one")
+
+
+def test_kept_embeddings_are_read_by_every_method_with_the_same_network(tmp_path, monkeypatch) -> None:
+    from btnet_core.backbones import BackboneConfig, build_backbone
+    from btnet_core.btnet import BTNet
+    from btnet_core.datasets.faces import open_pairs
+    from btnet_core.embedders import BranchEmbedder, UpsamplingEmbedder
+    from btnet_core.evaluation.verification import evaluate_pairs
+
+    torch.manual_seed(0)
+    btnet = BTNet(build_backbone(BackboneConfig(name="iresnet18", width=0.125, embedding=16)).eval(), (14,))
+    pairs = open_pairs("pairs:synthetic:identities=4,images=3,seed=0:count=20,seed=0")
+    hr, bt = UpsamplingEmbedder(btnet.trunk, device="cpu"), BranchEmbedder(btnet, device="cpu")
+    settings = [(112, 112), (112, 14), (14, 14)]
+    plain = {name: evaluate_pairs(one, pairs, settings) for name, one in (("hr", hr), ("bt", bt))}
+    assert evaluate_pairs(hr, pairs, settings, keep=tmp_path) == plain["hr"]
+    assert len(list(tmp_path.iterdir())) == 2
+    assert evaluate_pairs(bt, pairs, settings, keep=tmp_path) == plain["bt"]
+    assert len(list(tmp_path.iterdir())) == 3  # the trunk's at 112 are there already, its branch's are not phi_hr's
+    monkeypatch.setattr(type(bt), "__call__", lambda *_: pytest.fail("embedded again"))
+    assert evaluate_pairs(bt, pairs, settings, keep=tmp_path) == plain["bt"]
+    with torch.no_grad():
+        next(btnet.trunk.parameters()).add_(1e-3)
+    evaluate_pairs(hr, pairs, settings, keep=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5  # other weights, other embeddings

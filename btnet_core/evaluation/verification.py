@@ -6,9 +6,10 @@ The metrics take plain arrays and return shares in [0, 1]; ``evaluate_pairs`` re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from btnet_core.backbones import read_safetensors, write_safetensors
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.images import Resize, resize
 
@@ -164,30 +166,39 @@ def embed_images(
 
 
 def unit_embeddings(
-    embedder: Embedder, pairs: Any, resolutions: Iterable[int], *, flip: bool = True, **options: Any
-) -> dict[int, Tensor]:
+    embedder: Embedder, pairs: Any, resolutions: Iterable[int], *, flip: bool = True, keep: Path | None = None, **options: Any
+) -> dict[int, Tensor]:  # fmt: skip
     """For each r the unit embedding (N, D) of every image of a PairSet (datasets/faces.py).
 
-    With ``flip`` the mirrored image's embedding is added before normalising; ``options`` are those of ``embed_images``.
+    With ``flip`` the mirrored image's embedding is added before normalising. ``keep``: a folder for files from which
+    they are read when the same network has embedded the same images before, by whichever method; ``options`` are those
+    of ``embed_images``.
     """
-    faces = pairs.images(np.arange(pairs.num_images))  # once, not once per resolution
-    return {
-        r: F.normalize(embed_images(embedder, faces.__getitem__, len(faces), r, mirror=r if flip else None, **options))
-        for r in sorted(set(resolutions), reverse=True)
-    }
+    faces, unit = None, {}
+    for r in sorted(set(resolutions), reverse=True):
+        path = None
+        if keep is not None and hasattr(embedder, "fingerprint"):
+            facts = (embedder.fingerprint(r), pairs.checksum, flip, (options.get("how") or Resize()).name)
+            path = Path(keep) / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.safetensors"
+            if path.is_file():
+                unit[r] = read_safetensors(path)[0]["unit"]
+                continue
+        faces = faces if faces is not None else pairs.images(np.arange(pairs.num_images))  # once
+        z = embed_images(embedder, faces.__getitem__, len(faces), r, mirror=r if flip else None, **options)
+        unit[r] = F.normalize(z)
+        if path is not None:
+            write_safetensors(path, {"unit": unit[r]}, {"r": str(r)})
+    return unit
 
 
 def pair_similarities(
-    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]], *,
-    known: Mapping[int, Tensor] = MappingProxyType({}), **options: Any,
-) -> dict[tuple[int, int], np.ndarray]:  # fmt: skip
+    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]], **options: Any
+) -> dict[tuple[int, int], np.ndarray]:
     """Cosine (P,) of each pair with its first image at r1 rows and its second at r2, per setting (r1, r2).
 
-    Each image is embedded once per resolution. ``known``: ``unit_embeddings`` made before, such as those of a trunk that
-    several methods share at 112; ``options`` are those of that function.
+    Each image is embedded once per resolution; ``options`` are those of ``unit_embeddings``.
     """
-    needed = {r for setting in settings for r in setting} - known.keys()
-    unit = {**known, **(unit_embeddings(embedder, pairs, needed, **options) if needed else {})}
+    unit = unit_embeddings(embedder, pairs, {r for setting in settings for r in setting}, **options)
     first, second = (torch.as_tensor(np.asarray(side), dtype=torch.int64) for side in (pairs.first, pairs.second))
     return {(a, b): (unit[a][first] * unit[b][second]).sum(1).double().numpy() for a, b in settings}
 
@@ -199,7 +210,7 @@ def evaluate_pairs(
     """Table 1's protocol: {"112&7": {accuracy, std, folds, auc, directions}, …}, in % but for the thresholds.
 
     ``cross="both"`` averages both directions fold by fold when r1 != r2; "authors" puts only the first image of
-    each pair at r1 (reproduction-notes 28). ``options``: known, flip, device, how, batch_size.
+    each pair at r1 (reproduction-notes 28). ``options``: flip, keep, device, how, batch_size.
     """
     if cross not in ("both", "authors"):
         raise ConfigError(f"cross: got {cross!r}, expected 'both' or 'authors'")

@@ -22,7 +22,7 @@ MR_VARIANTS: dict[str, dict[str, Any]] = {  # reproduction-notes 11
     "v2": {"sizes": PYRAMID, "size_weights": (0.3, 0.25, 0.2, 0.15, 0.1)},
     "v3": {"sizes": tuple(range(4, 113))},
 }
-EMBEDDING_WEIGHT = 40.0  # of 1 - cosine to the teacher's embedding, times lambda_branch; chosen at the scale lfw
+EMBEDDING_WEIGHT = 60.0  # of 1 - cosine to the teacher's embedding, times lambda_branch; chosen at the scale lfw
 BRANCH = {"lr": 0.02, "warmup_epochs": 0.0, "epochs": 10}  # A.2, reproduction-notes 20
 ADAPT: dict[str, Any] = {"epochs": 8, "batch": 128, "lr": 0.2}  # `btnet adapt`: as at scale lfw
 

@@ -33,6 +33,15 @@ class Notebook:
         return self.path.stem
 
     @property
+    def number(self) -> str:
+        return self.name[:2]
+
+    @property
+    def after(self) -> str:
+        """The highest number among it and those it depends on."""
+        return max([self.number, *self.depends])
+
+    @property
     def source_checksum(self) -> str:
         return hashlib.sha256(json.dumps(self.cells).encode()).hexdigest()
 
@@ -68,7 +77,7 @@ def load_notebooks(folder: str | Path | None = None) -> list[Notebook]:
     for place in places:
         if found := sorted(place.resolve().glob("[0-9][0-9]_*.ipynb")):
             return sorted(
-                map(load_notebook, found), key=lambda n: (last := max(n.name[:2], *n.depends), n.name[:2] != last)
+                map(load_notebook, found), key=lambda notebook: (notebook.after, notebook.number != notebook.after)
             )
     where = " nor ".join(str(place.resolve()) for place in places)
     raise ReproduceError(f"no notebooks NN_name.ipynb in {where}: call it from a copy of the repository")
@@ -78,10 +87,10 @@ def select(notebooks: list[Notebook], only: Sequence[str]) -> list[Notebook]:
     """Those named in `only`, by number ("1" or "01") or name; all when it is empty."""
     wanted = {entry.strip().removesuffix(".ipynb") for entry in only if entry.strip()}
     wanted = {entry.zfill(2) if entry.isdigit() else entry for entry in wanted}
-    if unknown := wanted - {key for n in notebooks for key in (n.name, n.name[:2])}:
+    if unknown := wanted - {key for n in notebooks for key in (n.name, n.number)}:
         known = ", ".join(n.name for n in notebooks)
         raise ReproduceError(f"no notebook {', '.join(sorted(unknown))}; there are {known}")
-    return [n for n in notebooks if not wanted or wanted & {n.name, n.name[:2]}]
+    return [n for n in notebooks if not wanted or wanted & {n.name, n.number}]
 
 
 def assign(notebooks: list[Notebook], given: dict[str, Any], *, optional: Sequence[str] = ()) -> dict[str, dict]:

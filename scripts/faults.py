@@ -1,0 +1,161 @@
+"""kill -9 at random moments of `btnet train`, `adapt` and `reproduce`, again and again until each ends.
+
+    python scripts/faults.py [--kills 8] [--seed 0] [--out FILE.json]
+
+Each command, on tiny synthetic faces, is run undisturbed once. Then it is started, killed after a random time and started
+again, `--kills` times, and left to end. It must end well, and its weights and recorded results must equal the undisturbed
+ones bit for bit. Exit status 1 if they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from btnet_core.backbones import BackboneConfig, build_backbone, read_safetensors, save_backbone
+from btnet_core.results import environment
+from btnet_core.training import methods
+
+FACES = "synthetic:identities=24,images=6,seed=0"
+TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
+QUICK = {"batch": 12, "epochs": 6, "warmup_epochs": 0.0, "lr": 1.0, "checkpoint_seconds": 0.5, "precision": "fp32"}
+FIRST = """
+from btnet_core.training import methods
+from btnet_core.training.config import TrainConfig
+from btnet_core.training.run import train_in_subprocess
+from pathlib import Path
+config = TrainConfig.from_json(Path("config.json").read_text())
+metrics = train_in_subprocess(config, Path(run_dir) / "models" / "phi_mr", device="cpu")
+"""
+SECOND = """
+from pathlib import Path
+from btnet_core import results
+from btnet_core.backbones import load_backbone
+from btnet_core.btnet import weights_digest
+digest = weights_digest(load_backbone(Path(run_dir) / "models" / "phi_mr" / "trunk.safetensors"))
+results.record(Path(run_dir), "second", {"digest": digest}, config={}, data="", kernel="", seed=0, seconds=0.0)
+"""
+
+
+def prepare_train(place: Path) -> list[str]:
+    (place / "c.json").write_text(methods.phi_mr(FACES, backbone=TINY, **QUICK).to_json())
+    return ["train", "--config", "c.json", "--out", "out", "--device", "cpu"]
+
+
+def prepare_adapt(place: Path) -> list[str]:
+    save_backbone(build_backbone(TINY), place / "trunk.safetensors")
+    changes = [f"--set={name}={value}" for name, value in QUICK.items() if name != "warmup_epochs"]
+    faces = ["--faces", FACES, "--hold-out", "25", "--resolutions", "14", "7"]
+    return ["adapt", "--trunk", "trunk.safetensors", *faces, "--out", "out", "--device", "cpu", *changes]
+
+
+def prepare_reproduce(place: Path) -> list[str]:
+    (place / "notebooks").mkdir()
+    (place / "notebooks" / "config.json").write_text(methods.phi_mr(FACES, backbone=TINY, **QUICK).to_json())
+    for stem, source, depends in (("01_first", FIRST, []), ("02_second", SECOND, ["01"])):
+        parameters = nbformat.v4.new_code_cell('scale = "demo"\nrun_dir = ""', metadata={"tags": ["parameters"]})
+        notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(source)])
+        notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+                             "btnet": {"depends": depends}}  # fmt: skip
+        nbformat.write(notebook, place / "notebooks" / f"{stem}.ipynb")
+    return ["reproduce", "--runs", "out"]
+
+
+KINDS = {"train": prepare_train, "adapt": prepare_adapt, "reproduce": prepare_reproduce}
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """Every weight and recorded result under ``out``, without times."""
+    found: dict[str, Any] = {}
+    for path in sorted(out.rglob("*.safetensors")):
+        state, _ = read_safetensors(path)
+        found[str(path.relative_to(out))] = {name: tensor.numpy().tobytes() for name, tensor in state.items()}
+    for path in sorted(out.rglob("results/*.json")):
+        values = json.loads(path.read_text())
+        values = values.get("values", values)
+        found[str(path.relative_to(out))] = {k: v for k, v in values.items() if k not in ("seconds", "environment")}
+    return found
+
+
+def start(command: list[str], place: Path, log: Path) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            [sys.executable, "-m", "btnet_core", *command], cwd=place, env=env, stdout=sink, stderr=subprocess.STDOUT
+        )
+
+
+def torture(kind: str, kills: int, dice: random.Random, folder: Path) -> dict[str, Any]:
+    """Run, then kill and go on ``kills`` times; what was seen."""
+    whole, cut = folder / "whole", folder / "cut"
+    for place in (whole, cut):
+        place.mkdir(parents=True)
+    command, began = KINDS[kind](whole), time.monotonic()
+    if start(command, whole, folder / "log").wait():
+        raise SystemExit(f"{kind}: the undisturbed run failed:\n{(folder / 'log').read_text()[-3000:]}")
+    seconds, moments = time.monotonic() - began, []
+    command = KINDS[kind](cut)
+    for trunk in whole.glob("trunk.safetensors"):  # the input of adapt, with random weights
+        (cut / trunk.name).write_bytes(trunk.read_bytes())
+    while len(moments) < kills:
+        process, wait = start(command, cut, folder / "log"), dice.uniform(0, 0.9 * seconds)
+        try:
+            status = process.wait(wait)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            moments.append(round(wait, 2))
+            continue
+        if status:
+            return {"kills": moments, "failed": (folder / "log").read_text()[-3000:]}
+        if len(moments) < kills:  # it had ended: once more from the start
+            (cut / "out").rename(cut / f"ended_{len(moments)}")
+    if start(command, cut, folder / "log").wait():
+        return {"kills": moments, "failed": (folder / "log").read_text()[-3000:]}
+    expected = outcome(whole / "out")
+    ends = [cut / "out", *cut.glob("ended_*")]
+    different = [
+        f"{end.name}/{name}" for end in ends for name, value in expected.items() if outcome(end).get(name) != value
+    ]
+    return {
+        "kills": moments,
+        "seconds": round(seconds, 1),
+        "ends": len(ends),
+        "compared": len(expected),
+        "different": different,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=8, help="of each command (default: 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    dice, report = random.Random(options.seed), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in options.kinds.split(","):
+            report[kind] = seen = torture(kind, options.kills, dice, Path(folder) / kind)
+            if "failed" in seen:
+                print(f"{kind}: FAILED after kills at {seen['kills']} s:\n{seen['failed']}")
+            else:
+                print(f"{kind}: {len(seen['kills'])} kills at {seen['kills']} s, {seen['ends']} ends, {seen['compared']} files "
+                      f"compared, different: {seen['different'] or 'none'}", flush=True)  # fmt: skip
+    if options.out:
+        options.out.write_text(json.dumps({"seed": options.seed, "kinds": report, **environment()}, indent=1) + "\n")
+    return int(any(seen.get("failed") or seen.get("different") for seen in report.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,7 +27,9 @@ with log.open("a") as file:
 """
 
 
-def write(folder: Path, stem: str, source: str = COUNT, parameters: str = "", depends: tuple[str, ...] = ()) -> None:
+def write(
+    folder: Path, stem: str, source: str = COUNT, parameters: str = "", depends: tuple[str, ...] = (), **about: object
+) -> None:
     notebook = nbformat.v4.new_notebook()
     first = f'scale = "demo"\nrun_dir = ""\nvalue = 1\nname = "{stem}"\n{parameters}'
     notebook.cells = [
@@ -38,7 +40,7 @@ def write(folder: Path, stem: str, source: str = COUNT, parameters: str = "", de
     notebook.metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
         "language_info": {"name": "python"},
-        "btnet": {"depends": list(depends)},
+        "btnet": {"depends": list(depends), **about},
     }
     folder.mkdir(exist_ok=True)
     nbformat.write(notebook, folder / f"{stem}.ipynb")
@@ -66,10 +68,15 @@ def test_order_outputs_and_skipping_what_is_unchanged(place: Path, capsys: pytes
     executed = nbformat.read(place / "runs/demo/notebooks/01_first.ipynb", as_version=4)
     assert any("injected-parameters" in cell.metadata.get("tags", []) for cell in executed.cells)
     assert (place / "runs/demo/logs/01_first.log").is_file()
-    assert "[1/2] 01_first" in capsys.readouterr().out
-    assert len(run(place)) == 2
+    told = capsys.readouterr().out
+    assert "[1/2] 01_first" in told
+    assert str(place / "runs/demo/report.html") in told
+    assert (place / "runs/demo/report.html").is_file()
+    write(place / "nb", "03_sums_up", always=True)
+    assert run(place)[2:] == ["03_sums_up 1 demo"]
     assert "unchanged" in capsys.readouterr().out
-    assert len(run(place, resume=False)) == 4
+    assert run(place)[3:] == ["03_sums_up 1 demo"]  # it reads what others may have recorded since
+    assert len(run(place, resume=False)) == 7
 
 
 def test_what_makes_a_notebook_run_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

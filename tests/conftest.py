@@ -1,10 +1,13 @@
-"""Shared fixtures: where the real faces are, and the rule for GPU tests."""
+"""Shared fixtures: where the real faces are, a browser, and the rule for GPU tests."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,20 @@ def btnet_data() -> Path:
     if not os.environ.get("BTNET_DATA"):
         pytest.skip("BTNET_DATA is unset: this test needs the real faces described in data/README.md")
     return Path(os.environ["BTNET_DATA"])
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A Playwright browser: Chromium of the system."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[test]'")
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    options = {"executable_path": executable, "args": ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]}
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(**options)
+        yield started
+        started.close()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

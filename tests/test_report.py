@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,29 +204,12 @@ def test_a_report_that_fails_does_not_lose_the_run(run: Path, monkeypatch: pytes
     )
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """Debian's Chromium through Playwright; skips where either is missing."""
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    import shutil
-
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not path:
-        pytest.skip("no Chromium: apt-get install chromium")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync",
-             "--no-first-run", "--disable-component-update"]  # fmt: skip
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=quiet)
-        yield browser
-        browser.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1440, 390])
-def test_in_a_browser(chromium: Any, run: Path, html: str, width: int) -> None:
+def test_in_a_browser(browser: Any, run: Path, html: str, width: int) -> None:
     """It opens from disk without a message or a request, pictures and links work, and nothing is wider than the screen."""
     messages, requests = [], []
-    page = chromium.new_page(viewport={"width": width, "height": 844})
+    page = browser.new_page(viewport={"width": width, "height": 844})
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
@@ -247,8 +229,8 @@ def test_in_a_browser(chromium: Any, run: Path, html: str, width: int) -> None:
 
 
 @pytest.mark.browser
-def test_printed(chromium: Any, run: Path, html: str) -> None:
-    page = chromium.new_page()
+def test_printed(browser: Any, run: Path, html: str) -> None:
+    page = browser.new_page()
     page.goto((run / "demo/report.html").as_uri())
     printed = page.pdf(format="A4")
     page.close()

@@ -50,8 +50,8 @@ class BackboneConfig:
             )
         if len(self.size) != 2 or any(side < 16 or side % 16 for side in self.size):
             raise ConfigError(f"size: got {self.size}, expected (rows, columns), multiples of 16")
-        if self.width <= 0 or self.embedding < 1 or self.std <= 0:
-            raise ConfigError(f"width, embedding and std must be positive, got {self}")
+        if not (0 < self.width < 1e6 and self.embedding >= 1 and self.std > 0 and isinstance(self.embedding, int)):
+            raise ConfigError(f"width, embedding and std must be positive, embedding an integer, got {self}")
 
 
 class _FastPReLU(torch.autograd.Function):
@@ -343,12 +343,31 @@ def load_backbone(path: Path | str, adapter: type[Backbone] | None = None) -> Ba
     else:
         state, metadata = _read_torch(path), {}
     if "btnet_backbone" in metadata:
-        config = BackboneConfig(**json.loads(metadata["btnet_backbone"]))
+        config = read_config(metadata, path)
     else:
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         if adapter is not None:
             return adapter(state, str(path))  # type: ignore
-        state, config = _translate(state, path)
+        try:
+            state, config = _translate(state, path)
+        except (KeyError, ValueError, IndexError, ArithmeticError) as error:
+            raise CheckpointError(f"{path}: tensors missing or of impossible shapes ({error})") from error
+    return build_from(config, state, path)
+
+
+def read_config(metadata: dict[str, str], path: Path) -> BackboneConfig:
+    """The configuration that a file of weights holds; CheckpointError if there is none or no usable one."""
+    try:
+        return BackboneConfig(**json.loads(metadata["btnet_backbone"]))
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no usable configuration inside ({error}); was it saved by btnet?") from error
+
+
+def build_from(config: BackboneConfig, state: dict[str, Tensor], path: Path) -> Backbone:
+    """A trunk with given weights; an absurd size is refused before it takes memory."""
+    if config.name in NAMES:
+        with torch.device("meta"):
+            _check_fit(build_backbone(config), state, str(path))
     backbone = build_backbone(config)
     load_strictly(backbone, state, str(path))
     return backbone
@@ -356,6 +375,10 @@ def load_backbone(path: Path | str, adapter: type[Backbone] | None = None) -> Ba
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """``load_state_dict`` whose error names the file and the first tensors that do not fit."""
+    module.load_state_dict(_check_fit(module, state, where))
+
+
+def _check_fit(module: nn.Module, state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     expected = module.state_dict()
     counters = {name for name in expected if name.endswith("num_batches_tracked")} - state.keys()
     state = state | {name: expected[name] for name in counters}  # absent in old checkpoints, unused in evaluation
@@ -369,7 +392,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(f"{where}: does not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:5])}{more}")
-    module.load_state_dict(state)
+    return state
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -381,7 +404,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot read weights safely ({type(error).__name__}: {error})") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f"{path}: got {type(state).__name__}, expected a state dict of tensors")
     return state
 

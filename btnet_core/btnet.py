@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from btnet_core.backbones import (
     Backbone,
-    BackboneConfig,
-    build_backbone,
+    build_from,
     embed_features,
     load_strictly,
+    read_config,
     read_safetensors,
     write_safetensors,
 )
@@ -219,9 +219,11 @@ class BTNet(nn.Module):
 
         Args:
             images: PIL images, paths, uint8 arrays ``(H, W, 3)`` or pixel tensors ``(3, H, W)`` in [0, 255], RGB.
-            indicator, rounding: branch selection, see ``select_branch``.
+            indicator, rounding: branch selection, see ``select_branch``; indicator "detail" takes the rows of detail
+                that the face really holds (quality.py) for its size.
             normalise: unit length, so that a dot product is the cosine.
-            return_info: also return for each image its ``size``, branch ``r``, and the ``scale`` factors of the resize.
+            return_info: also return for each image its ``size``, branch ``r``, the ``scale`` factors of the resize, and
+                its ``reliability``: the rows of detail.
             keep_going: an image that cannot be read gets a row of NaN, and its info {"error": message}.
 
         Returns:
@@ -230,17 +232,23 @@ class BTNet(nn.Module):
         Raises:
             DataError: an image is not a face image; the message gives its place in the list.
         """
+        from btnet_core.quality import optical_resolution
+
         device, was_training = next(self.parameters()).device, self.training
         embeddings = torch.full((len(images), self.trunk.config.embedding), torch.nan)
         info: list[dict] = [{}] * len(images)
         waiting: dict[int, list[tuple[int, Tensor]]] = {r: [] for r in self.resolutions}
 
         def load(index: int) -> tuple[Tensor, dict]:
-            face = self.trunk.crop(to_pixels(images[index], f"images[{index}]"))
+            whole = to_pixels(images[index], f"images[{index}]")
+            detail = optical_resolution(whole) if return_info or indicator == "detail" else 0.0
+            face = self.trunk.crop(whole)
             rows, columns = face.shape[-2:]
-            r = select_branch(columns, rows, indicator=indicator, rounding=rounding, resolutions=self.resolutions)
+            sides, rule = ((detail, detail), "max") if indicator == "detail" else ((columns, rows), indicator)
+            r = select_branch(*sides, indicator=rule, rounding=rounding, resolutions=self.resolutions)
             target = scaled_size(r, self.trunk.config.size)
-            facts = {"size": (rows, columns), "r": r, "scale": (target[0] / rows, target[1] / columns)}
+            scale = (target[0] / rows, target[1] / columns)
+            facts = {"size": (rows, columns), "r": r, "scale": scale, "reliability": detail}
             return resize(face, target, how), facts
 
         def flush(r: int) -> None:
@@ -295,18 +303,18 @@ class BTNet(nn.Module):
                 f"{folder}: holds no BTNet (trunk.safetensors); `btnet adapt --out {folder}` makes one"
             )
         state, metadata = read_safetensors(folder / "trunk.safetensors")
-        if "btnet_backbone" not in metadata:
-            raise CheckpointError(
-                f"{folder / 'trunk.safetensors'}: no configuration inside; was it saved by BTNet.save?"
-            )
-        trunk = build_backbone(BackboneConfig(**json.loads(metadata["btnet_backbone"])))
-        load_strictly(trunk, state, str(folder / "trunk.safetensors"))
+        config = read_config(metadata, folder / "trunk.safetensors")
+        trunk = build_from(config, state, folder / "trunk.safetensors")
         btnet, digest = cls(trunk, ()), weights_digest(trunk)
-        found = sorted(int(path.stem.removeprefix("branch_")) for path in folder.glob("branch_*.safetensors"))
+        found = sorted(int(path.stem.removeprefix("branch_")) for path in folder.glob("branch_[0-9]*.safetensors"))
         for r in found if resolutions is None else resolutions:
             path = folder / f"branch_{r}.safetensors"
             state, metadata = read_safetensors(path)
-            facts = json.loads(metadata.get("btnet_branch", "{}"))
+            try:
+                facts = dict(json.loads(metadata.get("btnet_branch", "{}")))
+                facts = {"couple_at": None, **facts}
+            except (ValueError, TypeError, RecursionError) as error:
+                raise CheckpointError(f"{path}: no usable description inside ({error})") from error
             if facts.get("r") != r or facts.get("trunk") != digest:
                 raise CheckpointError(
                     f"{path}: a branch of resolution {facts.get('r')} for another trunk than this one"

@@ -119,9 +119,10 @@ def write_record(out: Path, record: dict[str, Any]) -> None:
 def read_record(out: Path) -> dict[str, Any] | None:
     """What ``write_record`` wrote, or None."""
     try:
-        return json.loads((out / RECORD).read_text())
-    except (OSError, json.JSONDecodeError):
+        record = json.loads((out / RECORD).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return record if isinstance(record, dict) and {"config", "inputs", "metrics"} <= record.keys() else None
 
 
 @contextmanager

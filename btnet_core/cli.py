@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import BTNetError, ConfigError, ReproduceError
 
+SCALES = ("demo", "lfw", "lfw-quick", "paper")  # those of scales.py, which --help does not import
 Commands = Any  # argparse's own type of the object that adds sub-parsers is private
 
 
@@ -42,7 +43,7 @@ def add_reproduce(commands: Commands) -> None:
         help="run the notebooks in order and collect their results under runs/",
         example="btnet reproduce --scale demo --only 01,05 -p seed=1",
     )
-    parser.add_argument("--scale", choices=("demo", "lfw", "lfw-quick", "paper"), default="demo",
+    parser.add_argument("--scale", choices=SCALES, default="demo",
                         help="size of the experiments")  # fmt: skip
     parser.add_argument("--only", default="", metavar="01,05", help="only these notebooks, by number or name")
     parser.add_argument(
@@ -224,7 +225,7 @@ def add_report(commands: Commands) -> None:
         help="make one HTML file of a run: summary, figures, tables beside the paper's, every executed notebook",
         example="btnet report --scale demo --out report.html",
     )
-    parser.add_argument("--scale", choices=("demo", "lfw", "paper"), default="demo", help="whose run (default: demo)")
+    parser.add_argument("--scale", choices=SCALES, default="demo", help="whose run (default: demo)")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where runs are kept (default: runs)")
     parser.add_argument("--out", metavar="FILE", help="the file to write (default: DIR/SCALE/report.html)")
 
@@ -314,7 +315,7 @@ def add_figures(commands: Commands) -> None:
         help="draw every figure and table of the paper again from recorded results, without training",
         example="btnet figures --out figures   (or, from the repository's own results: btnet figures --runs figures)",
     )
-    parser.add_argument("--scale", choices=("demo", "lfw", "paper"), default="demo", help="whose run (default: demo)")
+    parser.add_argument("--scale", choices=SCALES, default="demo", help="whose run (default: demo)")
     parser.add_argument(
         "--runs", default="runs", metavar="DIR", help="where runs, or results/, are kept (default: runs)"
     )
@@ -388,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_model(parser: argparse.ArgumentParser, select: bool = True) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a BTNet")
     if select:
-        parser.add_argument("--select", default="max+ceil", metavar="RULE", help="branch selection (default: max+ceil)")
+        parser.add_argument("--select", default="max+ceil", metavar="RULE", help="max+ceil (default), detail+near, …")
     _add_machine(parser)
 
 

@@ -207,6 +207,8 @@ def _figures(run_dir: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
     made_by = {name: stem for stem, entry in state.items() for name in entry.get("outputs", ())}
     found = []
     for path in sorted((run_dir / "figures").glob("*.png"), key=lambda path: (path.name[:6] != "figure", path.name)):
+        if re.fullmatch(r"table\d", path.stem):  # shown as a table of its own
+            continue
         data, name = path.read_bytes(), re.sub(r"^(figure|table)(\d)", r"\1 \2:", path.stem.replace("_", " "))
         found.append({"name": name.capitalize(), "notebook": made_by.get(f"figures/{path.name}"),
                       "wide": int.from_bytes(data[16:20], "big") > 1000,  # where a PNG has its width

@@ -38,3 +38,9 @@ def test_an_error_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureF
     assert "\n" not in error
     assert main(["reproduce", "--only", "77"]) == 2
     assert "77" in capsys.readouterr().err
+
+
+def test_the_scales_offered_are_those_there_are() -> None:
+    from btnet_core import cli, scales
+
+    assert set(cli.SCALES) == set(scales.SCALES)

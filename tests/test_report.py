@@ -75,7 +75,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results.record(place / "demo", "05_verification", {"accuracy": accuracy, "pairs": ["toy"]}, seed=0, scale="demo")
     (place / "demo/figures").mkdir()
     (place / "demo/figures/figure1_x.png").write_bytes(png(1200))
-    (place / "demo/figures/loss.png").write_bytes(png())
+    for name in ("loss", "table1"):
+        (place / f"demo/figures/{name}.png").write_bytes(png())
     outputs_of = {"05_verification": {"outputs": ["figures/loss.png", "results/05_verification.json"]}}
     (place / "demo/state.json").write_text(json.dumps(outputs_of))
     return place

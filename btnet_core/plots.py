@@ -21,7 +21,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
 from btnet_core import published
 from btnet_core.btnet import INDICATORS, ROUNDINGS, BTNet, Route, select_branch
@@ -337,9 +337,9 @@ def figure7(points: Sequence[Mapping[str, Any]]) -> Figure:
     """Figure 7: accuracy against parameters stored, for where the branch ends.
 
     Each point: ``setting`` (a line, e.g. "14&14"), ``couple_at``, ``stored`` (parameters), ``accuracy`` (%), and if
-    known ``spread`` (standard deviation over seeds, points of %), ``standard`` (True for the paper's allocation).
+    known ``spread`` (standard error, points of %), ``standard`` (True for the paper's allocation).
     """
-    figure, axes = plt.subplots(figsize=(COLUMN * 1.3, 2.7), layout="constrained")
+    figure, axes = plt.subplots(figsize=(COLUMN * 1.3, 2.9), layout="constrained")
     palette = (BLUE, ORANGE, GREEN, PURPLE)
     for colour, setting in zip(palette, dict.fromkeys(point["setting"] for point in points), strict=False):
         own = sorted((p for p in points if p["setting"] == setting), key=lambda p: p["stored"])
@@ -347,14 +347,19 @@ def figure7(points: Sequence[Mapping[str, Any]]) -> Figure:
         x = [value / 1e6 for value in x]
         axes.errorbar(x, y, [p.get("spread", 0) for p in own], color=colour, marker="o", capsize=2, label=setting)
         for p, at in zip(own, x, strict=True):
-            below = {"xytext": (0, -10), "textcoords": "offset points", "ha": "center", "fontsize": 6}
-            axes.annotate(p["couple_at"], (at, p["accuracy"]), **below)
             if p.get("standard"):
                 axes.plot(at, p["accuracy"], "*", color=colour, markersize=11, markeredgecolor="white", zorder=5)
+    for name, stored in {p["couple_at"]: p["stored"] / 1e6 for p in points}.items():
+        axes.axvline(stored, color="#dddddd", linewidth=0.6, zorder=0)
+        axes.text(stored, 1.02, name, transform=axes.get_xaxis_transform(), rotation=60, fontsize=6.5)
     axes.plot([], [], "*", color="#444444", markersize=9, label="BTNet's allocation")
-    axes.set(xscale="log", xlabel="parameters stored per resolution (millions)", ylabel="accuracy (%)")
+    axes.set(xscale="log", xlabel="parameters stored per resolution (millions)", ylabel="verification accuracy (%)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.minorticks_off()
+    axes.grid(False, axis="x")
     axes.margins(y=0.15)
-    axes.legend()
+    axes.legend(title="bars: standard error", title_fontsize=7)
     return figure
 
 
@@ -409,7 +414,7 @@ def figure9(values: Mapping[str, Any], arrays: Mapping[str, Any]) -> Figure:
     width, height = max(0.4 + block * len(methods), 1.4 * COLUMN), step * len(resolutions) + 2.25
     figure = plt.figure(figsize=(width, height))
     for index, method in enumerate(methods):
-        left = 0.42 + index * block
+        left = 0.42 + index * block + (width - 0.4 - block * len(methods)) / 2
         for row, r in enumerate(resolutions):
             for stage in stages:
                 place = left + (stage - 1) * step, height - 0.4 - (row + 1) * step
@@ -435,8 +440,10 @@ def figure9(values: Mapping[str, Any], arrays: Mapping[str, Any]) -> Figure:
         else:
             panel.set_ylabel("cosine to 112 px")
             handles, labels = panel.get_legend_handles_labels()
-    joined = plt.Line2D([], [], marker="s", color="#444444", **HOLLOW | {"markersize": 9})
-    figure.legend([*handles, joined], [*labels, "a branch joins the trunk"], loc="lower center", ncols=4)
+    if "phi_bt" in methods:
+        handles.append(plt.Line2D([], [], marker="s", color="#444444", **HOLLOW | {"markersize": 9}))
+        labels.append("a branch joins the trunk")
+    figure.legend(handles, labels, loc="lower center", ncols=len(handles))
     return figure
 
 
@@ -522,6 +529,19 @@ def loss_curves(histories: Mapping[str, tuple[Sequence[float], Sequence[float]]]
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
     axes.legend()
+    return figure
+
+
+@_paper_ready
+def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, risk: str = "errors") -> Figure:
+    """Error against the share of decisions kept: name -> (coverage, risk) as of quality.risk_coverage, in [0, 1]."""
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.4), layout="constrained")
+    for index, (name, (coverage, error)) in enumerate(curves.items()):
+        colour = _method(name, index)["color"]
+        axes.plot(100 * np.asarray(coverage), 100 * np.asarray(error), color=colour, label=_label(name))
+    axes.set(xlabel="kept, most reliable first (%)", ylabel=f"{risk} (%)", xlim=(0, 100), ylim=(0, None))
+    if curves:
+        axes.legend()
     return figure
 
 

@@ -23,16 +23,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from btnet_core import plots
 from btnet_core.backbones import BackboneConfig, build_backbone, embed_features
-from btnet_core.btnet import INDICATORS, ROUNDINGS, BTNet, Route, select_branch, to_pixels
+from btnet_core.btnet import INDICATORS, ROUNDINGS, BTNet, Route, coupling_layer, select_branch, to_pixels
 from btnet_core.costs import count_macs
 from btnet_core.datasets.faces import SUFFIXES, fit, open_faces
 from btnet_core.embedders import autocast, load_methods
 from btnet_core.errors import BTNetError, DataError
 from btnet_core.evaluation.identification import prototypes
 from btnet_core.evaluation.verification import strictest_needed
+from btnet_core.features import network, stages
 from btnet_core.images import KERNELS, Resize, decode, resize
 from btnet_core.scales import Scale
 
@@ -84,9 +86,8 @@ class Explorer:
         self.methods = {one: found[one] for one in METHODS if one not in missing}
         self.note = f"Not trained yet in {models}: {', '.join(missing)}. Train: btnet reproduce --scale {scale.name} --only 03,04"
         self.note *= bool(missing)
-        self.stages = {rows: unit for unit, rows in self.trunk.resolutions().items() if rows < canonical}
         networks = {"of this scale": self.trunk.config, "the paper's": BackboneConfig()}
-        self.networks = {name: allocations(config, self.resolutions[-2::-1]) for name, config in networks.items()}
+        self.networks = {name: allocations(config, scale.resolutions) for name, config in networks.items()}
         faces = open_once(scale.others)
         people = [np.flatnonzero(faces.labels.numpy() == label)[:3] for label in range(faces.num_identities)]
         able = [images for images in people if len(images) > 1][: min(known, len(people) // 2)]
@@ -99,7 +100,7 @@ class Explorer:
         who = np.repeat(np.arange(self.known), [len(images) - 1 for images in able])
         self.entries: dict[str, Tensor] = {}  # method -> (known, D), unit length
         self.cosines: dict[tuple[str, int], np.ndarray] = {}  # method, r -> (probes, known)
-        for name, embedder in self.methods.items():
+        for name, embedder in tqdm(self.methods.items(), desc="embedding", leave=False):
             self.entries[name] = F.normalize(prototypes(embedder(entries, canonical), who)[1])
             for r in self.resolutions:
                 self.cosines[name, r] = (F.normalize(embedder(self.probes, r)) @ self.entries[name].T).numpy()
@@ -135,23 +136,22 @@ class Explorer:
         rule = {"indicator": choice.indicator, "rounding": choice.rounding, "resolutions": self.resolutions}
         native, r = resize(face, (h, w), how), select_branch(w, h, **rule)
         seen, walks = resize(native, 112, how), {name: self._walk(name, native, r, how) for name in self.methods}
-        error = (seen - face).abs().mean(0)
+        error = (seen - face).abs().mean(0).numpy()
         return {"face": face, "probe": probe, "native": native, "seen": seen, "error": error, "r": r, "methods": walks}
 
     @torch.inference_mode()
     def _walk(self, name: str, native: Tensor, r: int, how: Resize) -> tuple[list[np.ndarray], np.ndarray]:
-        """Unit by unit through the method's network for r: RMS over channels where each stage ends; cosines."""
+        """Unit by unit through the method's network for r: RMS over channels where branches join; cosines."""
         embedder, maps = self.methods[name], []
-        net: Any = (
-            embedder.btnet.route(r) if name == "phi_bt" else getattr(embedder, "single", {r: embedder})[r].backbone
-        )
+        trunk, net = network(embedder, r)
         parts, size = ((net.branch, net.shared), net.size) if isinstance(net, Route) else ((net.body,), net.config.size)
-        z = self.trunk.normalise(resize(self.trunk.crop(native)[None], size, how)).to(embedder.device)
+        joins = [coupling_layer(trunk, rows) for rows in stages(trunk)]
+        z = trunk.normalise(resize(trunk.crop(native)[None], size, how)).to(embedder.device)
         with autocast(embedder.device, embedder.precision):
             z = z.contiguous(memory_format=torch.channels_last)
             for unit, module in itertools.chain(*(part.named_children() for part in parts)):
                 z = module(z)
-                if unit in self.stages.values():
+                if unit in joins:
                     maps.append(z[0].float().square().mean(0).sqrt().cpu().numpy())
             embedding = F.normalize(embed_features(net.head, z).float().cpu())
         return maps, (self.entries[name] @ embedding[0]).numpy()
@@ -190,7 +190,7 @@ class Explorer:
     def _draw_methods(self, page: Page, choice: Choice, view: dict[str, Any], top: int, row: int = 68) -> None:
         """A line for each method: feature maps, cosines with the gallery against the threshold, nearest entries."""
         titles = (
-            f"feature maps where the trunk has {', '.join(map(str, self.stages))} rows",
+            f"feature maps where the trunk has {', '.join(map(str, stages(self.trunk)))} rows",
             "cosine with the gallery (● this person)",
         )
         for x, title in zip((184, 490, 800), (*titles, "nearest of the gallery"), strict=True):
@@ -343,7 +343,9 @@ def controls(explorer: Explorer, start: Choice | None = None) -> Any:
     }
     cost = {
         "network": widgets.Dropdown(options=list(explorer.networks), description="network"),
-        "branch": widgets.Dropdown(options=explorer.resolutions[-2::-1], value=start.branch, description="branch (px)"),
+        "branch": widgets.Dropdown(
+            options=list(explorer.networks[start.network]), value=start.branch, description="branch (px)"
+        ),
         "ends": widgets.IntSlider(usual, 0, 24, description="ends at unit", readout=False),
     }
     parts: list[Any] = [widgets.HTML(f"<b>{explorer.note}</b>")] * bool(explorer.note)

@@ -85,11 +85,9 @@ class Renderer(IPythonRenderer):
         """One level down, since the report's title is above them; a notebook's title has its name as the anchor."""
         slug = re.sub(r"\W+", "-", re.sub("<[^>]+>", "", text)).strip("-").lower()
         anchor = self.section if level == 1 else f"{self.section}-{slug}"
-        if taken := sum(entry["slug"] == anchor for entry in self.toc):
-            self.toc.append({"slug": anchor, "anchor": f"{anchor}--{taken + 1}", "level": level, "text": text})
-        else:
-            self.toc.append({"slug": anchor, "anchor": anchor, "level": level, "text": text})
-        anchor = self.toc[-1]["anchor"]
+        taken = sum(entry["slug"] == anchor for entry in self.toc)
+        self.toc.append({"slug": anchor, "level": level, "text": text})
+        anchor = self.toc[-1]["anchor"] = f"{anchor}--{taken + 1}" if taken else anchor
         link = f'<a class="anchor" href="#{anchor}" aria-label="link to this section">#</a>'
         return f'<h{level + 1} id="{anchor}">{text} {link}</h{level + 1}>\n'
 

@@ -164,10 +164,9 @@ def coverage(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, 
                 wanted = [(row, c) for row, cells in whole[table].items() for c in cells
                           if c != "params" and (table != "table2" or row.startswith("BTNet"))]  # fmt: skip
                 have = sum(tables[scale].get(table, {}).get(row, {}).get(c) is not None for row, c in wanted)
-                other = {c for cells in tables[scale].get(table, {}).values() for c in cells if c != "params"}
-                cell = (
-                    f"{have} of {len(wanted)} numbers" if have else f"at {', '.join(sorted(other))}" if other else None
-                )
+                columns = {c for cells in tables[scale].get(table, {}).values() for c in cells if c != "params"}
+                other = ", ".join(sorted(columns - {c for _, c in wanted}))
+                cell = f"{have} of {len(wanted)} numbers" if have else f"at {other}" if other else None
             lines.setdefault(item, {})[f"scale {scale}"] = cell
     return lines
 

@@ -12,6 +12,7 @@ from torch import nn
 from btnet_core.backbones import (
     Backbone,
     BackboneConfig,
+    Depthwise,
     PReLU,
     build_backbone,
     load_backbone,
@@ -73,6 +74,26 @@ def test_embedding_stays_fp32_under_autocast() -> None:
         low = backbone(x)
     assert low.dtype == torch.float32
     assert nn.functional.cosine_similarity(low, backbone(x)).min() > 0.99
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_strided_depthwise_in_bf16(learns: bool) -> None:
+    """With a gradient in float32, without in bf16: the same map to the rounding of its input, weights and output."""
+    conv = Depthwise(8, 8, 3, 2, 1, groups=8, bias=False)
+    exact, x = nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False), torch.randn(2, 8, 9, 9).bfloat16()
+    exact.load_state_dict(conv.state_dict())
+    a, b = x.clone().requires_grad_(learns), x.float().requires_grad_(learns)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(a)
+    z = exact(b)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), z, rtol=0.02, atol=0.02)
+    if learns:
+        y.float().square().sum().backward()
+        z.square().sum().backward()
+        assert a.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(a.grad.float(), b.grad, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(conv.weight.grad, exact.weight.grad, rtol=0.02, atol=0.1)
 
 
 def test_prelu_in_bf16_equals_torch() -> None:

@@ -109,6 +109,10 @@ FIGURES: dict[str, tuple[str, Drawing]] = {  # file -> (the result it is made fr
         "06_survface_identification",
         lambda r, a: plots.figure8(r["values"]["reports"], scale=r["scale"]),
     ),
+    "risk_coverage": (
+        "06_survface_identification",
+        lambda r, a: plots.risk_coverage(r["values"]["worse"]["curves"], risk="wrong person first"),
+    ),
     "figure9_feature_maps": ("09_feature_maps", lambda r, a: plots.figure9(r["values"], a)),
     "accuracy_by_resolution": ("03_train_trunk", _falls),
     "loss_trunks": ("03_train_trunk", partial(_history, "loss")),

@@ -534,11 +534,12 @@ def loss_curves(histories: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 @_paper_ready
 def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, risk: str = "errors") -> Figure:
-    """Error against the share of decisions kept: name -> (coverage, risk) as of quality.risk_coverage, in [0, 1]."""
+    """Error against the share kept, from 5 %: name -> (coverage, risk) as of quality.risk_coverage, in [0, 1]."""
     figure, axes = plt.subplots(figsize=(COLUMN, 2.4), layout="constrained")
     for index, (name, (coverage, error)) in enumerate(curves.items()):
         colour = _method(name, index)["color"]
-        axes.plot(100 * np.asarray(coverage), 100 * np.asarray(error), color=colour, label=_label(name))
+        share, some = 100 * np.asarray(coverage), np.asarray(coverage) >= 0.05  # of a few decisions it says nothing
+        axes.plot(share[some], 100 * np.asarray(error)[some], color=colour, label=_label(name))
     axes.set(xlabel="kept, most reliable first (%)", ylabel=f"{risk} (%)", xlim=(0, 100), ylim=(0, None))
     if curves:
         axes.legend()

@@ -27,7 +27,7 @@ def embed_folder(
     """Embed every image under ``source`` into the .npz ``out``: one row an image in each array.
 
     ``names`` (relative to ``source``), ``embeddings`` (n, D) of unit length, ``branch`` (n,), ``size`` and ``scale``
-    (n, 2: rows, columns), and ``failed``, the names of those left out.
+    (n, 2: rows, columns), ``reliability`` (n,: rows of detail, see quality.py), and ``failed``, the names of those left out.
 
     Returns:
         The number of embeddings, and {name: reason} of the images left out (with ``keep_going``).
@@ -50,7 +50,7 @@ def embed_folder(
         raise DataError(f"{error}; --keep-going leaves such images out") from error
     failed = {name: entry["error"] for name, entry in zip(names.tolist(), info, strict=True) if "error" in entry}
     good = np.array(["error" not in entry for entry in info])
-    table: dict[str, Any] = {key: np.array([entry[key] for entry in info if key in entry]) for key in ("size", "scale")}
+    table: dict[str, Any] = {key: np.array([entry[key] for entry in info if key in entry]) for key in ("size", "scale", "reliability")}
     buffer = io.BytesIO()
     np.savez(
         buffer, names=names[good], embeddings=embeddings.numpy()[good], failed=np.array(list(failed), dtype=np.str_),

@@ -36,7 +36,8 @@ def native_sizes(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _soften(image: Tensor, sigma: float) -> Tensor:
-    return gaussian_blur(image, 2 * int(np.ceil(3 * sigma)) + 1, sigma) if sigma > 0.05 else image
+    reach = min(int(np.ceil(3 * sigma)), *(side - 1 for side in image.shape[-2:]))  # the border is mirrored
+    return gaussian_blur(image, 2 * reach + 1, sigma) if sigma > 0.05 else image
 
 
 def _people(faces: FaceSet, rng: np.random.Generator) -> list[tuple[int, np.ndarray]]:

@@ -28,7 +28,9 @@ def browser() -> Iterator[Any]:
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if executable is None:
         pytest.skip("no Chromium: apt-get install chromium")
-    options = {"executable_path": executable, "args": ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]}
+    quiet = ("no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking", "disable-sync",
+             "no-first-run", "disable-component-update")  # fmt: skip
+    options = {"executable_path": executable, "args": [f"--{option}" for option in quiet]}
     with sync_api.sync_playwright() as playwright:
         started = playwright.chromium.launch(**options)
         yield started

@@ -140,7 +140,7 @@ def draw(name: str, run_dir: str | Path) -> Figure:
 
 
 def remake(run_dir: str | Path, only: str = "", *, out: str | Path | None = None) -> tuple[list[str], list[str]]:
-    """Draw and save all figures (those of the result ``only``) for which ``run_dir/results`` has what they need.
+    """Draw and save all figures for which ``run_dir/results`` has what they need, or those of the result ``only``.
 
     They go to ``run_dir/figures`` or, with the results and the pictures of other notebooks, to the folder ``out``. Returns the
     names of those made and of those not recorded. The manifest ties each to its notebook, parameters, commit and duration.
@@ -149,13 +149,16 @@ def remake(run_dir: str | Path, only: str = "", *, out: str | Path | None = None
     for name, (source, _) in FIGURES.items():
         if only and source != only:
             continue
-        if not (Path(run_dir) / "results" / f"{source}.json").is_file():
+        try:
+            record, figure = results.load(run_dir, source), draw(name, run_dir)
+        except DataError:
+            if only:
+                raise
             missing.append(name)
             continue
-        record = results.load(run_dir, source)
         about = {"notebook": source, "parameters": {"scale": record["scale"], "seed": record["seed"]},
                  "results": f"results/{source}.json", "commit": record["commit"], "seconds": record["seconds"]}  # fmt: skip
-        results.save_figure(draw(name, run_dir), out or run_dir, name, about, folder=folder)
+        results.save_figure(figure, out or run_dir, name, about, folder=folder)
         made.append(name)
     if out and Path(out).resolve() != Path(run_dir).resolve():
         _copy(Path(run_dir), Path(out))

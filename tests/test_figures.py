@@ -103,4 +103,7 @@ def test_a_result_of_an_older_version_is_named(tmp_path: Path) -> None:
     del record["values"]["trials"]
     path.write_text(json.dumps(record))
     with pytest.raises(DataError, match=r"08_template_aggregation lacks 'trials', which tables5to8_templates needs"):
-        figures.draw("tables5to8_templates", tmp_path)
+        figures.remake(tmp_path, "08_template_aggregation")
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(DataError, match="is not JSON"):
+        figures.draw("table5", tmp_path)

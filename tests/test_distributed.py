@@ -190,12 +190,20 @@ def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path: Path, first
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_command(tmp_path: Path) -> None:
+def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
+    """Two agents that find each other, as on two machines; here both are on this one."""
     config = methods.phi_hr(FACES, backbone=TINY, **{**QUICK, "epochs": 1})
     (tmp_path / "c.json").write_text(config.to_json())
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "btnet_core"]
-    run += ["train", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    run += ["--rdzv-id=test", f"--rdzv-endpoint=127.0.0.1:{31500 + os.getpid() % 2000}", "--local-addr=127.0.0.1"]
+    run += ["-m", "btnet_core", "train", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "out")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
+    nodes = [subprocess.Popen([*run, "--device", "cpu"], **options) for _ in range(2)]
+    said = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum("parameters learn" in text for text in said) == 1  # the first process alone speaks
     assert (tmp_path / "out" / "trunk.safetensors").is_file()
-    assert len(read_metrics(tmp_path / "out")) > 0
+    train(config, tmp_path / "alone", device="cpu", show="none")
+    alone, both = (read_metrics(tmp_path / name)[0]["loss"] for name in ("alone", "out"))
+    assert both == pytest.approx(alone, rel=1e-5)

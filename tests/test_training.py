@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,9 +115,12 @@ def test_only_the_listed_parameters_change(trunk: Path, tmp_path: Path, bn: str)
     assert torch.equal(load_classifier(tmp_path / "classifier.safetensors", 6, 16), kappa)  # BCT
 
 
-def test_the_cached_teacher_gives_the_same_losses(trunk: Path, tmp_path: Path) -> None:
+def test_the_cached_teacher_gives_the_same_losses(trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for place in ("off", "memory", "memmap"):
-        train(branch(trunk, cache=place, embedding_weight=1.0), tmp_path / place, device="cpu", show="none")
+        train(branch(trunk, cache=place, embedding_weight=1.0), tmp_path / place, device="cpu", show="lines")
+        said = capsys.readouterr().out
+        announced = re.search(r"teacher features of both mirror images: \d+\.\d MB", said)
+        assert bool(announced) == (place != "off")
     rows = {place: read_metrics(tmp_path / place) for place in ("off", "memory", "memmap")}
     for key in ("influence", "branch", "embedding"):
         off = [row[key] for row in rows["off"]]
@@ -314,13 +318,17 @@ def test_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
         train_in_subprocess(config.replace(data="nothing_here"), tmp_path / "bad", device="cpu")
 
 
-def test_not_finite_stops_with_everything_one_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_not_finite_stops_with_everything_one_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     config = methods.phi_hr(FACES, backbone=TINY, **{**QUICK, "epochs": 3})
     losses = loop.Run.losses
 
     def poisoned(run, *arguments):
         parts = losses(run, *arguments)
-        return {name: value * float("nan") for name, value in parts.items()} if run.step == 4 else parts
+        if run.step != 4:
+            return parts
+        harm = run.network.head.fc.weight.sum() * 0  # the square root of 0 has no finite gradient
+        return {name: value + (harm / 0 if what == "loss" else harm.sqrt()) for name, value in parts.items()}
 
     monkeypatch.setattr(loop.Run, "losses", poisoned)
     with pytest.raises(TrainingError) as caught:
@@ -350,7 +358,7 @@ def test_fp16_overflow_skips_the_step_and_is_counted(tmp_path: Path, monkeypatch
     monkeypatch.setattr(problem.Scaler, "__init__", gentle)
     monkeypatch.setattr(loop, "_clip", overflowing)
     metrics = train(config, tmp_path, device="cpu", show="none")
-    assert metrics["skipped_steps"] == 1
+    assert metrics["skipped_steps"] == read_metrics(tmp_path)[-1]["skipped_steps"] == 1
     assert torch.equal(*kept)
     assert checkpoint.load_state(tmp_path)["scaler"][0] == 8.0
 
@@ -461,6 +469,9 @@ def test_validation_during_training_is_recorded(trunk: Path, tmp_path: Path) -> 
     config = branch(trunk, epochs=2, validation=(pairs,), validate_epochs=1)
     metrics = train(config, tmp_path, device="cpu", show="none")
     assert set(metrics["validation"]) == {"112&112", "112&14", "14&14"}
+    whole = methods.phi_mr(FACES, backbone=TINY, **{**QUICK, "epochs": 1, "validation": (pairs,)})
+    whole = train(whole.replace(validation_resolutions=(112, 7)), tmp_path / "trunk", device="cpu", show="none")
+    assert set(whole["validation"]) == {"112&112", "112&7", "7&7"}
     rows = [row for row in read_metrics(tmp_path) if "validation" in row]
     assert [row["step"] for row in rows] == [3, 6] or len(rows) == 2
     assert json.loads((tmp_path / "run.json").read_text())["metrics"]["validation"] == metrics["validation"]

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ class Progress:
             print(f"{begin}{step}/{self.total} epoch {row['epoch']:.2f} {text} left {left:.0f} s", flush=True)
         temporary = self.out / f".{LIVE}"
         temporary.write_text(json.dumps({"start": self.start, "total": self.total, "text": text, **row}))
-        temporary.replace(self.out / LIVE)
+        with suppress(PermissionError):  # Windows, while somebody reads it
+            temporary.replace(self.out / LIVE)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and TensorBoard."""

@@ -79,10 +79,10 @@ class Explorer:
         self.trunk = bt.btnet.trunk if bt else hr.backbone if hr else build_backbone(scale.backbone)
         canonical = self.trunk.config.size[0]
         self.resolutions = bt.btnet.resolutions if bt else (*sorted(scale.resolutions), canonical)
-        missing = [
-            one for one in METHODS if set(self.resolutions) - set(getattr(found.get(one), "single", self.resolutions))
-        ]
-        missing += [one for one in METHODS if one not in found]
+        needed = {
+            one: set(self.resolutions) - set(getattr(found.get(one), "single", self.resolutions)) for one in METHODS
+        }
+        missing = [one for one in METHODS if one not in found or needed[one]]  # phi_mm: a model for each resolution
         self.methods = {one: found[one] for one in METHODS if one not in missing}
         self.note = f"Not trained yet in {models}: {', '.join(missing)}. Train: btnet reproduce --scale {scale.name} --only 03,04"
         self.note *= bool(missing)
@@ -163,12 +163,8 @@ class Explorer:
         with mpl.rc_context(plots.STYLE):
             page = Page(338 + 90 * n if n else 226)
             error = np.uint8(255 * mpl.colormaps["magma"](view["error"] / 64)[..., :3])
-            titles = (
-                "face, 112 px",
-                f"captured: {w} x {h} px",
-                "scaled back up",
-                f"|error|, mean {view['error'].mean():.1f} levels",
-            )
+            mean = f"|error|, mean {view['error'].mean():.1f} levels"
+            titles = ("face, 112 px", f"captured: {w} x {h} px", "scaled back up", mean)
             shown = (*(plots._picture(view[name]) for name in ("face", "native", "seen")), error)
             for x, title, image in zip(range(48, 808, 190), titles, shown, strict=True):
                 page.tile(image, x, 30, 176)
@@ -189,11 +185,13 @@ class Explorer:
 
     def _draw_methods(self, page: Page, choice: Choice, view: dict[str, Any], top: int, row: int = 68) -> None:
         """A line for each method: feature maps, cosines with the gallery against the threshold, nearest entries."""
+        rows = ", ".join(map(str, stages(self.trunk)))
         titles = (
-            f"feature maps where the trunk has {', '.join(map(str, stages(self.trunk)))} rows",
+            f"feature maps where the trunk has {rows} rows",
             "cosine with the gallery (● this person)",
+            "nearest of it",
         )
-        for x, title in zip((184, 490, 800), (*titles, "nearest of the gallery"), strict=True):
+        for x, title in zip((184, 490, 800), titles, strict=True):
             page.text_at(x, top - 14, title, ha="center", fontsize=8)
         for value in (-0.4, 0, 0.5, 1):
             page.text_at(426 + 214 * value, top + row * len(self.methods) + 8, f"{value:g}", ha="center")
@@ -208,9 +206,7 @@ class Explorer:
             page.mark(426 + 214 * cosines, y + row / 2, "|", color="#999999", markersize=10)
             page.mark(426 + 214 * max(t, -0.4), (y + 6, y + row - 6), "-", color=plots.RED)
             if known := view["probe"] is not None and view["probe"] < self.known:
-                page.mark(
-                    426 + 214 * cosines[view["probe"]], y + row / 2, "o", color=plots.METHODS[name][1], markersize=7
-                )
+                page.mark(426 + 214 * cosines[view["probe"]], y + row / 2, "o", color=plots.METHODS[name][1])
             value, right = cosines[best[0]], known and best[0] == view["probe"]
             verdict, colour = ("recognised", plots.GREEN) if right else ("taken for the first", plots.RED)
             verdict, colour = (verdict, colour) if value > t else ("nobody", "#666666")
@@ -221,7 +217,7 @@ class Explorer:
         small, limit = [plots._picture(face) for face in resize(self.probes, r)], f"at most {choice.fpir:.0%}"
         titles = (
             f"Known people at {r} px: ● recognised, ✗ wrong name",
-            f"Strangers at {r} px: ✗ taken for somebody, {limit}",
+            f"Strangers at {r} px: ✗ taken for known, {limit}",
         )
         for title, start, stop, x in zip(titles, (0, self.known), (self.known, len(small)), (48, 570), strict=True):
             page.text_at(x, top - 14, title, fontsize=8)
@@ -244,22 +240,13 @@ class Explorer:
         row, colour = rows[ends], plots._colour(choice.branch)
         with mpl.rc_context(plots.STYLE):
             page = Page(250)
-            left, right = page.axes_at(70, 30, 660, 160), page.axes_at(800, 30, 268, 160)
+            left, right = page.axes_at(70, 30, 660, 150), page.axes_at(800, 30, 268, 150)
             left.plot([100 * entry["share"] for entry in rows], ".-", color=colour)
             left.plot(ends, 100 * row["share"], "o", color=colour, **plots.HOLLOW | {"markersize": 13})
             for r, at in standard.items():
-                left.plot(
-                    at,
-                    100 * tables[r][at]["share"],
-                    "*",
-                    color=plots._colour(r),
-                    markersize=11,
-                    markeredgecolor="white",
-                )
+                left.plot(at, 100 * tables[r][at]["share"], "*", color=plots._colour(r), markersize=11, mec="white")
                 right.barh(str(r), tables[r][0]["macs"] / row["trunk"], color=plots._colour(r))
-            left.set(
-                yscale="log", ylabel="stored, % of the trunk", title="Where the branch ends (★ BTNet's: 28, 14, 7 px)"
-            )
+            left.set(yscale="log", ylabel="stored, % of the trunk", title="Where the branch ends (★ BTNet's choices)")
             left.set_yticks((0.1, 1, 10, 100), ("0.1", "1", "10", "100"))
             left.set_xticks(range(len(rows)), [entry["unit"] for entry in rows], rotation=60 if len(rows) > 12 else 0)
             right.set(title="MACs a face, share of the trunk's", ylabel="r (px)", xlim=(0, 1))
@@ -334,7 +321,7 @@ def controls(explorer: Explorer, start: Choice | None = None) -> Any:
         "upload": widgets.FileUpload(accept="image/*", description="or upload"),
         "person": widgets.IntSlider(start.person, 0, explorer.known - 1, description="person"),
         "height": widgets.IntSlider(start.height, 4, 112, description="height (px)"),
-        "aspect": widgets.IntSlider(start.aspect, 50, 150, 5, description="width (%)"),
+        "aspect": widgets.IntSlider(start.aspect, 50, 100, 5, description="width (%)"),
         "kernel": widgets.Dropdown(options=KERNELS, value=start.kernel, description="kernel"),
         "antialias": widgets.Checkbox(start.antialias, description="antialias"),
         "indicator": widgets.Dropdown(options=INDICATORS, value=start.indicator, description="indicator"),

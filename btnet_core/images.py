@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -132,6 +132,8 @@ def decode(data: bytes, *, where: str) -> Tensor:
                 array = np.array(image.convert("RGB"))
     except DataError:
         raise
+    except UnidentifiedImageError:  # whose own text is an address in memory
+        raise DataError(f"{where}: cannot decode image (in no known format)") from None
     except Exception as error:  # Pillow raises many types for damaged files
         raise DataError(f"{where}: cannot decode image ({type(error).__name__}: {error})") from error
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from btnet_core import results
 from btnet_core.backbones import Backbone, load_backbone, read_safetensors
 from btnet_core.btnet import BTNet, coupling_layer, weights_digest
-from btnet_core.costs import route_cost
+from btnet_core.costs import measure_time, route_cost
 from btnet_core.datasets.faces import FaceSet, PairSet, open_faces, open_pairs
 from btnet_core.embedders import BranchEmbedder, UpsamplingEmbedder, resolve_device
 from btnet_core.errors import CheckpointError, ConfigError, DataError
@@ -56,23 +56,23 @@ def adapt(
         raise ConfigError(f"recipe: no field {sorted(unknown)}; known: {[field.name for field in fields(TrainConfig)]}")
     data = faces if pairs else f"without:{faces}:percent={percent},seed={seed}"
     held = list(pairs) or [_held_pairs(f"held:{faces}:percent={percent},seed={seed}", seed)]
-    training, _ = open_faces(data), [_open(spec) for spec in held]  # whatever cannot be read is told now
+    training, opened = open_faces(data), [_open(spec) for spec in held]  # whatever cannot be read is told now
     if labels and len(training) == training.num_identities:
         raise DataError(f"{faces}: every identity has a single image, nothing tells people apart; use --no-labels")
-    _check_folder(out, backbone)
+    _store_trunk(out, backbone)
     kappa = out / "train" / f"kappa-{training.checksum[-12:]}.safetensors"
     changes = {"btnet": str(out), **changes}
     runs = [
         methods.adapted(data, r, str(out / "trunk.safetensors"), str(kappa) if labels else "", **changes)
         for r in btnet.resolutions[-2::-1]
     ]
-    if not (out / "trunk.safetensors").is_file():
-        BTNet(backbone, ()).save(out)
-    say(forecast(runs, btnet, training, out, device, fresh))
+    place, compared = (
+        resolve_device(device),
+        sum(one.num_images if isinstance(one, PairSet) else len(one) for one in opened),
+    )
+    say(forecast(runs, btnet.to(place), training, out, fresh, labels and not kappa.is_file(), compared))
     if labels and not kappa.is_file():
-        say(f"class means of {training.num_identities:,} identities …")
-        place = resolve_device(device)
-        z = embed_all(backbone.to(place), open_pixels(data, runs[0].workers), place, "fp32")
+        z = embed_all(backbone, open_pixels(data, runs[0].workers), place, "fp32")
         save_classifier(kappa, class_means(z, training.labels, training.num_identities))
     for run in runs:
         train(run, _place(out, run), device=device, fresh=fresh)
@@ -105,11 +105,11 @@ def check_routes(btnet: BTNet) -> None:
             )
 
 
-def _check_folder(out: Path, backbone: Backbone) -> None:
-    if (out / "trunk.safetensors").is_file():
-        _, metadata = read_safetensors(out / "trunk.safetensors")
-        if metadata.get("digest") != weights_digest(backbone):
-            raise CheckpointError(f"{out}: holds branches of another trunk; choose another folder for this one")
+def _store_trunk(out: Path, backbone: Backbone) -> None:
+    if not (out / "trunk.safetensors").is_file():
+        BTNet(backbone, ()).save(out)
+    elif read_safetensors(out / "trunk.safetensors")[1].get("digest") != weights_digest(backbone):
+        raise CheckpointError(f"{out}: holds branches of another trunk; choose another folder for this one")
 
 
 def _place(out: Path, run: TrainConfig) -> Path:
@@ -131,26 +131,32 @@ def _held_pairs(held: str, seed: int) -> str:
 # ---- before: what it will take ------------------------------------------------------------------------------------
 
 
-def forecast(runs: Sequence[TrainConfig], btnet: BTNet, faces: FaceSet, out: Path, device: str, fresh: bool) -> str:
-    """Time, measured on a few steps of each branch, and storage."""
-    whole = sum(p.numel() for p in btnet.trunk.parameters())
+def forecast(
+    runs: Sequence[TrainConfig], btnet: BTNet, faces: FaceSet, out: Path, fresh: bool, means: bool, compared: int
+) -> str:
+    """Storage, and time measured on a few steps of each branch; ``means``: class means too; ``compared`` images after."""
+    whole, device = sum(p.numel() for p in btnet.trunk.parameters()), next(btnet.parameters()).device
     lines = [f"trunk: {btnet.trunk.config.name}, {whole:,} parameters, stays as it is; {len(faces):,} faces"]
-    total = 0.0
+    each = measure_time(btnet, 112, device=device, batch_size=16, repeats=2, warmup=1)["median"] / 1e3
+    more = each * (
+        means * len(faces) + 2 * compared * (2 * len(runs) + 1)
+    )  # mirrored too; a branch costs at most a trunk
+    total = more
     for run in runs:
-        cost, left = route_cost(btnet, run.resolution), 1.0
-        record, state = (None, None) if fresh else (checkpoint.read_record(_place(out, run)), None)
-        seconds, steps, where = _measure(run, out, resolve_device(device), len(faces))
-        if record is None and not fresh:
-            state = checkpoint.load_state(_place(out, run))
-        left = 0.0 if record else 1 - state["step"] / steps if state else 1.0
+        cost, place = route_cost(btnet, run.resolution), _place(out, run)
+        seconds, steps, where = _measure(run, out, device, len(faces))
+        state = None if fresh else checkpoint.load_state(place)
+        left = 0.0 if not fresh and checkpoint.read_record(place) else 1 - (state["step"] / steps if state else 0)
         total += left * seconds
-        done = "" if left == 1 else ", done" if not left else f", {100 * (1 - left):.0f} % done"
+        done = {1.0: "", 0.0: ", done"}.get(left, f", {100 * (1 - left):.0f} % done")
         lines.append(
             f"branch {run.resolution}: stores {cost.stored:,} parameters ({100 * cost.share:.1f} % of the trunk) and "
             f"{cost.running:,} statistics, {4 * (cost.stored + cost.running) / 1e6:.1f} MB; {steps:,} steps of "
             f"{run.batch}, about {_minutes(left * seconds)}{done}; {where}"
         )
-    return "\n".join([*lines, f"in all about {_minutes(total)}, and the comparison after it"])
+    return "\n".join(
+        [*lines, f"in all about {_minutes(total)}, {_minutes(more)} of it for the comparison and class means"]
+    )
 
 
 def _measure(run: TrainConfig, out: Path, device: torch.device, count: int, steps: int = 3) -> tuple[float, int, str]:

@@ -13,7 +13,7 @@ from btnet_core.btnet import BTNet, Route, coupling_layer
 from btnet_core.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
 from btnet_core.errors import CheckpointError
 from btnet_core.images import Resize
-from btnet_core.scales import Scale
+from btnet_core.scales import Scale, get_scale
 from btnet_core.training.config import TrainConfig
 
 PYRAMID = (112, 56, 28, 14, 7)  # 112 / 2^i, i = 0..4
@@ -24,7 +24,7 @@ MR_VARIANTS: dict[str, dict[str, Any]] = {  # reproduction-notes 11
 }
 EMBEDDING_WEIGHT = 60.0  # of 1 - cosine to the teacher's embedding, times lambda_branch; chosen at the scale lfw
 BRANCH = {"lr": 0.02, "warmup_epochs": 0.0, "epochs": 10}  # A.2, reproduction-notes 20
-ADAPT: dict[str, Any] = {"epochs": 8, "batch": 128, "lr": 0.2}  # `btnet adapt`: as at scale lfw
+ADAPT = get_scale("lfw")  # whose recipe for branches, chosen on real faces, `btnet adapt` takes
 
 
 def phi_hr(data: str, **changes: Any) -> TrainConfig:
@@ -57,7 +57,8 @@ def distillation_only(data: str, r: int, trunk: str, **changes: Any) -> TrainCon
 
 def adapted(data: str, r: int, trunk: str, kappa: str = "", **changes: Any) -> TrainConfig:
     """The branch that ``btnet adapt`` gives a recogniser: phi_bt, or from distillation alone where there is no kappa."""
-    values = {"name": f"branch_{r}", **ADAPT, **changes}
+    epochs = ADAPT.epochs.get(r, max(ADAPT.epochs.values()))
+    values = {"name": f"branch_{r}", **ADAPT.branch, "epochs": epochs, **changes}
     return phi_bt(data, r, trunk, kappa, **values) if kappa else distillation_only(data, r, trunk, **values)
 
 

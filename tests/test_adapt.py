@@ -189,7 +189,7 @@ def test_adapter_state_travels_with_the_btnet(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(CheckpointError, match="--adapter"):
         load_backbone(tmp_path / "mine.pth")
     monkeypatch.delitem(ADAPTERS, "Strange")
-    with pytest.raises(ConfigError, match="--adapter"):
+    with pytest.raises(CheckpointError, match="--adapter"):
         BTNet.load(tmp_path / "net")
 
 

@@ -154,9 +154,8 @@ def forecast(
             f"{cost.running:,} statistics, {4 * (cost.stored + cost.running) / 1e6:.1f} MB; {steps:,} steps of "
             f"{run.batch}, about {_minutes(left * seconds)}{done}; {where}"
         )
-    return "\n".join(
-        [*lines, f"in all about {_minutes(total)}, {_minutes(more)} of it for the comparison and class means"]
-    )
+    what = "the comparison" + " and class means" * means
+    return "\n".join([*lines, f"in all about {_minutes(total)}, {_minutes(more)} of it for {what}"])
 
 
 def _measure(run: TrainConfig, out: Path, device: torch.device, count: int, steps: int = 3) -> tuple[float, int, str]:

@@ -190,7 +190,7 @@ class Explorer:
         titles = (
             f"feature maps where the trunk has {rows} rows",
             "cosine with the gallery (● this person)",
-            "nearest of it",
+            "nearest in the gallery",
         )
         for x, title in zip((184, 490, 800), titles, strict=True):
             page.text_at(x, top - 14, title, ha="center", fontsize=8)

@@ -513,21 +513,17 @@ def accuracy_curves(panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, 
 
 
 @_paper_ready
-def loss_curves(histories: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, ylabel: str = "loss", log: bool = True,
-                window: int = 1) -> Figure:  # fmt: skip
-    """Loss against step: name -> (steps, values); every value faint, the mean over ``window`` neighbours bold."""
+def loss_curves(histories: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, ylabel: str = "loss",
+                log: bool = True) -> Figure:  # fmt: skip
+    """Loss against step: name -> (steps, values), each the mean since the one before."""
     figure, axes = plt.subplots(figsize=(COLUMN * 1.2, 2.4), layout="constrained")
     for index, (name, (steps, values)) in enumerate(histories.items()):
-        colour, width = _method(name, index)["color"], min(window, len(values))
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.6)
-        middle = slice(width // 2, width // 2 + len(values) - width + 1)
-        mean = np.convolve(values, np.ones(width) / width, "valid")
-        axes.plot(np.asarray(steps)[middle], mean, color=colour, label=_label(name))
+        axes.plot(steps, values, color=_method(name, index)["color"], label=_label(name))
     axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
     if log:  # plain numbers, at most six of them
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+        axes.minorticks_off()
     axes.legend()
     return figure
 
@@ -569,24 +565,14 @@ def _blocks(ours: Any, paper: Any, source: str, more: Any = None) -> tuple[list[
 
 
 def table(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str, Any]], *, caption: str = "",
-          source: str = "ours", digits: int = 2, markdown: bool = False,
+          source: str = "ours", digits: int = 2,
           more: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None) -> str:  # fmt: skip
     """Our numbers and, in a block of its own, the paper's: row -> column -> value; a missing or None one is "–".
 
     ``source`` says what ours were measured on; ``more`` has further blocks of ours by their source. HTML that a
-    notebook shows, or with ``markdown`` a pipe table.
-
-    Raises:
-        ConfigError: nothing to show.
+    notebook shows. Raises ConfigError where there is nothing to show.
     """
     blocks, columns = _blocks(ours, paper, source, more)
-    if markdown:
-        lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-        for title, rows in blocks:
-            lines.append(f"| **{title}** |" + " |" * len(columns))
-            for name, row in rows.items():
-                lines.append(f"| {name} | " + " | ".join(_cell(row.get(c), digits) for c in columns) + " |")
-        return "\n".join(lines)
     body = "<tr><th></th>" + "".join(f"<th>{html.escape(c)}</th>" for c in columns) + "</tr>"
     for title, rows in blocks:
         left, style = "text-align:left", "color:#777;font-style:italic" if rows is paper else ""

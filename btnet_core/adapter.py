@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
+import runpy
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -65,16 +62,16 @@ class Adapter(Backbone):
         network = self.build()
         if state is not None:
             load_strictly(network, state, where)
-        facts = {"size": self.size, "embedding": self.embedding, "mean": self.mean, "std": self.std}
+        config = BackboneConfig(
+            name=type(self).__name__, size=self.size, embedding=self.embedding, mean=self.mean, std=self.std
+        )
         body, head = self.split(network)
-        units = OrderedDict((name.replace(".", "_"), Layer(unit)) for name, unit in body.items())
-        super().__init__(units, head, BackboneConfig(name=type(self).__name__, **facts))  # type: ignore[arg-type]
-        self._measure(network)
+        super().__init__(OrderedDict((k.replace(".", "_"), Layer(unit)) for k, unit in body.items()), head, config)
+        self._measure(network.eval())
 
     @torch.no_grad()
     def _measure(self, network: nn.Module) -> None:
-        name, training = type(self).__name__, network.training
-        network.eval()
+        name = type(self).__name__
         self.eval()
         x = torch.rand(2, 3, *self.config.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
         try:
@@ -87,8 +84,7 @@ class Adapter(Backbone):
         if z.shape != expected.shape or not torch.allclose(z, expected, rtol=1e-3, atol=1e-4):
             raise ConfigError(f"{name}: the units and head of split() compute something else than build()'s network")
         self._rows = OrderedDict((unit, value.shape[-2]) for unit, value in maps.items())
-        network.train(training)
-        self.train(training)
+        self.train()
 
     def resolutions(self) -> OrderedDict[str, int]:
         """Rows of each unit's output for an input of canonical size, as measured."""
@@ -96,24 +92,18 @@ class Adapter(Backbone):
 
 
 def find_adapter(spec: str) -> type[Backbone]:
-    """The Adapter class of ``my_file.py``, ``my_file.py:Class`` or ``package.module:Class``; its file is run.
+    """Run ``FILE.py`` and return its Adapter class; ``FILE.py:Class`` where it has several.
 
     Raises:
-        ConfigError: no such file or module, it fails, or it does not hold exactly one such class.
+        ConfigError: the file cannot be run, or does not hold exactly one such class.
     """
-    place, _, name = spec.partition(":") if not Path(spec).is_file() else (spec, "", "")
+    place, _, name = spec.partition(".py:")
     try:
-        if place.endswith(".py"):
-            found = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = sys.modules[found.name] = importlib.util.module_from_spec(found)  # type: ignore[union-attr,arg-type]
-            found.loader.exec_module(module)  # type: ignore[union-attr]
-        else:
-            sys.path.insert(0, "")
-            module = importlib.import_module(place)
+        found = runpy.run_path(f"{place}.py" if name else spec)
     except Exception as error:  # whatever the user's file raises
-        raise ConfigError(f"--adapter {place}: cannot be imported ({type(error).__name__}: {error})") from error
-    classes = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, Adapter)}
-    mine = {key: value for key, value in classes.items() if key == name or (not name and value is not Adapter)}
+        raise ConfigError(f"--adapter {spec}: cannot be run ({type(error).__name__}: {error})") from error
+    classes = {k: v for k, v in found.items() if isinstance(v, type) and issubclass(v, Adapter) and v is not Adapter}
+    mine = [classes[name]] if name in classes else list(classes.values())
     if len(mine) != 1:
-        raise ConfigError(f"--adapter {spec}: holds Adapter classes {sorted(mine)}, expected one (FILE.py:Class)")
-    return next(iter(mine.values()))
+        raise ConfigError(f"--adapter {spec}: holds Adapter classes {sorted(classes)}, expected one (FILE.py:Class)")
+    return mine[0]

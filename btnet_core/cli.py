@@ -200,7 +200,7 @@ def add_export(commands: Commands) -> None:
     )
     parser.add_argument("--format", required=True, choices=("onnx", "torchscript", "pt2"))
     parser.add_argument(
-        "--resolution", nargs="+", default=["all"], metavar="R", help="a file for each; default: all in one file"
+        "--resolution", nargs="+", default=["all"], metavar="R", help="a file each; default: all in one"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="receives btnet.onnx, or btnet_14.onnx, …")
     _add_model(parser, select=False)
@@ -208,12 +208,11 @@ def add_export(commands: Commands) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     from .export import export
-    from .tool import open_model
 
     if options.resolution != ["all"] and not all(text.isdecimal() for text in options.resolution):
         raise ConfigError(f"--resolution {' '.join(options.resolution)}: expected rows of branches, or all")
     rows = [int(text) for text in options.resolution if text != "all"]
-    for path in export(open_model(options.model, "cpu", _adapter(options)), options.format, options.out, rows):
+    for path in export(_model(options), options.format, options.out, rows):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -245,20 +244,16 @@ def add_embed(commands: Commands) -> None:
         example="btnet embed faces/ --model my_btnet --out embeddings.npz",
     )
     parser.add_argument("source", metavar="FOLDER", help="searched with its sub-folders; or one image")
-    parser.add_argument(
-        "--out", required=True, metavar="FILE.npz", help="names, embeddings, branch, size, scale, failed"
-    )
+    parser.add_argument("--out", required=True, metavar="FILE.npz", help="names, embeddings, branch, reliability, …")
     parser.add_argument("--keep-going", action="store_true", help="leave out unreadable images and list them")
     _add_model(parser)
 
 
 def run_embed(options: argparse.Namespace) -> int:
-    from .tool import embed_folder, open_model
+    from .tool import embed_folder
 
-    net = open_model(options.model, options.device, _adapter(options))
-    count, failed = embed_folder(
-        net, options.source, options.out, keep_going=options.keep_going, **_selection(options.select)
-    )
+    rule = _selection(options.select)
+    count, failed = embed_folder(_model(options), options.source, options.out, keep_going=options.keep_going, **rule)
     print(f"{count:,} embeddings in {options.out}")
     for name, reason in failed.items():
         print(f"left out {name}: {reason}", file=sys.stderr)
@@ -280,10 +275,10 @@ def add_verify(commands: Commands) -> None:
 
 
 def run_verify(options: argparse.Namespace) -> None:
-    from .tool import open_model, verify
+    from .tool import verify
 
-    net = open_model(options.model, options.device, _adapter(options))
-    print(verify(net, options.first, options.second, options.model, options.threshold, **_selection(options.select)))
+    rule = _selection(options.select)
+    print(verify(_model(options), options.first, options.second, options.model, options.threshold, **rule))
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -300,11 +295,9 @@ def add_evaluate(commands: Commands) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    from .tool import open_model
     from .training.adapt import compare, report
 
-    net = open_model(options.model, options.device, _adapter(options))
-    print(report(compare(net, options.pairs, baseline=options.baseline, device=options.device)))
+    print(report(compare(_model(options), options.pairs, baseline=options.baseline, device=options.device)))
 
 
 def add_figures(commands: Commands) -> None:
@@ -407,6 +400,14 @@ def _adapter(options: argparse.Namespace) -> Any:
     from .adapter import find_adapter
 
     return find_adapter(options.adapter) if options.adapter else None
+
+
+def _model(options: argparse.Namespace) -> Any:
+    from .btnet import BTNet
+    from .embedders import resolve_device
+
+    _adapter(options)  # importing it is enough: the model names its class
+    return BTNet.load(options.model).to(resolve_device(options.device)).eval()
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -9,16 +9,9 @@ from typing import Any
 import numpy as np
 
 from btnet_core import results
-from btnet_core.backbones import Backbone
 from btnet_core.btnet import BTNet
 from btnet_core.datasets.faces import SUFFIXES
-from btnet_core.embedders import resolve_device
 from btnet_core.errors import DataError
-
-
-def open_model(folder: str, device: str = "auto", adapter: type[Backbone] | None = None) -> BTNet:
-    """A saved BTNet on its device, in evaluation mode; ``adapter`` need only have been imported."""
-    return BTNet.load(folder).to(resolve_device(device)).eval()
 
 
 def embed_folder(
@@ -50,7 +43,9 @@ def embed_folder(
         raise DataError(f"{error}; --keep-going leaves such images out") from error
     failed = {name: entry["error"] for name, entry in zip(names.tolist(), info, strict=True) if "error" in entry}
     good = np.array(["error" not in entry for entry in info])
-    table: dict[str, Any] = {key: np.array([entry[key] for entry in info if key in entry]) for key in ("size", "scale", "reliability")}
+    table: dict[str, Any] = {
+        key: np.array([entry[key] for entry in info if key in entry]) for key in ("size", "scale", "reliability")
+    }
     buffer = io.BytesIO()
     np.savez(
         buffer, names=names[good], embeddings=embeddings.numpy()[good], failed=np.array(list(failed), dtype=np.str_),

@@ -117,7 +117,7 @@ def test_the_documented_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     source, call = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
     (tmp_path / "resnet_face.py").write_text(source)
     command = re.search(r"btnet (adapt .*--adapter .*)", DOC.read_text())[1].split()  # type: ignore[index]
-    faces = open_faces(FACES)
+    faces = open_faces("synthetic:identities=12,images=3,seed=0")
     for i, label in enumerate(faces.labels.tolist()):
         (tmp_path / "my_faces" / str(label)).mkdir(parents=True, exist_ok=True)
         (tmp_path / "my_faces" / str(label) / f"{i}.png").write_bytes(encode(faces[i][0]))
@@ -126,7 +126,10 @@ def test_the_documented_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     exec(source, names)
     torch.save(names["ResNetFace"]().build().state_dict(), "resnet_face.pth")
     assert main([*command, "--resolutions", "14", "7", "--set", "epochs=1", "--set", "batch=32"]) == 0
-    assert "through the branch" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 steps of 32, about" in out
+    assert "nan" not in out
+    assert "through the branch" in out
     exec(call.replace("resolutions=(14, 7),", "resolutions=(14, 7), epochs=1, batch=32,"), names)
     assert capsys.readouterr().out.count("about 0 s, done") == 2  # the same call: nothing left to do
 
@@ -197,8 +200,9 @@ def test_find_adapter(tmp_path: Path) -> None:
     file = tmp_path / "two_nets.py"
     file.write_text("from btnet_core.adapter import Adapter\nclass A(Adapter): pass\nclass B(Adapter): pass\n")
     assert find_adapter(f"{file}:B").__name__ == "B"
-    with pytest.raises(ConfigError, match=r"\['A', 'B'\]"):
-        find_adapter(str(file))
+    for wrong in (str(file), f"{file}:C"):
+        with pytest.raises(ConfigError, match=r"\['A', 'B'\]"):
+            find_adapter(wrong)
     file.write_text("1 / 0")
     with pytest.raises(ConfigError, match="ZeroDivisionError"):
         find_adapter(str(file))

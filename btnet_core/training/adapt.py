@@ -176,7 +176,8 @@ def _measure(run: TrainConfig, out: Path, device: torch.device, count: int, step
         inputs.append(middle - start)
         rest.append(_now(device) - middle)
     passes = trial.total if place == "off" else 2 * count / run.batch
-    return float(np.median(inputs[1:]) * passes + np.median(rest[1:]) * trial.total), trial.total, where
+    each = np.median(inputs[1:] or inputs) * passes + np.median(rest[1:] or rest) * trial.total  # the first warms up
+    return float(each), trial.total, where
 
 
 def _now(device: torch.device) -> float:

@@ -148,7 +148,7 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def holder(out: Path) -> int:
-    """The process that trains in ``out``; 0: none."""
+    """The process that trains in ``out``; 0: none, -1: one that has not said its number yet."""
     try:
         with FileLock(out / ".lock", timeout=0):
             return 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def train_in_subprocess(
     out.mkdir(parents=True, exist_ok=True)
     if pid := checkpoint.holder(out):
         print(f"{config.name}: process {pid} is training here, started earlier")
-        _follow(out, config.name, lambda: checkpoint.holder(out) > 0, lambda: os.kill(pid, signal.SIGINT))
+        _follow(out, config.name, lambda: checkpoint.holder(out) != 0, lambda: _interrupt(pid))
     file, log = out / "config.json", out / "train.log"
     file.write_text(config.to_json())
     (out / LIVE).unlink(missing_ok=True)
@@ -70,6 +71,12 @@ def train_in_subprocess(
         raise TrainingError(f"training in {out} ended with status {process.returncode}:\n{tail}")
     record = checkpoint.read_record(out)
     return json.loads(json.dumps(record["metrics"])) if record else {}
+
+
+def _interrupt(pid: int) -> None:
+    if pid > 0:  # known
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGINT)
 
 
 def _follow(out: Path, name: str, runs: Callable[[], bool], stop: Callable[[], None]) -> None:

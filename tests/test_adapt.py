@@ -98,6 +98,7 @@ def test_loose_images_without_labels(trunk: Path, tmp_path: Path, capsys: pytest
         (["--hold-out", "0"], "percent"),
         (["--pairs", "none.bin"], "none.bin"),
         (["--device", "cuda:99"], "device"),
+        (["--out", __file__], "cannot be written"),
     ],
 )
 def test_wrong_input_is_named(change: list[str], told: str, trunk: Path, tmp_path: Path, capsys) -> None:

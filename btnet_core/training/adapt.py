@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from btnet_core import results
@@ -107,7 +108,10 @@ def check_routes(btnet: BTNet) -> None:
 
 def _store_trunk(out: Path, backbone: Backbone) -> None:
     if not (out / "trunk.safetensors").is_file():
-        BTNet(backbone, ()).save(out)
+        try:
+            BTNet(backbone, ()).save(out)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"--out {out}: cannot be written ({error})") from error
     elif read_safetensors(out / "trunk.safetensors")[1].get("digest") != weights_digest(backbone):
         raise CheckpointError(f"{out}: holds branches of another trunk; choose another folder for this one")
 

@@ -192,8 +192,10 @@ def identity_folders(path: Path) -> list[list[Path]]:
 
 def image_folder(path: str | Path, on_error: str = "raise") -> StoredFaces:
     """One sub-folder per identity; in a folder of images alone, each counts as an identity of its own."""
-    loose = [] if any(path.is_dir() for path in Path(path).iterdir()) else [[file] for file in image_files(Path(path))]
-    groups = loose or identity_folders(Path(path))
+    root = Path(path)
+    loose = root.is_dir() and not any(entry.is_dir() for entry in root.iterdir())
+    groups = [[file] for file in image_files(root)] if loose else []
+    groups = groups or identity_folders(root)
     labels = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
     read = _Files([file for group in groups for file in group])
     return StoredFaces(Path(path).name, labels, len(groups), read.files, read, read.where, on_error)

@@ -34,7 +34,9 @@ class Scale:
     specialists: bool = True  # train phi_mm
     specialist: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for each phi_mm
     branch: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for each branch of phi_bt
-    epochs: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))  # of the branch of r, where it has its own
+    epochs: Mapping[int, int] = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # of the branch of r, where it has its own
     trunks: tuple[str, ...] = ("phi_mr",)  # of phi_bt; further ones give phi_bt_<trunk>
     variants: tuple[str, ...] = ("v1",)  # of phi_mr: candidate sizes (methods.MR_VARIANTS)
     ablation: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # TrainConfig fields for notebook 07's runs

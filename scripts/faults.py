@@ -119,7 +119,7 @@ def torture(kind: str, kills: int, dice: random.Random, folder: Path) -> dict[st
         if status:
             return {"kills": moments, "failed": (folder / "log").read_text()[-3000:]}
         if len(moments) < kills:  # it had ended: once more from the start
-            (cut / "out").rename(cut / f"ended_{len(moments)}")
+            (cut / "out").rename(cut / f"ended_{len(list(cut.glob('ended_*')))}")
     if start(command, cut, folder / "log").wait():
         return {"kills": moments, "failed": (folder / "log").read_text()[-3000:]}
     expected = outcome(whole / "out")

@@ -113,7 +113,9 @@ def spawn(out: Path, trunk: Path, *, interrupt: bool) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Every configuration, trained by one process and by two."""
+    """Every configuration, trained by one process and by two, all of one thread: kernels then sum in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     trunk = tmp_path_factory.mktemp("trunk")
     train(methods.phi_mr(FACES, backbone=TINY, **QUICK), trunk, device="cpu", show="none")
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
@@ -122,6 +124,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for name, config in configurations(trunk).items():
         train(config, one / name, device="cpu", show="none")
     spawn(two, trunk, interrupt=False)
+    torch.set_num_threads(threads)
     return {0: trunk, 1: one, 2: two}
 
 

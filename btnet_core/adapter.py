@@ -48,11 +48,11 @@ class Adapter(Backbone):
 
     def build(self) -> nn.Module:
         """The network with any weights: normalised ``(B, 3, H, W)`` -> embeddings ``(B, D)``."""
-        raise NotImplementedError
+        raise ConfigError(f"{type(self).__name__}: an Adapter needs its own method build()")
 
     def split(self, network: nn.Module) -> tuple[dict[str, nn.Module], nn.Module]:
         """Its layers in the order in which they run, by name, and the head: last feature map -> embedding."""
-        raise NotImplementedError
+        raise ConfigError(f"{type(self).__name__}: an Adapter needs its own method split()")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def fit(image: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels.resize(image, size, pixels.Resize(round_uint8=True)).to(torch.uint8)
 
 
-class FaceSet(Dataset):
+class FaceSet(Dataset, ABC):
     """Images with identity labels. ``faces[i] -> (uint8 (3, 112, 112), label)``.
 
     Attributes:
@@ -69,9 +70,9 @@ class FaceSet(Dataset):
     checksum: str
     size: int = 112
 
+    @abstractmethod
     def image(self, index: int) -> Tensor:
         """Image ``index`` as uint8 ``(3, 112, 112)``."""
-        raise NotImplementedError
 
     def images(self, indices: Iterable[int]) -> Tensor:
         """uint8 ``(n, 3, 112, 112)``, decoded by several threads."""

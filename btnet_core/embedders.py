@@ -7,6 +7,7 @@ up to S, BTNet goes through the branch. Pixels are RGB ``(B, 3, S, S)`` in [0, 2
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -71,6 +72,16 @@ class Embedder(ABC):
     @abstractmethod
     def network(self, r: int) -> nn.Module:
         """What embeds faces of r."""
+
+    def covered(self, settings: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those settings (r1, r2) for which it has a network at both resolutions."""
+        return [pair for pair in settings if all(self._has(r) for r in pair)]
+
+    def _has(self, r: int) -> bool:
+        try:
+            return bool(self.network(r))
+        except ConfigError:
+            return False
 
     def fingerprint(self, r: int) -> str:
         """Equal for two embedders that give the same embeddings at r: weights, resize and precision."""

@@ -92,6 +92,27 @@ def test_the_quick_scale_has_the_headline_rows_alone(tmp_path: Path) -> None:
     epochs = {name: (methods.plan(quick, tmp_path)[name].epochs, methods.plan(full, tmp_path)[name].epochs)
               for name in ("phi_mr", "phi_bt_14")}  # fmt: skip
     assert all(few < many for few, many in epochs.values())
+    further = methods.plan(full, tmp_path)[
+        "phi_bt_phi_mr_14"
+    ]  # as many epochs as the quick phi_bt, which it is compared with
+    assert further.epochs == methods.plan(quick, tmp_path)["phi_bt_14"].epochs
     with pytest.raises(ConfigError, match="lfw-quick"):
         get_scale("lfw-fast")
-    assert set(SCALES) == {"demo", "lfw", "lfw-quick", "paper"}
+    assert set(SCALES) == {"demo", "lfw", "lfw-quick", "lfw-scratch", "paper"}
+
+
+def test_the_scale_from_scratch_trains_its_own_trunk(tmp_path: Path) -> None:
+    plan = methods.plan(get_scale("lfw-scratch"), tmp_path)
+    assert list(plan) == [
+        "phi_hr",
+        "phi_mr",
+        "phi_mm_28",
+        "phi_mm_14",
+        "phi_mm_7",
+        "phi_bt_28",
+        "phi_bt_14",
+        "phi_bt_7",
+    ]
+    assert plan["phi_hr"].init == ""
+    assert plan["phi_mr"].init == str(tmp_path / "phi_hr" / "trunk.safetensors")
+    assert plan["phi_bt_14"].init == str(tmp_path / "phi_mr" / "trunk.safetensors")

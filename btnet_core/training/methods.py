@@ -145,9 +145,11 @@ def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]
     for index, name in enumerate(scale.trunks):
         trunk, kappa = kept(scale, models, name)
         own = f"phi_bt_{name}" if index else "phi_bt"
-        for r in scale.resolutions:
+        for r in [r for r in scale.resolutions if r < 56 or not index]:
             changes: dict[str, Any] = {"btnet": str(models / own), "seed": seed, "validation": scale.pairs}
-            changes |= scale.branch | ({"epochs": scale.epochs[r]} if r in scale.epochs else {})
+            changes |= scale.branch
+            if r in scale.epochs:
+                changes["epochs"] = max(1, scale.epochs[r] // (scale.shorter if index else 1))
             runs.append(phi_bt(scale.faces, r, trunk, kappa, **{"name": f"{own}_{r}", **changes}))
     return {run.name: run for run in runs}
 

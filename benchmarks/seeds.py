@@ -1,0 +1,68 @@
+"""Does phi_bt beat phi_mr, and phi_mr phi_hr, whatever the seed? A scale's headline comparison over several seeds.
+
+    btnet reproduce && python benchmarks/seeds.py                         # the demo at 14 px: minutes a seed
+    python benchmarks/seeds.py --scale lfw-quick --resolutions 14 7       # real faces: half an hour a seed
+
+Seed 0 is the scale's own run; the others train what it has trained anew (resumable, under runs/<scale>-seeds). Every
+seed is verified on the scale's pairs. Writes figures/results/<scale>_seeds.json: each seed, mean, standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+from btnet_core import results
+from btnet_core.backbones import load_backbone, save_backbone
+from btnet_core.datasets import find
+from btnet_core.datasets.faces import open_pairs
+from btnet_core.embedders import load_methods
+from btnet_core.evaluation.verification import evaluate_pairs
+from btnet_core.images import Resize
+from btnet_core.scales import get_scale
+from btnet_core.training import methods
+from btnet_core.training.loop import train
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("phi_hr", "phi_mr", "phi_bt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", default="demo", choices=("demo", "lfw-quick", "lfw-scratch"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--resolutions", type=int, nargs="+", default=[14], help="of the branches (default: 14)")
+    options = parser.parse_args()
+    scale, began = get_scale(options.scale), time.monotonic()
+    settings = [pair for r in options.resolutions for pair in ((112, r), (r, r))]
+    (spec,) = scale.pairs
+    pairs, rows = open_pairs(spec), {}
+    for seed in options.seeds:
+        run_dir = ROOT / "runs" / (f"{scale.name}-seeds/{seed}" if seed else scale.name)
+        models = run_dir / "models"
+        if scale.pretrained:
+            save_backbone(load_backbone(find(scale.pretrained)), models / "phi_hr" / "trunk.safetensors")
+        plan = methods.plan(scale, models, seed=seed)
+        for name in ("phi_hr", "phi_mr", *(f"phi_bt_{r}" for r in options.resolutions)):
+            if seed and name in plan:
+                train(plan[name].replace(validation=()), models / name)
+        found = load_methods(models)
+        reports = {name: evaluate_pairs(found[name], pairs, settings, keep=run_dir / "embeddings") for name in METHODS}
+        rows[seed] = {name: {s: row["accuracy"] for s, row in report.items()} for name, report in reports.items()}
+        print(seed, rows[seed], flush=True)
+    values = {"by_seed": {str(seed): row for seed, row in rows.items()}, "mean": {}, "std": {}}
+    for key, take in (("mean", np.mean), ("std", lambda x: np.std(x, ddof=1))):
+        values[key] = {
+            n: {s: float(take([row[n][s] for row in rows.values()])) for s in rows[options.seeds[0]][n]}
+            for n in METHODS
+        }
+    name = f"{scale.name.replace('-', '_')}_seeds"
+    results.record(ROOT / "figures", name, values, config={"seeds": options.seeds, "settings": settings},
+                   data=pairs.checksum, kernel=Resize().name, seconds=time.monotonic() - began, scale=scale.name)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -324,7 +324,7 @@ def run_figures(options: argparse.Namespace) -> None:
 
     runs = Path(options.runs)
     folder = runs if (runs / "results").is_dir() else runs / options.scale
-    made, missing = remake(folder, out=options.out)
+    made, missing = remake(folder, out=options.out, scale=options.scale)
     if not made:
         raise ReproduceError(
             f"{folder / 'results'} holds no results: btnet reproduce --scale {options.scale} makes them"

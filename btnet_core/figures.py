@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from btnet_core import plots, published, results, summary
 from btnet_core.errors import DataError
+from btnet_core.scales import get_scale
 
 Arrays = dict[str, np.ndarray]
 Drawing = Callable[[dict[str, Any], Arrays], Figure]  # of a record (results.load) and its arrays
@@ -127,52 +128,63 @@ FIGURES: dict[str, tuple[str, Drawing]] = {  # file -> (the result it is made fr
 }
 
 
-def draw(name: str, run_dir: str | Path) -> Figure:
-    """One of FIGURES from what is recorded under ``run_dir``; DataError where that is missing or of an older version."""
+FACELESS = ("03", "04", "05", "06", "07", "08")  # notebooks whose results hold no picture of a face
+
+
+def draw(name: str, run_dir: str | Path, *, prefix: str = "") -> Figure:
+    """One of FIGURES from ``run_dir/results/<prefix><result>``; DataError where that is missing or of an older version."""
     source, drawing = FIGURES[name]
-    record, arrays = results.load(run_dir, source), results.load_arrays(run_dir, source)
+    record, arrays = results.load(run_dir, prefix + source), results.load_arrays(run_dir, prefix + source)
     try:
         return drawing(record, arrays)
     except KeyError as error:
         raise DataError(
-            f"{run_dir}/results/{source} lacks {error}, which {name} needs: run the notebook again"
+            f"{run_dir}/results/{prefix}{source} lacks {error}, which {name} needs: run the notebook again"
         ) from None
 
 
-def remake(run_dir: str | Path, only: str = "", *, out: str | Path | None = None) -> tuple[list[str], list[str]]:
+def remake(
+    run_dir: str | Path, only: str = "", *, out: str | Path | None = None, scale: str = "demo"
+) -> tuple[list[str], list[str]]:
     """Draw and save all figures for which ``run_dir/results`` has what they need, or those of the result ``only``.
 
-    They go to ``run_dir/figures`` or, with the results and the pictures of other notebooks, to the folder ``out``. Returns the
-    names of those made and of those not recorded. The manifest ties each to its notebook, parameters, commit and duration.
+    They go to ``run_dir/figures`` or, with the results and the pictures of other notebooks, to the folder ``out``. Of a
+    ``scale`` whose faces may not be shown, those without a face go to ``out/<scale>`` and results to ``out/results/<scale>_*``.
+    Returns the names of those made and of those not recorded. The manifest ties each to notebook, parameters, commit, duration.
     """
-    made, missing, folder = [], [], ("figures", "")[out is not None]
+    made, missing, run_dir = [], [], Path(run_dir)
+    hidden = out is not None and not get_scale(scale).pictures
+    place, folder = (run_dir, "figures") if out is None else (Path(out) / scale if hidden else Path(out), "")
+    kept = f"{scale}_" * hidden
+    prefix = kept if any((run_dir / "results").glob(f"{kept}[0-9]*.json")) else ""
     for name, (source, _) in FIGURES.items():
-        if only and source != only:
+        if (only and source != only) or (hidden and source[:2] not in FACELESS):
             continue
         try:
-            record, figure = results.load(run_dir, source), draw(name, run_dir)
+            record, figure = results.load(run_dir, prefix + source), draw(name, run_dir, prefix=prefix)
         except DataError:
             if only:
                 raise
             missing.append(name)
             continue
         about = {"notebook": source, "parameters": {"scale": record["scale"], "seed": record["seed"]},
-                 "results": f"results/{source}.json", "commit": record["commit"], "seconds": record["seconds"]}  # fmt: skip
-        results.save_figure(figure, out or run_dir, name, about, folder=folder)
+                 "results": f"results/{kept}{source}.json", "commit": record["commit"], "seconds": record["seconds"]}  # fmt: skip
+        results.save_figure(figure, place, name, about, folder=folder)
         made.append(name)
-    if out and Path(out).resolve() != Path(run_dir).resolve():
-        _copy(Path(run_dir), Path(out))
+    if out and Path(out).resolve() != run_dir.resolve():
+        _copy(run_dir, Path(out), kept)
     return made, missing
 
 
-def _copy(run_dir: Path, out: Path) -> None:
-    """The results, and the figures whose notebook draws them from its models (10)."""
+def _copy(run_dir: Path, out: Path, prefix: str) -> None:
+    """The results, and the figures whose notebook draws them from its models (10); with a prefix only results without faces."""
     (out / "results").mkdir(parents=True, exist_ok=True)
     for path in sorted((run_dir / "results").glob("*.[jn][sp][oz]*")):
-        shutil.copyfile(path, out / "results" / path.name)
+        if not prefix or (path.suffix == ".json" and path.name[:2] in FACELESS):
+            shutil.copyfile(path, out / "results" / f"{prefix}{path.name}")
     manifest = run_dir / "figures" / "manifest.json"
     sources = {source for source, _ in FIGURES.values()}
-    for name, entry in json.loads(manifest.read_text()).items() if manifest.is_file() else ():
+    for name, entry in json.loads(manifest.read_text()).items() if manifest.is_file() and not prefix else ():
         if entry.get("notebook") not in (*sources, None):
             for suffix in ("png", "pdf"):
                 shutil.copyfile(manifest.with_name(f"{name}.{suffix}"), out / f"{name}.{suffix}")

@@ -107,3 +107,20 @@ def test_a_result_of_an_older_version_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-9])
     with pytest.raises(DataError, match="is not JSON"):
         figures.draw("table5", tmp_path)
+
+
+def test_a_scale_of_real_faces_leaves_what_holds_no_face(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, out = tmp_path / "runs" / "lfw", tmp_path / "figures"
+    (run / "results").mkdir(parents=True)
+    for name in ("01_upsampling_error", "05_verification"):
+        record = json.loads((COMMITTED / "results" / f"{name}.json").read_text()) | {"scale": "lfw"}
+        (run / "results" / f"{name}.json").write_text(json.dumps(record))
+    shutil.copy(COMMITTED / "results" / "01_upsampling_error.npz", run / "results")  # pictures of faces
+    for folder in (tmp_path / "runs", out):  # from the run, then from what that has left
+        assert main(["figures", "--scale", "lfw", "--runs", str(folder), "--out", str(out)]) == 0
+        assert capsys.readouterr().out.startswith("2 figures and tables")
+        assert {path.name for path in (out / "results").iterdir()} == {"lfw_05_verification.json"}
+        assert {path.stem for path in out.glob("**/*.png")} == {"table1", "table1_accuracy"}
+    entry = json.loads((out / "lfw" / "manifest.json").read_text())["table1"]
+    assert entry["results"] == "results/lfw_05_verification.json"
+    assert entry["parameters"]["scale"] == "lfw"

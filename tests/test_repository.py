@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,3 +106,8 @@ def test_the_readmes_commands_exist() -> None:
     for target in set(re.findall(r"make (\w+)", readme)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     assert {"reproduce", "test", "lab"} <= set(re.findall(r"make (\w+)", readme))
+
+
+def test_the_readmes_numbers_are_the_recorded_ones() -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,149 @@
+"""The README's tables from the recorded results, so that no number in them was typed by hand.
+
+python scripts/readme.py            # rewrite the blocks between <!-- name --> and <!-- /name -->
+python scripts/readme.py --check    # fail where the README says other than figures/results
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from btnet_core import published, results, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+Records = dict[tuple[str, str], dict[str, Any]]
+
+
+def markdown(columns: Iterable[str], blocks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """A table with a bold line for each block; rows ``{name: {column: cell}}``, numbers with one digit."""
+    columns = list(columns)
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for title, rows in blocks.items():
+        lines += [f"| **{title}** |" + " |" * len(columns)] if title else []
+        lines += [
+            f"| {name} | " + " | ".join(show(row.get(column)) for column in columns) + " |"
+            for name, row in rows.items()
+        ]
+    return "\n".join(lines)
+
+
+def show(value: Any) -> str:
+    """A cell: "–" for what was not measured."""
+    return "–" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def made(records: Records, notebook: str) -> dict[str, dict[str, Any]]:
+    """The records of a notebook by scale."""
+    return {scale: records[scale, notebook] for scale in summary.scales(records) if (scale, notebook) in records}
+
+
+def table1(records: Records) -> str:
+    """Table 1 of every recorded scale and of the paper, gains in brackets."""
+    columns = ["112&7", "112&14", "112&28", "112&56", "7&7", "14&14", "28&28", "56&56", "112&112"]
+    blocks = {}
+    for scale, record in made(records, "05_verification").items():
+        accuracy = record["values"]["accuracy"]
+        rows = {name: {s: cell["accuracy"] for s, cell in row.items()} for name, row in accuracy.items()}
+        blocks[f"ours, scale {scale}"] = short(summary.with_gains("table1", rows))
+    blocks["the paper, six sets"] = {
+        name: {s: cell.replace(" (-)", "") for s, cell in row.items()}
+        for name, row in summary.printed("table1").items()
+    }
+    return markdown([c for c in columns if any(c in row for rows in blocks.values() for row in rows.values())], blocks)
+
+
+def short(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Accuracies with one digit; gains as they are, without brackets where undefined."""
+    cut = lambda cell: re.sub(r"^(\d+\.\d+)", lambda m: f"{float(m[1]):.1f}", str(cell)).replace(" (-)", "")  # noqa: E731
+    return {name: {column: cut(cell) for column, cell in row.items()} for name, row in rows.items()}
+
+
+def seeds(records: Records) -> str:
+    """Mean and standard deviation over seeds."""
+    blocks, columns = {}, dict[str, None]()
+    for (scale, name), record in records.items():
+        if name.endswith("_seeds"):
+            mean, std = record["values"]["mean"], record["values"]["std"]
+            count = len(record["values"]["by_seed"])
+            blocks[f"scale {scale}, {count} seeds"] = {
+                method: {s: f"{value:.1f} ± {std[method][s]:.1f}" for s, value in row.items()}
+                for method, row in mean.items()
+            }
+            columns |= dict.fromkeys(next(iter(mean.values())))
+    return markdown(columns, blocks)
+
+
+def ablations(records: Records) -> str:
+    """Tables 3 and 4, what is beyond the paper, and Figure 7: a pair of columns for each scale, the paper's last."""
+    found = made(records, "07_ablations")
+    columns, parts = [], {"Table 3": "table3", "Table 4: influence loss": "table4", "one switch away": "beyond"}
+    blocks: dict[str, dict[str, dict[str, Any]]] = {title: {} for title in (*parts, "Figure 7: where the branch ends")}
+    for scale, record in [*found.items(), ("paper", None)]:
+        r = "14" if record is None else record["values"]["figure7"][0]["setting"].split("&")[1]
+        names = {setting: f"{scale}: {setting}" for setting in (f"112&{r}", f"{r}&{r}")}
+        columns += names.values()
+        for title, part in parts.items():
+            rows = record["values"][part] if record else published.table(part) if part != "beyond" else {}
+            for name, row in rows.items():
+                blocks[title].setdefault(name, {}).update(
+                    {column: row[s] if record else f"{row[s]:.2f}" for s, column in names.items()}
+                )
+        for point in record["values"]["figure7"] if record else ():
+            name = f"{scale}, {point['couple_at']}: {point['stored']:,} parameters" + " (the rule)" * point["standard"]
+            blocks["Figure 7: where the branch ends"].setdefault(name, {})[names[point["setting"]]] = point["accuracy"]
+    return markdown(columns, blocks)
+
+
+def standins(records: Records) -> str:
+    """Table 2 at FPIR 0.3 and Tables 5 to 8 on stand-ins, by scale: numbers that the paper's cannot be compared with."""
+    lines = []
+    for scale, record in made(records, "06_survface_identification").items():
+        rows = {name: report["tpir"]["0.3"] for name, report in record["values"]["reports"].items()}
+        if "max+ceil" in rows:
+            order = sorted(rows, key=lambda name: -rows[name])
+            lines.append(
+                f"- Table 2, scale `{scale}`, TPIR20 in % at FPIR 0.3: "
+                + ", ".join(f"{n} {rows[n]:.1f}" for n in order)
+                + "."
+            )
+    columns = ["112&7", "112&14", "112&28", "7&7", "14&14", "28&28", "112&112"]
+    blocks = {
+        f"scale {scale}: {title}": record["values"][key]
+        for scale, record in made(records, "08_template_aggregation").items()
+        for key, title in (("tar", f"TAR at FAR {record['config']['far']:g} (Tables 5, 6)"),
+                           ("tpir", "TPIR at FPIR 0.1 (Tables 7, 8)"))
+    }  # fmt: skip
+    return "\n".join(lines) + "\n\n" + markdown(columns, blocks)
+
+
+BLOCKS: dict[str, Callable[[Records], str]] = {
+    "table1": table1,
+    "seeds": seeds,
+    "ablations": ablations,
+    "standins": standins,
+}
+
+
+def main() -> int:
+    records: Records = summary.collect([results.ROOT / "figures"])
+    readme = ROOT / "README.md"
+    text = was = readme.read_text("utf-8")
+    for name, block in BLOCKS.items():
+        inner = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+        text, count = inner.subn((block(records) + "\n").replace("\\", r"\\"), text)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} blocks {name}, expected one")
+    if "--check" in sys.argv[1:]:
+        if text != was:
+            raise SystemExit("README.md says other than figures/results: python scripts/readme.py")
+    else:
+        readme.write_text(text, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

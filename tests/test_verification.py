@@ -220,3 +220,11 @@ def test_kept_embeddings_are_read_by_every_method_with_the_same_network(tmp_path
         next(btnet.trunk.parameters()).add_(1e-3)
     evaluate_pairs(hr, pairs, settings, keep=tmp_path)
     assert len(list(tmp_path.iterdir())) == 5  # other weights, other embeddings
+
+
+def test_summary_over_sets_and_the_later_folds() -> None:
+    sets = [
+        {"112&7": {"accuracy": 55.0, "std": 4.0, "folds": [60.0, 50.0]}},
+        {"112&7": {"accuracy": 80.0, "std": 0.0, "folds": [80.0, 80.0]}},
+    ]
+    assert v.summarise(sets) == {"112&7": {"accuracy": 67.5, "std": 2.0, "sets": [55.0, 80.0], "second_half": 65.0}}

@@ -233,9 +233,10 @@ def evaluate_pairs(
 
 
 def summarise(reports: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The mean over pair sets of ``evaluate_pairs`` reports: {"112&7": {accuracy, std, sets}, …} in %.
+    """The mean over pair sets of ``evaluate_pairs`` reports: {"112&7": {accuracy, std, sets, second_half}, …} in %.
 
-    ``std`` is the mean over the sets of the standard deviation between folds; ``sets`` holds each accuracy.
+    ``std`` is the mean over the sets of the standard deviation between folds; ``sets`` holds each accuracy;
+    ``second_half`` is the accuracy on the later half of the folds, for settings that were chosen on the first.
     """
     rows = {setting: [report[setting] for report in reports] for setting in reports[0]}
     return {
@@ -243,6 +244,7 @@ def summarise(reports: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[st
             "accuracy": float(np.mean([row["accuracy"] for row in sets])),
             "std": float(np.mean([row["std"] for row in sets])),
             "sets": [row["accuracy"] for row in sets],
+            "second_half": float(np.mean([np.mean(row["folds"][len(row["folds"]) // 2 :]) for row in sets])),
         }
         for setting, sets in rows.items()
     }

@@ -95,7 +95,7 @@ def test_gpu_tests_skip_without_a_gpu_and_are_an_error_when_asked_for(monkeypatc
 
 def test_committed_figures_are_linked_and_exist() -> None:
     text = "".join(path.read_text() for path in (*NOTEBOOKS, ROOT / "README.md"))
-    linked = set(re.findall(r"\((?:\.\./)?(figures/[\w.]+\.png)\)", text))
+    linked = set(re.findall(r"\((?:\.\./)?(figures/[\w./]+\.png)\)", text))
     assert linked
     assert not [name for name in sorted(linked) if not (ROOT / name).is_file()]
     assert not [name for name in sorted(linked) if not (ROOT / name).with_suffix(".pdf").is_file()]

@@ -100,7 +100,7 @@ def test_survface_damage_is_named(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=400))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_any_bytes_are_no_survface_list(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     root = tmp_path_factory.mktemp("mat")
     image = torch.zeros(3, 6, 5, dtype=torch.uint8)

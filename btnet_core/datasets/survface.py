@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scipy.io import loadmat, savemat
+from scipy.io import savemat
 from torch import Tensor
 
 from btnet_core import images as pixels
-from btnet_core.datasets import checksum
+from btnet_core.datasets import checksum, matfile
 from btnet_core.datasets.faces import StoredFaces, image_files, image_folder, read_parallel
 from btnet_core.errors import DataError
 
@@ -77,22 +77,20 @@ def stand_in_note(root: Path) -> str:
 
 def _read_list(folder: Path, kind: str) -> tuple[list[Path], Tensor]:
     path = folder / f"{kind}_img_ID_pairs.mat"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; see `btnet data` for the layout of SurvFace")
     try:
-        content = loadmat(str(path), squeeze_me=True, variable_names=[f"{kind}_set", f"{kind}_ids"])
-        names, ids = np.atleast_1d(content[f"{kind}_set"]), np.atleast_1d(content[f"{kind}_ids"])
-        number = ids.astype(np.int64)
-        good = names.shape == ids.shape and names.ndim == 1 and all(isinstance(name, str) for name in names)
-        good = good and bool(np.all((number == ids) & (number >= 0)))
-    except Exception as error:  # scipy raises many types for damaged files
-        detail = str(error).splitlines()[0] if str(error) else ""
-        raise DataError(f"{path}: cannot be read as a SurvFace list ({type(error).__name__}: {detail})") from None
-    if not good or not len(names):
+        names, ids = matfile.read_apart(path, [f"{kind}_set", f"{kind}_ids"])
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read as a SurvFace list ({error})") from None
+    whole = all(isinstance(n, int | float) and 0 <= n < 2**62 and n == int(n) for n in ids)
+    if not names or len(names) != len(ids) or not whole or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path}: {kind}_set and {kind}_ids are not one name and one integer for each image")
     files = [folder / kind / name for name in names]
     missing = [file for file in files if file.name != str(file.relative_to(folder / kind)) or not file.is_file()]
     if missing:
         raise DataError(f"{path}: {len(missing)} of {len(files)} listed images are missing, first {missing[0]}")
-    return files, torch.from_numpy(number)
+    return files, torch.tensor([int(n) for n in ids])
 
 
 def read_open_set(root: str | Path) -> OpenSet:

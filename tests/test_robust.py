@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import importlib.util
 import io
 import json
 import pickle
+import random
+import subprocess
+import sys
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +23,7 @@ from hypothesis import strategies as st
 
 from btnet_core.backbones import BackboneConfig, build_backbone, load_backbone, save_backbone
 from btnet_core.btnet import BTNet
+from btnet_core.datasets import matfile
 from btnet_core.errors import BTNetError, CheckpointError, ConfigError
 from btnet_core.training import checkpoint
 from btnet_core.training.classifier import load_classifier, save_classifier
@@ -151,3 +158,53 @@ def test_any_value_of_any_field_is_taken_or_named(name: str, value: Any) -> None
 def test_any_text_as_configuration(text: str) -> None:
     with contextlib.suppress(ConfigError):
         assert isinstance(TrainConfig.from_json(text), TrainConfig)
+
+
+# ---- the harnesses of scripts/fuzz.py, which atheris drives for hours ----
+
+spec = importlib.util.spec_from_file_location("fuzz", Path(__file__).resolve().parents[1] / "scripts" / "fuzz.py")
+assert spec
+fuzz = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fuzz)  # type: ignore[union-attr]
+# Found by it: scipy's reader goes through a null pointer for this file.
+CRASH = zlib.decompress(base64.b85decode(
+    "c-r%I4DoSvQZUssQ1EpO(M`+DNmU5QNi0drFUqx2D9A6)tk6+#E=o--Nlj76&$ChpDNR-I%P&(fGEp!zvof}{GPO`JGB7e@zy}(z3p0B9@&Tz6K+Fcj"
+    "93Ua66f2a^1Qi2eZXixi%*jbDs*EpAEdi?o>32ZV&w{2Oq>l&5TmdNGFg`gk*D&5dFRLIOmpL{>m}3Mn#}L_^03>txi1bfpN-@MhsM#=kn4mNO7wsyE"
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in fuzz.PARSERS if name != "mat"])
+def test_every_parser_reads_its_good_files_and_names_what_is_wrong_with_others(name: str, tmp_path: Path) -> None:
+    seeds, read = fuzz.harnesses(tmp_path)[name]
+    dice, refused = random.Random(0), 0
+    if name != "checkpoint":  # whose seeds are too small to be networks
+        read(seeds[0])
+    for seed in seeds:
+        for _ in range(40):
+            data = bytearray(seed)
+            for _ in range(dice.randint(1, 4)):
+                at = dice.randrange(len(data))
+                data[at : at + dice.choice((1, 1, 1, 4, 50))] = dice.randbytes(dice.choice((0, 1, 1, 4)))
+                data = data or bytearray(1)
+            try:
+                read(bytes(data))
+            except BTNetError:
+                refused += 1
+    assert refused
+
+
+def test_a_reader_that_crashes_is_a_named_error(tmp_path: Path) -> None:
+    (tmp_path / "crash.mat").write_bytes(CRASH)
+    with pytest.raises(ValueError, match=r"signal|Error"):
+        matfile.read_apart(tmp_path / "crash.mat", fuzz.MAT)
+
+
+def test_the_fuzzer_itself_runs(tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="pip install -e '.[fuzz]'")
+    script = Path(fuzz.__file__)
+    command = [sys.executable, script, "--parsers", "idx", "--seconds", "3", "--out", tmp_path / "seen.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads((tmp_path / "seen.json").read_text())["parsers"]["idx"]
+    assert seen["inputs"] > 100
+    assert seen["found"] == 0

@@ -2,9 +2,11 @@
 
     pip install atheris && python scripts/fuzz.py --seconds 600 [--parsers bin,mat] [--out FILE.json]
 
-Each parser runs in a process of its own for that much processor time, from small good files, on what libFuzzer makes of
-them. Anything but this package's errors stops it and leaves the input beside the corpus; so does an input that takes
-over 10 s, or memory over 2 GB. "contained" are crashes of scipy's .mat reader, which runs in a process of its own for that. A pickle or checkpoint that ran code would be seen through Python's audit hook.
+Each parser runs in a process of its own for that long, from small good files, on what libFuzzer makes of them. Anything
+but this package's errors stops it and leaves the input beside the corpus; so does an input that takes over 10 s, or
+memory over 2 GB. "contained" are crashes of scipy's .mat reader, which runs in a process of its own for that. A pickle or
+checkpoint that ran code would be seen through Python's audit hook. With the same --corpus and --out a later run goes on
+where the last one ended, and the counts add up.
 """
 
 from __future__ import annotations
@@ -43,13 +45,25 @@ def split(data: bytes, count: int) -> list[bytes]:
     return [*parts, data]
 
 
+def mat_reader(place: Path) -> Callable[[bytes], Any]:
+    """What matfile.py does in its process of its own, where errors of any kind end well."""
+    from btnet_core.datasets import matfile
+
+    def read(data: bytes) -> None:
+        (place / "in.mat").write_bytes(data)
+        with contextlib.suppress(Exception):
+            json.dumps(matfile.read(str(place / "in.mat"), MAT))
+
+    return read
+
+
 def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any]]]:
     """{parser: (good inputs, what reads an input)}, with files in the empty folder ``place``."""
     import torch
 
     from btnet_core import images
     from btnet_core.backbones import BackboneConfig, build_backbone, load_backbone, save_backbone
-    from btnet_core.datasets import ijbc, matfile, recordio, survface, verification
+    from btnet_core.datasets import ijbc, recordio, survface, verification
     from btnet_core.datasets.faces import list_file
     from btnet_core.training import checkpoint
     from btnet_core.training.config import TrainConfig
@@ -93,15 +107,10 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
         bins.append(pickle.dumps((arrays, [True]), protocol=protocol))
     found["bin"] = (bins, lambda data: verification.read_bin(keep(place / "in.bin", data)).images([0]))
 
-    # SurvFace's .mat lists: what matfile.py does in its process of its own, where errors of any kind end well
+    # SurvFace's .mat lists
     survface.write_layout(place / "surv", [(1, face), (2, face)], [(1, face)], [(0, face)])
     lists_of_faces = sorted((place / "surv").glob("*/*.mat"))
-
-    def read_mat(data: bytes) -> None:
-        with contextlib.suppress(Exception):
-            json.dumps(matfile.read(str(keep(place / "in.mat", data)), MAT))
-
-    found["mat"] = ([path.read_bytes() for path in lists_of_faces], read_mat)
+    found["mat"] = ([path.read_bytes() for path in lists_of_faces], mat_reader(place))
 
     # text: IJB-C's tables, pairs.txt, a list of faces
     points = np.array([[30.0, 50], [65, 50], [48, 70], [33, 90], [63, 90]], np.float32)
@@ -188,8 +197,14 @@ def fuzz_one(name: str, corpus: Path, seconds: int) -> None:
         from btnet_core.errors import BTNetError
 
         place = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-        seeds, read = harnesses(place)[name]
-    corpus.mkdir(parents=True, exist_ok=True)
+        corpus.mkdir(parents=True, exist_ok=True)
+        if name == "mat" and any(corpus.iterdir()):  # started again and again: without torch, which takes seconds
+            import scipy.io
+
+            assert scipy.io
+            seeds, read = [], mat_reader(place)
+        else:
+            seeds, read = harnesses(place)[name]
     for i, seed in enumerate(seeds):
         (corpus / f"seed_{i}").write_bytes(seed)
 
@@ -208,17 +223,15 @@ def fuzz_one(name: str, corpus: Path, seconds: int) -> None:
 
 
 def run(name: str, seconds: int, folder: Path) -> dict[str, Any]:
-    """Fuzz a parser in another process until it has used ``seconds`` of processor time or found something."""
+    """Fuzz a parser in another process for ``seconds``, or until it has found something."""
     from btnet_core.datasets import matfile
 
-    corpus, spent, executions, coverage, contained = folder / name, 0.0, 0, 0, 0
-    while spent < seconds and not list(corpus.glob("found_*")):
-        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-        left = max(5, round(seconds - spent))
+    corpus, began = folder / name, time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    executions, coverage, contained, found = 0, 0, 0, []
+    while not found and (left := round(seconds - (time.monotonic() - began))) > 0:
         command = [sys.executable, __file__, "--one", name, "--corpus", str(corpus), "--seconds", str(left)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         counts = COUNTS.findall(done.stderr)
         if not counts:
             raise SystemExit(f"{name}: the fuzzer did not run:\n{done.stderr[-3000:]}")
@@ -230,17 +243,24 @@ def run(name: str, seconds: int, folder: Path) -> dict[str, Any]:
                 path.rename(folder / path.name.replace("found_", "contained_"))
                 contained += 1
         found = sorted(path.name for path in corpus.glob("found_*"))
-        print(f"{name}: {executions:,} inputs, coverage {coverage}, {spent:.0f} s of processor time "
-              f"({time.monotonic() - began:.0f} s this round), contained {contained}, found: {found or 'nothing'}", flush=True)  # fmt: skip
         if found:
             print(done.stderr[-3000:])
-    return {"inputs": executions, "coverage": coverage, "seconds": round(spent), "found": len(list(corpus.glob("found_*"))),
-            "contained": contained, "corpus": len(list(corpus.iterdir()))}  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    row = {"inputs": executions, "coverage": coverage, "seconds": round(time.monotonic() - began),
+           "processor_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime),
+           "found": len(found), "contained": contained, "corpus": len(list(corpus.iterdir()))}  # fmt: skip
+    print(f"{name}: {row}, {found or 'nothing found'}", flush=True)
+    return row
+
+
+def added(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Two runs on one corpus as one row."""
+    return {key: max(old[key], new[key]) if key in ("coverage", "corpus") else old[key] + new[key] for key in new}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=600, help="of processor time, of each parser (default: 600)")
+    parser.add_argument("--seconds", type=int, default=600, help="of each parser (default: 600)")
     parser.add_argument("--parsers", default=",".join(PARSERS), help="default: %(default)s")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--corpus", type=Path, help="where inputs are kept (default: a temporary folder)")
@@ -253,15 +273,22 @@ def main() -> int:
 
     from btnet_core.results import environment
 
-    report: dict[str, Any] = {}
+    found = 0
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.parsers.split(","):
-            report[name] = run(name, options.seconds, options.corpus or Path(temporary))
+            row = run(name, options.seconds, options.corpus or Path(temporary))
+            found += row["found"]
             if options.out:
                 known = json.loads(options.out.read_text())["parsers"] if options.out.is_file() else {}
-                about = {"parsers": known | report, "atheris": version("atheris"), **environment()}
-                options.out.write_text(json.dumps(about, indent=1) + "\n")
-    return int(any(row["found"] for row in report.values()))
+                if options.corpus and name in known:
+                    row = added(known[name], row)
+                about = {
+                    "command": f"python scripts/fuzz.py --seconds {options.seconds}",
+                    "parsers": {**known, name: row},
+                    "atheris": version("atheris"),
+                }
+                options.out.write_text(json.dumps({**about, **environment()}, indent=1) + "\n")
+    return int(found > 0)
 
 
 if __name__ == "__main__":

@@ -334,6 +334,33 @@ def run_figures(options: argparse.Namespace) -> None:
     )
 
 
+def add_bench(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "bench",
+        run_bench,
+        help="measure how fast everything is on this machine, and hold it to the project's goals",
+        example="btnet bench training recordio --out runs/bench   (or, what the repository has recorded: btnet bench --recorded)",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of benchmarks/bench_NAME.py (default: all of them)")
+    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, measures nothing")
+    parser.add_argument("--recorded", action="store_true", help="run nothing: the table and figure of what DIR holds")
+    parser.add_argument(
+        "--out", metavar="DIR", help="receives results/bench_*.json and the figure (default: runs/bench, or figures)"
+    )
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from . import bench
+
+    folder = Path(options.out or ("figures" if options.recorded else "runs/bench"))
+    if not options.recorded:
+        bench.measure(options.names, folder, quick=options.quick)
+    print(bench.report(folder, options.names))
+
+
 COMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_reproduce,
     add_train,
@@ -346,6 +373,7 @@ COMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_export,
     add_report,
     add_figures,
+    add_bench,
 )
 
 
@@ -366,17 +394,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         return options.run(options) or 0
-    except BTNetError as error:
+    except (BTNetError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output, e.g. head, has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         if options.debug or os.environ.get("BTNET_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"btnet {options.command}: {error}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError):  # one of a full disk names no file
+            said = f"{error.filename or getattr(options, 'out', options.command)}: {error.strerror or error}"
+        print(f"btnet {options.command}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"btnet {options.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, e.g. head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _add_model(parser: argparse.ArgumentParser, select: bool = True) -> None:

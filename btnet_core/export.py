@@ -8,6 +8,7 @@ of the shared trunk once.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import warnings
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from btnet_core.btnet import BTNet
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.images import scaled_size
+from btnet_core.results import write_atomically
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2"}
 OUTPUTS = ("embedding", "norm")
@@ -54,11 +56,11 @@ def export(net: BTNet, kind: str, folder: Path | str, resolutions: Sequence[int]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, routes in groups.items():
-            path = folder / f"{name}{SUFFIXES[kind]}"
+            written.append(folder / f"{name}{SUFFIXES[kind]}")
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of tracing, and that TorchScript will end some day
-                WRITERS[kind](routes, {r: _faces(net, r) for r in routes}, path.with_name(f".{path.name}"))
-            written.append(path.with_name(f".{path.name}").replace(path))
+                content = WRITERS[kind](routes, {r: _faces(net, r) for r in routes})
+            write_atomically(written[-1], content)
     except OSError as error:
         raise DataError(f"--out {folder}: cannot be written ({error.strerror or error})") from error
     except ImportError as error:
@@ -89,9 +91,10 @@ class _Switch(nn.Module):
         return embedding, norm
 
 
-def _torchscript(routes: Mapping[int, nn.Module], faces: dict[int, Tensor], path: Path) -> None:
-    traced = {r: torch.jit.trace(route, faces[r]) for r, route in routes.items()}
-    torch.jit.save(next(iter(traced.values())) if len(traced) == 1 else torch.jit.script(_Switch(traced)), path)
+def _torchscript(routes: Mapping[int, nn.Module], faces: dict[int, Tensor]) -> bytes:
+    traced, file = {r: torch.jit.trace(route, faces[r]) for r, route in routes.items()}, io.BytesIO()
+    torch.jit.save(next(iter(traced.values())) if len(traced) == 1 else torch.jit.script(_Switch(traced)), file)
+    return file.getvalue()
 
 
 # ---- pt2: a program for each route, named by its rows ----
@@ -101,14 +104,15 @@ def _program(route: nn.Module, faces: Tensor) -> torch.export.ExportedProgram:
     return torch.export.export(route, (faces,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def _pt2(routes: Mapping[int, nn.Module], faces: dict[int, Tensor], path: Path) -> None:
+def _pt2(routes: Mapping[int, nn.Module], faces: dict[int, Tensor]) -> bytes:
     from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter, package_pt2
 
-    whole = path.with_name(f"{path.name}.whole.pt2")
+    whole, file = io.BytesIO(), io.BytesIO()
     package_pt2(whole, exported_programs={str(r): _program(route, faces[r]) for r, route in routes.items()})
     first: dict[bytes, str] = {}  # torch writes every program's weights: of equal ones, keep and name the first
-    reader = PT2ArchiveReader(str(whole))
-    with PT2ArchiveWriter(str(path)) as writer:
+    whole.seek(0)
+    reader = PT2ArchiveReader(whole)
+    with PT2ArchiveWriter(file) as writer:
         data = {name: reader.read_bytes(name) for name in reader.get_file_names()}
         same = {
             name: first.setdefault(hashlib.sha256(content).digest(), name)
@@ -124,13 +128,13 @@ def _pt2(routes: Mapping[int, nn.Module], faces: dict[int, Tensor], path: Path) 
                 content = json.dumps(table).encode()
             if same.get(name, name) == name and not writer.has_record(name):
                 writer.write_bytes(name, content)
-    whole.unlink()
+    return file.getvalue()
 
 
 # ---- ONNX: the routes are the branches of nested Ifs, their weights the initializers of the whole graph ----
 
 
-def _onnx(routes: Mapping[int, nn.Module], faces: dict[int, Tensor], path: Path) -> None:
+def _onnx(routes: Mapping[int, nn.Module], faces: dict[int, Tensor]) -> bytes:
     import onnx
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -139,7 +143,7 @@ def _onnx(routes: Mapping[int, nn.Module], faces: dict[int, Tensor], path: Path)
     if len(models) > 1:
         model = _onnx_switch(models)
     onnx.checker.check_model(model)
-    onnx.save(model, str(path))
+    return model.SerializeToString()
 
 
 def _onnx_route(route: nn.Module, faces: Tensor, fuse: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -86,11 +87,10 @@ def save_figure(
 
     paths = [Path(run_dir) / folder / f"{name}{suffix}" for suffix in (".png", ".pdf")]
     for path, metadata in zip(paths, ({"Software": None}, {"CreationDate": None}), strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{name}.{os.getpid()}{path.suffix}")
+        drawn = io.BytesIO()
         with matplotlib.rc_context({"pdf.fonttype": 42}):
-            fig.savefig(partial, dpi=200, bbox_inches="tight", metadata=metadata)
-        os.replace(partial, path)
+            fig.savefig(drawn, format=path.suffix[1:], dpi=200, bbox_inches="tight", metadata=metadata)
+        write_atomically(path, drawn.getvalue())
     sums = {f"{p.suffix[1:]}_sha256": hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
     update_manifest(run_dir, {name: (about or {}) | {"matplotlib": matplotlib.__version__} | sums}, folder=folder)
     return paths
@@ -158,11 +158,19 @@ def plain(value: Any, where: str) -> Any:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader, or a crash, never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `content` to `path` so that a reader, or a crash, never sees half of it.
+
+    Raises DataError where the disk is full or the folder read-only; `path` is then what it was.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error

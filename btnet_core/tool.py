@@ -51,10 +51,7 @@ def embed_folder(
         buffer, names=names[good], embeddings=embeddings.numpy()[good], failed=np.array(list(failed), dtype=np.str_),
         branch=np.array([entry["r"] for entry in info if "r" in entry], np.int64), **table,
     )  # fmt: skip
-    try:
-        results.write_atomically(Path(out), buffer.getvalue())
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from error
+    results.write_atomically(Path(out), buffer.getvalue())
     return int(good.sum()), failed
 
 

@@ -7,11 +7,13 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import pickle
 import random
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from hypothesis import strategies as st
 
 from btnet_core.backbones import BackboneConfig, build_backbone, load_backbone, save_backbone
 from btnet_core.btnet import BTNet
+from btnet_core.cli import main
 from btnet_core.datasets import matfile
 from btnet_core.errors import BTNetError, CheckpointError, ConfigError
+from btnet_core.images import encode
 from btnet_core.training import checkpoint
 from btnet_core.training.classifier import load_classifier, save_classifier
 from btnet_core.training.config import TrainConfig
@@ -208,3 +212,45 @@ def test_the_fuzzer_itself_runs(tmp_path: Path) -> None:
     seen = json.loads((tmp_path / "seen.json").read_text())["parsers"]["idx"]
     assert seen["inputs"] > 100
     assert seen["found"] == 0
+
+
+# ---- nowhere to write ----
+
+
+@pytest.fixture(params=["ro", "size=4k"])
+def no_room(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder on a disk that is read-only, or full."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", request.param, "tmpfs", str(place)]
+    if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs a Linux root")
+    if request.param != "ro":
+        (place / "full").write_bytes(bytes(4096))
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_without_room_is_named_by_every_command(
+    no_room: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, faces = str(tmp_path / "model"), tmp_path / "faces"
+    BTNet(build_backbone(TINY), (7,)).save(model)
+    faces.mkdir()
+    (faces / "a.png").write_bytes(encode(torch.zeros(3, 9, 9, dtype=torch.uint8)))
+    (tmp_path / "people" / "one").mkdir(parents=True)
+    (tmp_path / "people" / "one" / "a.png").write_bytes((faces / "a.png").read_bytes())
+    committed = str(Path(__file__).resolve().parents[1] / "figures")
+    for command in (
+        ["embed", str(faces), "--model", model, "--out", str(no_room / "out.npz")],
+        ["export", "--model", model, "--format", "torchscript", "--out", str(no_room / "out")],
+        ["figures", "--runs", committed, "--out", str(no_room / "out")],
+        ["pack", str(tmp_path / "people"), str(no_room / "out")],
+        ["train", "--config", str(no_room / "none.json"), "--out", str(no_room / "out")],
+        ["reproduce", "--only", "02", "--runs", str(no_room / "out")],
+    ):
+        assert main(command) == 2, command
+        said = capsys.readouterr().err
+        assert said.startswith(f"btnet {command[0]}: "), said
+        assert str(no_room) in said
+    assert not [path for path in no_room.rglob("*") if path.is_file() and path.stat().st_size and path.name != "full"]

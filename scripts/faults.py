@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def start(command: list[str], place: Path, log: Path) -> subprocess.Popen:
         )
 
 
+def phase(out: Path) -> str:
+    """How far the command had come when it was killed, by what is on the disk."""
+    if list(out.rglob("results/*.json")):
+        return "results recorded"
+    records, states = list(out.rglob("run.json")), list(out.rglob("checkpoint/state.pt"))
+    if records and len(records) >= len(states):
+        return "between two trainings, or after the last"
+    return "training, with a checkpoint" if states else "before the first checkpoint"
+
+
 def torture(kind: str, kills: int, dice: random.Random, folder: Path) -> dict[str, Any]:
     """Run, then kill and go on ``kills`` times; what was seen."""
     whole, cut = folder / "whole", folder / "cut"
@@ -103,7 +114,7 @@ def torture(kind: str, kills: int, dice: random.Random, folder: Path) -> dict[st
     command, began = KINDS[kind](whole), time.monotonic()
     if start(command, whole, folder / "log").wait():
         raise SystemExit(f"{kind}: the undisturbed run failed:\n{(folder / 'log').read_text()[-3000:]}")
-    seconds, moments = time.monotonic() - began, []
+    seconds, moments, phases = time.monotonic() - began, list[float](), Counter[str]()
     command = KINDS[kind](cut)
     for trunk in whole.glob("trunk.safetensors"):  # the input of adapt, with random weights
         (cut / trunk.name).write_bytes(trunk.read_bytes())
@@ -115,6 +126,7 @@ def torture(kind: str, kills: int, dice: random.Random, folder: Path) -> dict[st
             process.kill()
             process.wait()
             moments.append(round(wait, 2))
+            phases[phase(cut / "out")] += 1
             continue
         if status:
             return {"kills": moments, "failed": (folder / "log").read_text()[-3000:]}
@@ -129,6 +141,7 @@ def torture(kind: str, kills: int, dice: random.Random, folder: Path) -> dict[st
     ]
     return {
         "kills": moments,
+        "phases": dict(phases),
         "seconds": round(seconds, 1),
         "ends": len(ends),
         "compared": len(expected),
@@ -143,18 +156,19 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    dice, report = random.Random(options.seed), {}
+    dice, kinds = random.Random(options.seed), dict[str, Any]()
     with tempfile.TemporaryDirectory() as folder:
         for kind in options.kinds.split(","):
-            report[kind] = seen = torture(kind, options.kills, dice, Path(folder) / kind)
+            kinds[kind] = seen = torture(kind, options.kills, dice, Path(folder) / kind)
             if "failed" in seen:
                 print(f"{kind}: FAILED after kills at {seen['kills']} s:\n{seen['failed']}")
             else:
-                print(f"{kind}: {len(seen['kills'])} kills at {seen['kills']} s, {seen['ends']} ends, {seen['compared']} files "
+                print(f"{kind}: {len(seen['kills'])} kills at {seen['kills']} s ({seen['phases']}), {seen['ends']} ends, {seen['compared']} files "
                       f"compared, different: {seen['different'] or 'none'}", flush=True)  # fmt: skip
     if options.out:
-        options.out.write_text(json.dumps({"seed": options.seed, "kinds": report, **environment()}, indent=1) + "\n")
-    return int(any(seen.get("failed") or seen.get("different") for seen in report.values()))
+        report = {"command": f"python scripts/faults.py --kills {options.kills} --seed {options.seed}", "kinds": kinds}
+        options.out.write_text(json.dumps({**report, **environment()}, indent=1) + "\n")
+    return int(any(seen.get("failed") or seen.get("different") for seen in kinds.values()))
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def fuzz_one(name: str, corpus: Path, seconds: int) -> None:
             import scipy.io
 
             assert scipy.io
-            seeds, read = [], mat_reader(place)
+            seeds, read = list[bytes](), mat_reader(place)
         else:
             seeds, read = harnesses(place)[name]
     for i, seed in enumerate(seeds):
@@ -228,7 +228,7 @@ def run(name: str, seconds: int, folder: Path) -> dict[str, Any]:
 
     corpus, began = folder / name, time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    executions, coverage, contained, found = 0, 0, 0, []
+    executions, coverage, contained, found = 0, 0, 0, list[str]()
     while not found and (left := round(seconds - (time.monotonic() - began))) > 0:
         command = [sys.executable, __file__, "--one", name, "--corpus", str(corpus), "--seconds", str(left)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")

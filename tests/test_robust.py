@@ -29,12 +29,14 @@ from btnet_core.cli import main
 from btnet_core.datasets import matfile
 from btnet_core.errors import BTNetError, CheckpointError, ConfigError
 from btnet_core.images import encode
+from btnet_core.reproduce import locked
 from btnet_core.training import checkpoint
 from btnet_core.training.classifier import load_classifier, save_classifier
 from btnet_core.training.config import TrainConfig
 
 TINY = BackboneConfig(name="iresnet18", width=0.0625, embedding=4)
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FACES = "synthetic:identities=4,images=3,seed=0"
 # What is put in the place of a stretch of the file: at the front is its structure, at the end its numbers.
 damage = st.tuples(st.floats(0, 1), st.sampled_from([1, 8, 200]), st.binary(min_size=1, max_size=8))
 
@@ -231,6 +233,12 @@ def no_room(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def settled(folder: Path) -> Path:
+    """The file of a configuration."""
+    (folder / "c.json").write_text(TrainConfig(data=FACES, backbone=TINY, batch=4, epochs=1, warmup_epochs=0).to_json())
+    return folder / "c.json"
+
+
 def test_a_disk_without_room_is_named_by_every_command(
     no_room: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -246,7 +254,8 @@ def test_a_disk_without_room_is_named_by_every_command(
         ["export", "--model", model, "--format", "torchscript", "--out", str(no_room / "out")],
         ["figures", "--runs", committed, "--out", str(no_room / "out")],
         ["pack", str(tmp_path / "people"), str(no_room / "out")],
-        ["train", "--config", str(no_room / "none.json"), "--out", str(no_room / "out")],
+        ["train", "--config", str(settled(tmp_path)), "--out", str(no_room / "out")],
+        ["adapt", "--trunk", f"{model}/trunk.safetensors", "--faces", FACES, "--out", str(no_room / "out")],
         ["reproduce", "--only", "02", "--runs", str(no_room / "out")],
     ):
         assert main(command) == 2, command
@@ -254,3 +263,65 @@ def test_a_disk_without_room_is_named_by_every_command(
         assert said.startswith(f"btnet {command[0]}: "), said
         assert str(no_room) in said
     assert not [path for path in no_room.rglob("*") if path.is_file() and path.stat().st_size and path.name != "full"]
+
+
+# ---- folders that others use, or that another version wrote ----
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> dict[str, list[str]]:
+    """Of everything that works in a folder for long: out of the same folder, ``out``."""
+    trunk, out = tmp_path / "trunk.safetensors", str(tmp_path / "out")
+    options = ["--set", "batch=4", "--out", out, "--device", "cpu"]
+    save_backbone(build_backbone(TINY), trunk)
+    return {
+        "train": ["train", "--config", str(settled(tmp_path)), "--out", out, "--device", "cpu"],
+        "adapt": ["adapt", "--trunk", str(trunk), "--faces", FACES, "--resolutions", "7", *options],
+        "reproduce": ["reproduce", "--runs", out, "--only", "02"],
+    }
+
+
+HELD = {"train": "out", "adapt": "out/train/branch_7", "reproduce": "out/demo"}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_second_run_in_a_folder_is_told_who_is_there(
+    name: str, commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    place = tmp_path / HELD[name]
+    place.mkdir(parents=True)
+    with locked(place) if name == "reproduce" else checkpoint.alone(place):
+        assert main(commands[name]) == 2
+    said = capsys.readouterr().err
+    assert f"process {os.getpid()}" in said
+    assert str(place) in said
+
+
+@pytest.mark.parametrize("name", ["train", "adapt"])
+@pytest.mark.parametrize("state", [{"format": 99}, {"step": 3}, [1]])
+def test_a_checkpoint_of_another_version_is_told_and_kept(
+    name: str, state: Any, commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / HELD[name] / checkpoint.STATE
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    before = path.read_bytes()
+    assert main(commands[name]) == 2
+    assert f"{path}: format" in (said := capsys.readouterr().err)
+    assert f"expected {checkpoint.FORMAT}" in said
+    assert "--fresh" in said
+    assert path.read_bytes() == before
+    if name == "train":
+        assert main([*commands[name], "--fresh"]) == 0
+
+
+@pytest.mark.parametrize("name", ["train", "adapt"])
+def test_missing_data_is_told_before_anything_is_written(
+    name: str, commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for missing in ("nowhere/train.rec", "nowhere"):
+        line = [word.replace(FACES, str(tmp_path / missing)) for word in commands[name]]
+        (tmp_path / "c.json").write_text(TrainConfig(data=str(tmp_path / missing), backbone=TINY).to_json())
+        assert main(line) == 2
+        assert str(tmp_path / missing) in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".pt", ".safetensors", ".jsonl")]

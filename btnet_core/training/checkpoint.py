@@ -73,11 +73,12 @@ def load_state(out: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged or unsafe files
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: format {state.get('format') if isinstance(state, dict) else None}, expected {FORMAT}"
-        )
+            f"{path}: cannot be read ({type(error).__name__}: {error}); --fresh starts over"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
+        raise CheckpointError(f"{path}: format {found}, expected {FORMAT}: of another version; --fresh starts over")
     return state
 
 

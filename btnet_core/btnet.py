@@ -177,6 +177,8 @@ class BTNet(nn.Module):
         couple_at: for a resolution, the unit where its branch ends, if not the standard one (Figure 7).
     """
 
+    mode = ""  # of inference, see fast
+
     def __init__(
         self, trunk: Backbone, resolutions: Sequence[int] = (28, 14, 7), *, couple_at: dict[int, str] | None = None
     ) -> None:
@@ -275,6 +277,16 @@ class BTNet(nn.Module):
         if normalise:
             embeddings = nn.functional.normalize(embeddings)
         return (embeddings, info) if return_info else embeddings
+
+    def fast(self, mode: str, faces: Iterable = ()) -> BTNet:
+        """This BTNet for quick inference on a CPU in ``mode`` "fp32", "bf16" or "int8" (calibrated on ``faces``): fast.py.
+
+        Raises:
+            ConfigError: an unknown mode, or one that cannot run here.
+        """
+        from btnet_core.fast import FastBTNet
+
+        return FastBTNet(self, mode, faces)
 
     # ---- storage (paper 3.4): the trunk once, each resolution as its own small file ----
 

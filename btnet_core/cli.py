@@ -247,6 +247,7 @@ def add_embed(commands: Commands) -> None:
     parser.add_argument("--out", required=True, metavar="FILE.npz", help="names, embeddings, branch, reliability, …")
     parser.add_argument("--keep-going", action="store_true", help="leave out unreadable images and list them")
     _add_model(parser)
+    _add_mode(parser)
 
 
 def run_embed(options: argparse.Namespace) -> int:
@@ -272,6 +273,7 @@ def add_verify(commands: Commands) -> None:
     parser.add_argument("second", metavar="B")
     parser.add_argument("--threshold", type=float, help="cosine above which it is one person (default: the model's)")
     _add_model(parser)
+    _add_mode(parser)
 
 
 def run_verify(options: argparse.Namespace) -> None:
@@ -292,6 +294,7 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument("--pairs", action="append", required=True, metavar="SET", help=".bin or pairs.txt; repeatable")
     parser.add_argument("--baseline", action="store_true", help="also the trunk on faces scaled up")
     _add_model(parser, select=False)
+    _add_mode(parser)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -417,6 +420,11 @@ def _add_model(parser: argparse.ArgumentParser, select: bool = True) -> None:
     _add_machine(parser)
 
 
+def _add_mode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mode", metavar="MODE", help="quick inference on a CPU: fp32, bf16 or int8 (docs/fast.md)")
+    parser.add_argument("--calibrate", metavar="FACES", help="for int8: a folder or RecordIO of full-size faces")
+
+
 def _selection(rule: str) -> dict[str, str]:
     indicator, _, rounding = rule.partition("+")
     return {"indicator": indicator, "rounding": rounding}
@@ -438,7 +446,12 @@ def _model(options: argparse.Namespace) -> Any:
     from .embedders import resolve_device
 
     _adapter(options)  # importing it is enough: the model names its class
-    return BTNet.load(options.model).to(resolve_device(options.device)).eval()
+    net = BTNet.load(options.model).to(resolve_device(options.device)).eval()
+    if not getattr(options, "mode", None):
+        return net
+    from .fast import some_faces
+
+    return net.fast(options.mode, some_faces(options.calibrate) if options.calibrate else ())
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -132,6 +132,9 @@ class BranchEmbedder(Embedder):
     def network(self, r: int) -> nn.Module:
         return self.btnet.route(r)
 
+    def fingerprint(self, r: int) -> str:
+        return " ".join(filter(None, (super().fingerprint(r), self.btnet.mode)))
+
     def _embed(self, pixels: Tensor, r: int) -> Tensor:
         trunk = self.btnet.trunk
         faces = resize(trunk.crop(pixels), scaled_size(r, trunk.config.size), self.how)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btnet_core import fast
-from btnet_core.backbones import Backbone, BackboneConfig, build_backbone
+from btnet_core.backbones import Backbone, BackboneConfig, build_backbone, load_backbone
 from btnet_core.btnet import BTNet
 from btnet_core.cli import main
 from btnet_core.datasets.faces import open_faces
@@ -112,10 +112,23 @@ def test_embeddings_of_a_mode(name: str, mode: str) -> None:
     got, same = quick.embed(images, return_info=True)
     assert same == info
     assert got.dtype == torch.float32
-    assert F.cosine_similarity(got, expected).mean() > COSINE[mode]
+    untrained = 0.01 if mode == "int8" else 0.0  # narrow and random: rounding averages out less than in real networks
+    assert F.cosine_similarity(got, expected).mean() > COSINE[mode] - untrained
     assert quick.mode in BranchEmbedder(quick, device="cpu").fingerprint(7)
     if mode != "fp32":
         assert (got - expected).abs().max() > 1e-5, "nothing was rounded"
+
+
+@pytest.mark.parametrize("mode", fast.MODES)
+def test_trained_model(mode: str, btnet_data: Path) -> None:
+    try:
+        fast.check_mode(mode)
+    except ConfigError as reason:
+        pytest.skip(str(reason))
+    net = BTNet(load_backbone(btnet_data / "mobilefacenet_casia.safetensors"), ())
+    faces = open_faces(str(btnet_data / "lfw_devtest")).images(range(32))
+    quick = net.fast(mode, fast.some_faces(str(btnet_data / "faces_train")))
+    assert F.cosine_similarity(quick.embed(faces), net.embed(faces)).mean() > COSINE[mode]
 
 
 def test_a_mode_that_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from btnet_core.backbones import (
     write_safetensors,
 )
 from btnet_core.errors import CheckpointError, ConfigError, DataError
-from btnet_core.images import Resize, check_pixels, decode, resize, scaled_size
+from btnet_core.images import Resize, check_pixels, decode, from_pil, read, resize, scaled_size
 
 log = logging.getLogger(__name__)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -378,12 +378,10 @@ def to_pixels(image, where: str) -> Tensor:
         DataError: naming ``where``.
     """
     if isinstance(image, (str, Path)):
-        try:
-            return decode(Path(image).read_bytes(), where=f"{where} ({image})")
-        except OSError as error:
-            raise DataError(f"{where}: cannot read {image} ({error.strerror})") from error
+        where = f"{where} ({image})"
+        return decode(read(image, where), where=where)
     if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
+        return from_pil(lambda: image, where)
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3:
             raise DataError(f"{where}: got an array of shape {image.shape}, expected (H, W, 3), RGB")

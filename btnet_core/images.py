@@ -6,8 +6,12 @@ Pixels are RGB, channels first, ``(B, 3, H, W)`` or ``(3, H, W)``, in [0, 255], 
 from __future__ import annotations
 
 import io
+import os
+import stat
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +22,7 @@ from torch.nn import functional as F
 from btnet_core.errors import ConfigError, DataError
 
 KERNELS = ("bilinear", "bicubic", "area", "nearest")
+MAX_BYTES = 2**28  # of an image file
 MAX_SIDE = 8192  # pixels; a larger "face" is a mistake or a decompression bomb
 
 
@@ -114,6 +119,23 @@ def scaled_size(r: int, size: tuple[int, int]) -> tuple[int, int]:
     return r, max(1, round(r * size[1] / size[0]))
 
 
+def read(path: str | Path, where: str = "") -> bytes:
+    """The content of an image file.
+
+    Raises:
+        DataError: it cannot be read, is no plain file (a pipe would be waited for), or has more than 256 MB.
+            ``where`` (the path, if not given) is named in the message.
+    """
+    where = where or str(path)
+    try:
+        about = os.stat(path)
+        if stat.S_ISREG(about.st_mode) and about.st_size <= MAX_BYTES:
+            return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise DataError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    raise DataError(f"{where}: no plain file of at most {MAX_BYTES:,} bytes")
+
+
 def decode(data: bytes, *, where: str) -> Tensor:
     """Decode JPEG, PNG, … bytes to uint8 RGB ``(3, H, W)``.
 
@@ -121,22 +143,25 @@ def decode(data: bytes, *, where: str) -> Tensor:
         DataError: the bytes are no image, are cut short, or decode to more than 8192 pixels a side.
             ``where`` (file, record) is named in the message.
     """
+    return from_pil(lambda: Image.open(io.BytesIO(data)), where)
+
+
+def from_pil(opened: Callable[[], Image.Image], where: str) -> Tensor:
+    """What ``opened`` returns as uint8 RGB ``(3, H, W)``; Pillow may read its pixels only now. Raises as ``decode`` does."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                if max(image.size) > MAX_SIDE:
-                    raise DataError(
-                        f"{where}: image of {image.size[0]}x{image.size[1]}, the limit is {MAX_SIDE} a side"
-                    )
-                array = np.array(image.convert("RGB"))
+            image = opened()
+            if max(image.size) > MAX_SIDE:
+                raise DataError(f"{where}: image of {image.size[0]}x{image.size[1]}, the limit is {MAX_SIDE} a side")
+            rows = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except DataError:
         raise
     except UnidentifiedImageError:  # whose own text is an address in memory
         raise DataError(f"{where}: cannot decode image (in no known format)") from None
     except Exception as error:  # Pillow raises many types for damaged files
         raise DataError(f"{where}: cannot decode image ({type(error).__name__}: {error})") from error
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(rows.transpose(2, 0, 1).copy())
 
 
 def encode(pixels: Tensor, kind: str = "PNG") -> bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from btnet_core import images
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.images import Resize, check_pixels, decode, degrade, encode, resize
 
@@ -136,3 +139,25 @@ def test_any_bytes_decode_or_raise_data_error(tail: bytes, at: int, value: int) 
     for data in (tail, bytes(good) + tail):
         with contextlib.suppress(DataError):
             assert decode(data, where="x").shape[0] == 3
+
+
+def test_a_file_that_is_no_plain_file_of_an_images_size_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "whole.png").write_bytes(b"content")
+    assert images.read(tmp_path / "whole.png") == b"content"
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for a writer
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(images.MAX_BYTES + 1)
+    for name in ("folder.png", "pipe.png", "huge.png"):
+        with pytest.raises(DataError, match=f"{name}: no plain file of at most"):
+            images.read(tmp_path / name)
+    for name in ("none.png", "nul\0.png", "x" * 5000):
+        with pytest.raises(DataError, match="cannot be read"):
+            images.read(tmp_path / name)
+
+
+def test_an_image_that_pillow_has_opened_and_not_read(tmp_path: Path) -> None:
+    whole = encode(face())
+    assert torch.equal(images.from_pil(lambda: Image.open(io.BytesIO(whole)), "x"), face())
+    with pytest.raises(DataError, match="x: cannot decode image"):
+        images.from_pil(lambda: Image.open(io.BytesIO(whole[: len(whole) // 2])), "x")

@@ -168,10 +168,7 @@ class _Files:
         self.files = files
 
     def __call__(self, index: int) -> bytes:
-        try:
-            return self.files[index].read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.files[index]}: cannot be read ({error})") from error
+        return pixels.read(self.files[index])
 
     def where(self, index: int) -> str:
         return f"{self.files[index]} (image {index})"

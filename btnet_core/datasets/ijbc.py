@@ -86,9 +86,7 @@ def _subjects(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _aligned(root: Path, names: np.ndarray, landmarks: np.ndarray, i: int) -> Tensor:
     path = root / "loose_crop" / names[i]
     try:
-        return align(pixels.decode(path.read_bytes(), where=str(path)), landmarks[i])
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        return align(pixels.decode(pixels.read(path), where=str(path)), landmarks[i])
     except DataError as error:
         raise error if str(path) in str(error) else DataError(f"{path}: {error}") from None
 

@@ -15,7 +15,7 @@ from btnet_core.datasets.faces import identity_folders, open_faces
 from btnet_core.datasets.recordio import write_face_records
 from btnet_core.datasets.verification import parse_bin, parse_pairs, write_bin
 from btnet_core.errors import ConfigError, DataError
-from btnet_core.images import decode, encode, resize
+from btnet_core.images import decode, encode, read, resize
 
 RESEARCH = "research only; faces of real people, do not redistribute"
 
@@ -109,7 +109,7 @@ def crop_lfw(file: Path) -> bytes:
     The centred square of 140 pixels, a little above the middle: LFW's faces all lie there. It is no five-point
     alignment: accuracies are lower than on aligned crops.
     """
-    picture = decode(file.read_bytes(), where=str(file))
+    picture = decode(read(file), where=str(file))
     if tuple(picture.shape) != (3, 250, 250):
         raise DataError(f"{file}: got {tuple(picture.shape)}, expected a picture of (3, 250, 250)")
     return encode(resize(picture[:, 50:190, 55:195], 112).round().to(torch.uint8), "JPEG")
@@ -162,7 +162,7 @@ def pack_pairs(pairs: Path, out: Path, folder: Path | None = None) -> int:
 
 def face_bytes(file: Path) -> bytes:
     """The file's own bytes if it is a JPEG or PNG of 112x112, else the face resized to that, as PNG."""
-    data = file.read_bytes()
+    data = read(file)
     image = decode(data, where=str(file))
     if tuple(image.shape[1:]) == (112, 112) and data.startswith((b"\xff\xd8\xff", b"\x89PNG")):
         return data

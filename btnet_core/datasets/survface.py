@@ -36,10 +36,7 @@ class Crops(Sequence[Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
-        try:
-            return pixels.decode(self.files[index].read_bytes(), where=str(self.files[index]))
-        except OSError as error:
-            raise DataError(f"{self.files[index]}: cannot be read ({error})") from error
+        return pixels.decode(pixels.read(self.files[index]), where=str(self.files[index]))
 
     def load(self, indices: Iterable[int]) -> list[Tensor]:
         return read_parallel(self.__getitem__, indices)

@@ -189,7 +189,7 @@ def pairs_file(path: str | Path, folder: str | Path | None = None) -> PairSet:
     """A verification set from LFW's ``pairs.txt`` over a folder of images (:func:`parse_pairs`)."""
     files, same = parse_pairs(path, folder)
     digest = checksum([Path(path), *sorted(set(files))])
-    return _pair_set(Path(path).stem, digest, [f.read_bytes() for f in files], np.array(same), [str(f) for f in files])
+    return _pair_set(Path(path).stem, digest, [pixels.read(f) for f in files], np.array(same), [str(f) for f in files])
 
 
 def six_verification_sets(root: str | Path | None = None) -> dict[str, PairSet]:

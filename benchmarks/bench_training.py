@@ -17,24 +17,23 @@ trunks gain more than the bound. "losses differ by" is of the first step; later 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from btnet_core import bench
 from btnet_core.backbones import BackboneConfig, build_backbone, embed_features, save_backbone
 from btnet_core.btnet import NORMS
 from btnet_core.costs import count_macs
 from btnet_core.datasets.faces import open_faces
 from btnet_core.embedders import autocast
-from btnet_core.results import environment
 from btnet_core.training import methods
 from btnet_core.training.data import TeacherCache
 from btnet_core.training.loop import _clip
@@ -159,25 +158,34 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--cases", default=",".join(CASES), help="default: %(default)s")
+    began, parser = time.monotonic(), bench.options(__doc__)
+    parser.add_argument("--cases", help=f"of {','.join(CASES)} (default: all); --out keeps its others")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    names, rows = options.cases.split(","), {}
+    names, rows = (options.cases or "demo-7" if options.quick else options.cases or ",".join(CASES)).split(","), {}
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"unknown cases {', '.join(unknown)}; known: {', '.join(CASES)}")
     print(
         f"{'images/s':<20}{'plain':>8}{'full':>8}{'cached':>8}   x plain  x full  (bound)  losses differ by: plain, full"
     )
+    if options.cases and options.out and options.out.is_file():
+        rows = json.loads(options.out.read_text())["values"]["cases"]
     for name in names:
-        row = rows[name] = measure(CASES[name], torch.device(options.device))
+        case = replace(CASES[name], batch=4, steps=4) if options.quick else CASES[name]
+        row = rows[name] = measure(case, torch.device(options.device))
         print(
             f"{name:<20}{row['plain']:8.1f}{row['full']:8.1f}{row['cached']:8.1f}{row['times_plain']:9.2f}"
             f"{row['times_full']:8.2f}   ({row['bound_full']:.2f})  {row['loss_difference_plain']['first']:.1e}, "
             f"{row['loss_difference_full']['first']:.1e}", flush=True)  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps({"cases": rows, **environment()}, indent=1) + "\n")
+    bench.write(options, goals(rows), {"cases": rows}, began)
+
+
+def goals(rows: dict[str, Any]) -> list[dict[str, Any]]:
+    """At least three times the full loop in plain PyTorch, in each case."""
+    return [
+        bench.goal(f"branch training, {name}: times faster than plain, full", row["times_plain"], 3, at_least=True)
+        for name, row in rows.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def main() -> None:
         values = compare(faces, order, rounds, Path(folder), options.mxnet)
     values["workers"] = {str(n): by_workers(faces, order, n) for n in (1, 2)}
     values["threads"] = {str(os.cpu_count()): count / median(seconds(lambda: faces.images(order)) for _ in range(3))}
-    values["images"] = count
+    values |= {"images": count, "bytes": sum(len(faces.encoded(i)) for i in order) / count}
     for name, rate in {**values["records"], **values["decoded images"]}.items():
         print(f"{name:<24}{rate:10.0f} a second")
     print("workers", values["workers"], "threads", values["threads"])

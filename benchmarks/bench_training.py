@@ -70,7 +70,7 @@ def train_step(run: Run, step: int, *, full: bool) -> tuple[float, float]:
     batch = run.sampler.batch(step % run.sampler.steps)
     pixels = run.pixels.get(batch.records) if full else None
     x, teacher = run.inputs(batch, pixels)
-    if full:
+    if full and teacher:  # none where a trunk is trained (bench_growth.py)
         finish_teacher(run, teacher[0])
     if run.precision == "fp32" and full:
         x, teacher = x.contiguous(), [part.contiguous() for part in teacher]

@@ -634,3 +634,73 @@ def table_figure(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapp
         y += 0.3 * line
     rule((y - 0.35 * line,) * 2, linewidth=1)
     return figure
+
+
+@_paper_ready
+def benchmarks(values: Mapping[str, Any]) -> Figure:
+    """How far each benchmark is beyond its goal: ``rows`` of bench.collect. Hollow: not reached."""
+    rows = values["rows"]
+    kinds = list(dict.fromkeys(row["benchmark"] for row in rows))
+    colour = dict(zip(kinds, itertools.cycle((BLUE, ORANGE, GREEN, PURPLE, BROWN, SKY)), strict=False))
+    figure, axes = plt.subplots(figsize=(PAGE, 0.6 + 0.155 * len(rows)), layout="constrained")
+    axes.axvline(1, color="#444444", linewidth=0.8)
+    cells: list[tuple[float, str, str, str]] = [(-1.1, "measured", "goal", "bold")]
+    for y, row in enumerate(rows):
+        factor = row["value"] / row["goal"] if row["at_least"] else row["goal"] / row["value"]
+        face = colour[row["benchmark"]] if row["reached"] else "white"
+        axes.plot((1, factor), (y, y), color=colour[row["benchmark"]])
+        axes.plot(factor, y, "o", color=colour[row["benchmark"]], markerfacecolor=face, markeredgewidth=1.1)
+        goal = f"{'≥' if row['at_least'] else '≤'} {row['goal']:g}"
+        cells.append((y, f"{row['value']:.0f}" if row["value"] >= 100 else f"{row['value']:.3g}", goal, "normal"))
+    for y, value, goal, weight in cells:
+        place = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 6, "weight": weight}
+        axes.text(1.12, y, value, ha="right", **place)
+        axes.text(1.15, y, goal, ha="left", **place)
+    axes.set_yticks(range(len(rows)), [row["what"] for row in rows], fontsize=6)
+    axes.set(
+        xscale="log", ylim=(len(rows) - 0.4, -0.6), xlabel="times better than the goal (1: just reached; hollow: not)"
+    )
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+@_paper_ready
+def cost_growth(values: Mapping[str, Any]) -> Figure:
+    """Time and memory as images, identities, the gallery and resolutions grow: the values of bench_growth.json."""
+    figure, grid = plt.subplots(2, 3, figsize=(PAGE, 3.9), layout="constrained")
+    images, kinds = values["images"], list(dict.fromkeys(row["kind"] for row in values["identities"]))
+
+    def curve(axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str, **style: Any) -> None:
+        axes.plot([row[x] for row in rows], [row[y] for row in rows], **{"marker": "o", **style})
+
+    curve(grid[0, 0], images["steps"], "images", "ms", color=BLUE, label="step, batch 32")
+    curve(grid[0, 0], images["draws"], "images", "ms a step", color=ORANGE, marker="s", label="drawing the batch")
+    for kind, colour, marker in zip(kinds, (BLUE, ORANGE, GREEN), "osD", strict=False):
+        rows, style = [row for row in values["identities"] if row["kind"] == kind], {"color": colour, "marker": marker}
+        curve(grid[0, 1], rows, "classes", "ms", label=kind, **style)
+        curve(grid[0, 2], rows, "classes", "MiB", **style)
+        curve(grid[0, 2], rows, "classes", "MiB on paper", **style | HOLLOW)
+    curve(grid[1, 0], values["gallery"], "gallery", "ms a probe", color=PURPLE)
+    curve(grid[1, 1], values["gallery"], "gallery", "MiB", color=PURPLE)
+    for axes, x, y in ((grid[0, 0], "images", "ms a step"), (grid[0, 1], "identities", "classifier, ms a step"),
+                       (grid[0, 2], "identities", "classifier, MiB"), (grid[1, 0], "gallery", "1:N, ms a probe"),
+                       (grid[1, 1], "gallery", "1:N, MiB")):  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        axes.minorticks_off()
+    rows = [{**row, "MB": row["bytes"] / 1e6, "own": row["bytes as models of their own"] / 1e6}
+            for row in values["resolutions"]]  # fmt: skip
+    curve(grid[1, 2], rows, "resolutions", "MB", color=BLUE, label="BTNet")
+    curve(grid[1, 2], rows, "resolutions", "own", color=GREY, marker="s", label="a model each")
+    grid[1, 2].set(
+        xlabel="resolutions", ylabel="stored, MB", ylim=(0, None), xticks=[row["resolutions"] for row in rows]
+    )
+    grid[0, 0].legend()
+    grid[0, 1].legend()
+    grid[1, 2].legend()
+    black = {"color": "#444444", "marker": "o"}
+    marks = [plt.Line2D([], [], linestyle="none", **black), plt.Line2D([], [], **black | HOLLOW)]
+    grid[0, 2].legend(marks, ["measured", "on paper"])
+    return figure

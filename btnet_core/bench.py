@@ -40,9 +40,12 @@ def reached(row: dict[str, Any]) -> bool:
     return row["value"] >= row["goal"] if row["at_least"] else row["value"] <= row["goal"]
 
 
-def write(given: argparse.Namespace, goals: Sequence[dict[str, Any]], values: dict[str, Any], began: float) -> None:
-    """Print the goals and write them with `values`, the machine and the seconds since `began` to `--out`."""
-    machine = results.environment()
+def write(
+    given: argparse.Namespace, goals: Sequence[dict[str, Any]], values: dict[str, Any], began: float,
+    machine: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Print the goals and write them with `values`, the machine (this one) and the seconds since `began` to `--out`."""
+    machine = machine or results.environment()
     rows = [row | {"machine": describe(machine)} for row in goals]
     print(table(rows), flush=True)
     if given.out:
@@ -126,22 +129,14 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def notebooks() -> dict[str, float]:
-    """Seconds that each notebook of the recorded demo took."""
-    records = [json.loads(path.read_text()) for path in sorted((RECORDED / "results").glob("[0-9]*.json"))]
-    return {record["name"]: record["seconds"] for record in records if record["scale"] == "demo"}
-
-
 def report(folder: Path, wanted: Sequence[str] = ()) -> str:
-    """The table of ``folder``; all of it also as ``results/bench.json`` and as the figure ``benchmarks`` beside it."""
+    """The table of ``folder``; without ``wanted`` also bench.json of all of it, and the figures made from there."""
     from .figures import remake
 
-    rows, demo = collect(folder, wanted), notebooks()
+    rows = collect(folder, wanted)
     if not wanted and not any(row["quick"] for row in rows):
-        results.record(folder, "bench", {"rows": rows, "notebooks": demo}, seconds=sum(demo.values()))
-        remake(folder, "bench", out=folder)
-    lines = [table(rows)]
-    if demo:
-        took = ", ".join(f"{name[:2]} {seconds:.0f}" for name, seconds in demo.items())
-        lines.append(f"the demo's notebooks, seconds as recorded: {took}; together {sum(demo.values()) / 60:.1f} min")
-    return "\n".join(lines)
+        results.record(folder, "bench", {"rows": rows})
+        for source in ("bench", "bench_growth"):
+            if (folder / "results" / f"{source}.json").is_file():
+                remake(folder, source, out=folder)
+    return table(rows)

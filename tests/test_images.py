@@ -161,3 +161,30 @@ def test_an_image_that_pillow_has_opened_and_not_read(tmp_path: Path) -> None:
     assert torch.equal(images.from_pil(lambda: Image.open(io.BytesIO(whole)), "x"), face())
     with pytest.raises(DataError, match="x: cannot decode image"):
         images.from_pil(lambda: Image.open(io.BytesIO(whole[: len(whole) // 2])), "x")
+
+
+@pytest.mark.parametrize("size", [(112, 112), (112, 96), (13, 7), (500, 333)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 2}, {"quality": 30, "optimize": True}])
+def test_a_jpeg_has_pillows_pixels(size: tuple[int, int], options: dict[str, object]) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(face(*[8 * -(-n // 8) for n in size])[:, : size[0], : size[1]].permute(1, 2, 0).numpy()).save(
+        stream, "JPEG", **options
+    )
+    data = stream.getvalue()
+    assert images._jpeg_side(data) == max(size)  # by the quick way
+    assert torch.equal(decode(data, where="x"), images.from_pil(lambda: Image.open(io.BytesIO(data)), "x"))
+    for end in (3, 20, len(data) // 2, len(data) - 20):  # the same verdict on one that is cut short
+        with pytest.raises(DataError, match="cannot decode"):
+            decode(data[:end], where="x")
+
+
+def test_a_jpeg_of_other_colours_or_an_absurd_size_goes_the_usual_way() -> None:
+    for mode in ("L", "CMYK"):
+        stream = io.BytesIO()
+        Image.new(mode, (40, 20)).save(stream, "JPEG")
+        assert images._jpeg_side(stream.getvalue()) == 0
+        assert decode(stream.getvalue(), where="x").shape == (3, 20, 40)
+    data = encode(face(16, 16), "JPEG")
+    frame = data.index(b"\xff\xc0")
+    with pytest.raises(DataError, match="16x65535"):
+        decode(data[: frame + 5] + b"\xff\xff" + data[frame + 7 :], where="x")

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -409,17 +411,34 @@ def _check_fit(module: nn.Module, state: dict[str, Tensor], where: str) -> dict[
     return state
 
 
+def load_torch(path: Path) -> Any:
+    """``torch.load`` on the CPU that runs nothing. Raises many types for damaged or unsafe files.
+
+    An archive that unpacks to more than its own size is refused: torch stores without compression, a bomb does not.
+    """
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\3\4":
+            with zipfile.ZipFile(file) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > path.stat().st_size:
+                raise ValueError(f"unpacks to {size:,} bytes, more than the file has")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_torch(path)
     except Exception as error:  # torch raises many types for damaged or unsafe files
         raise CheckpointError(f"{path}: cannot read weights safely ({type(error).__name__}: {error})") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f"{path}: got {type(state).__name__}, expected a state dict of tensors")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if size > 4 * path.stat().st_size:  # a number repeated by strides, one storage for many tensors
+        raise CheckpointError(f"{path}: announces tensors of {size:,} bytes, many times the file")
     return state
 
 

@@ -12,6 +12,7 @@ import pickle
 import random
 import subprocess
 import sys
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -140,6 +141,28 @@ def test_weights_that_would_run_code_are_refused(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError):
                 load()
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_unpack_to_more_than_the_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    for name, load in (
+        ("foreign.pth", lambda: load_backbone(tmp_path / "foreign.pth")),
+        (checkpoint.STATE, lambda: checkpoint.load_state(tmp_path)),
+    ):
+        plain, path = io.BytesIO(), tmp_path / name
+        torch.save({"format": checkpoint.FORMAT, "a": torch.zeros(10**6)}, plain)
+        with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+            for entry in archive.namelist():
+                bomb.writestr(entry, archive.read(entry))
+        assert path.stat().st_size < 10**5
+        with pytest.raises(CheckpointError, match="unpacks to 4,"):
+            load()
+
+
+def test_weights_that_announce_more_than_the_file_holds_are_refused(tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match="announces tensors of 4,000,000,000,000 bytes"):
+        load_backbone(tmp_path / "backbone.pth")
 
 
 json_values = st.recursive(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from btnet_core.backbones import load_torch
 from btnet_core.errors import CheckpointError, TrainingError
 from btnet_core.training import distributed
 
@@ -71,7 +72,7 @@ def load_state(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_torch(path)
     except Exception as error:  # torch raises many types for damaged or unsafe files
         raise CheckpointError(
             f"{path}: cannot be read ({type(error).__name__}: {error}); --fresh starts over"

@@ -9,6 +9,7 @@ the folded routes in OpenVINO, quantised on some faces by onnxruntime. Inputs an
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -306,6 +307,7 @@ class Quantised:
         import openvino
         from onnxruntime import quantization
 
+        logging.getLogger().addFilter(_advises_nothing)
         with tempfile.TemporaryDirectory() as name:
             whole, small = Path(name) / "whole.onnx", Path(name) / "int8.onnx"
             write_onnx(folded, x[:1].repeat(2, 1, 1, 1), whole)
@@ -324,6 +326,11 @@ class Quantised:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.request.infer({0: x.contiguous().numpy()})[0].copy())
+
+
+def _advises_nothing(record: logging.LogRecord) -> bool:
+    """False for onnxruntime's advice, on the root logger, to simplify a graph that is as simple as it gets."""
+    return "pre-processing" not in record.getMessage()
 
 
 class _Batches:

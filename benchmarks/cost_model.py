@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -127,7 +128,8 @@ def rate_of(device: Device) -> float:
     return reached() * min(device.half / V100.half, device.memory / V100.memory)
 
 
-def tasks(cached: bool = False) -> list[Task]:
+@lru_cache
+def tasks(cached: bool = False) -> tuple[Task, ...]:
     """Trunk and branches of IResNet-50, operations counted from the modules; with or without a cached teacher."""
     with torch.device("meta"):
         net = BTNet(build_backbone(BackboneConfig(name="iresnet50")), RESOLUTIONS)
@@ -146,7 +148,7 @@ def tasks(cached: bool = False) -> list[Task]:
             kept = 2 * (2 * channels + 4 * 3) * r * r  # z_r in half precision and the branch's input in single
             task = replace(task, macs=2 * student + branch, cache=kept)
         found.append(task)
-    return found
+    return tuple(found)
 
 
 def tables(recordio: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -136,7 +136,7 @@ def report(folder: Path, wanted: Sequence[str] = ()) -> str:
     rows = collect(folder, wanted)
     if not wanted and not any(row["quick"] for row in rows):
         results.record(folder, "bench", {"rows": rows})
-        for source in ("bench", "bench_growth"):
+        for source in ("bench", "bench_growth", "bench_inference"):
             if (folder / "results" / f"{source}.json").is_file():
                 remake(folder, source, out=folder)
     return table(rows)

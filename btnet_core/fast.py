@@ -320,7 +320,11 @@ class Quantised:
                 per_channel=True, activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
                 extra_options={"WeightSymmetric": True},
             )  # fmt: skip
-            hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+            hints = {
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "ENABLE_CPU_PINNING": False,
+            }  # PyTorch's threads use the same cores
             core = openvino.Core()
             self.request = core.compile_model(core.read_model(small), "CPU", hints).create_infer_request()
 

@@ -126,6 +126,7 @@ FIGURES: dict[str, tuple[str, Drawing]] = {  # file -> (the result it is made fr
     **{f"table{number}": ("08_template_aggregation", partial(_table, number)) for number in (5, 6, 7, 8)},
     "tables5to8_templates": ("08_template_aggregation", _templates),
     "benchmarks": ("bench", lambda r, a: plots.benchmarks(r["values"])),
+    "bench_inference": ("bench_inference", lambda r, a: plots.inference(r["values"])),
     "cost_growth": ("bench_growth", lambda r, a: plots.cost_growth(r["values"])),
 }
 

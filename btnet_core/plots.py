@@ -638,8 +638,8 @@ def table_figure(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapp
 
 @_paper_ready
 def benchmarks(values: Mapping[str, Any]) -> Figure:
-    """How far each benchmark is beyond its goal: ``rows`` of bench.collect. Hollow: not reached."""
-    rows = values["rows"]
+    """How far each benchmark is beyond its goal: ``rows`` of bench.collect, but for differences. Hollow: not reached."""
+    rows = [row for row in values["rows"] if "points lost" not in row["what"]]
     kinds = list(dict.fromkeys(row["benchmark"] for row in rows))
     colour = dict(zip(kinds, itertools.cycle((BLUE, ORANGE, GREEN, PURPLE, BROWN, SKY)), strict=False))
     figure, axes = plt.subplots(figsize=(PAGE, 0.6 + 0.155 * len(rows)), layout="constrained")
@@ -674,6 +674,7 @@ def cost_growth(values: Mapping[str, Any]) -> Figure:
     images, kinds = values["images"], list(dict.fromkeys(row["kind"] for row in values["identities"]))
 
     def curve(axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str, **style: Any) -> None:
+        rows = [row for row in rows if y != "MiB" or row[y] >= 1]  # less than a process's memory resolves
         axes.plot([row[x] for row in rows], [row[y] for row in rows], **{"marker": "o", **style})
 
     curve(grid[0, 0], images["steps"], "images", "ms", color=BLUE, label="step, batch 32")
@@ -703,4 +704,42 @@ def cost_growth(values: Mapping[str, Any]) -> Figure:
     black = {"color": "#444444", "marker": "o"}
     marks = [plt.Line2D([], [], linestyle="none", **black), plt.Line2D([], [], **black | HOLLOW)]
     grid[0, 2].legend(marks, ["measured", "on paper"])
+    return figure
+
+
+@_paper_ready
+def inference(values: Mapping[str, Any]) -> Figure:
+    """The values of bench_inference.json: each mode under the processor's roof, time by route, and against MACs."""
+    times, (large, small) = values["times"], list(next(iter(values["times"]["ms"].values())))
+    peaks, ms = times["peaks"], times["ms"]
+    colours = {"onnxruntime": GREY, "PyTorch fp32": BROWN, "PyTorch bf16": YELLOW}
+    colours |= dict(zip(times["roofline"], (BLUE, GREEN, RED), strict=False))
+    marks = dict(zip(ms[next(iter(ms))][large], "osD^", strict=False))
+    figure, (roof, bars, ratio) = plt.subplots(1, 3, figsize=(PAGE, 2.7), layout="constrained", width_ratios=(5, 4, 4))
+    x = np.geomspace(1, 3000, 200)
+    for mode, batches in times["roofline"].items():
+        roof.plot(x, np.minimum(peaks[mode], x * peaks["bandwidth"]), color=colours[mode], linewidth=0.8)
+        roof.text(3000, peaks[mode] * 1.04, f"{mode} peak", ha="right", fontsize=6, color=colours[mode])
+        for batch, hollow in ((large, {}), (small, {"markerfacecolor": "none"})):
+            for r, at in batches[batch].items():
+                roof.plot(at["intensity"], at["gmacs"], marks[r], color=colours[mode], linestyle="none", **hollow)
+    roof.set(xscale="log", yscale="log", xlabel="MACs a byte", ylabel="GMAC/s", xlim=(5, 3000), ylim=(20, None))
+    roof.legend([plt.Line2D([], [], color="#444444", marker=mark, linestyle="none") for mark in marks.values()],
+                [f"{r} px" for r in marks], title=f"batch {large} (hollow: {small})", title_fontsize=6, fontsize=6, loc="lower right")  # fmt: skip
+    macs = {r: value / times["macs"]["112"] for r, value in times["macs"].items()}
+    for index, (name, by_batch) in enumerate(ms.items()):
+        rows = by_batch[large]
+        place = np.arange(len(rows)) + (index - len(ms) / 2 + 0.5) * 0.14
+        bars.bar(place, list(rows.values()), 0.13, color=colours[name], label=name)
+        ratio.plot([value / rows["112"] / macs[r] for r, value in rows.items()], color=colours[name], marker="o")
+    bars.set(ylabel=f"ms a face, batch {large}", yscale="log")
+    for axis in (bars.yaxis, roof.yaxis):
+        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(plt.NullLocator())
+    figure.legend(*bars.get_legend_handles_labels(), fontsize=6.5, loc="outside upper center", ncols=6)
+    ratio.axhline(0.9, color="#444444", linestyle=":", linewidth=0.8)
+    ratio.set(ylabel="time / MACs, relative to 112 px")
+    for axes in (bars, ratio):
+        axes.set_xticks(range(len(macs)), [f"{r} px" for r in macs])
     return figure

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,30 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
     header = (place / "trunk.safetensors").read_bytes()
     header = header[: 8 + int.from_bytes(header[:8], "little")]
 
+    # The pickles inside: mutated in their archive, its checksums would keep them out of reach.
+    old = io.BytesIO()
+    torch.save({"format": 1, "a": torch.zeros(2)}, old, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(buffer) as archive:
+        inner = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+    def packed(pickled: bytes) -> bytes:
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w") as archive:
+            for name, content in (
+                ("data.pkl", pickled),
+                ("byteorder", b"little"),
+                ("version", b"3\n"),
+                ("data/0", bytes(24)),
+            ):
+                archive.writestr(f"archive/{name}", content)
+        return out.getvalue()
+
     def read_weights(data: bytes) -> None:
-        kind, rest = (data[0] if data else 0) % 5, data[1:]
+        kind, rest = (data[0] if data else 0) % 7, data[1:]
         if kind < 2:
             load_backbone(keep(place / ("in.safetensors" if kind else "in.pth"), rest))
+        elif kind in (5, 6):
+            load_backbone(keep(place / "in.pth", packed(rest) if kind == 5 else rest))
         elif kind == 2:
             keep(run / checkpoint.STATE, rest)
             checkpoint.load_state(run)
@@ -170,7 +191,7 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
         else:
             TrainConfig.from_json(rest.decode("utf-8", "replace"))
 
-    seeds = (buffer.getvalue(), header, state, record, config)
+    seeds = (buffer.getvalue(), header, state, record, config, inner, old.getvalue())
     found["checkpoint"] = ([bytes([i]) + seed for i, seed in enumerate(seeds)], read_weights)
 
     # images
@@ -193,7 +214,9 @@ def fuzz_one(name: str, corpus: Path, seconds: int) -> None:
     """Run one harness in this process until libFuzzer ends it."""
     import atheris
 
-    with atheris.instrument_imports(include=["btnet_core", "PIL", "scipy.io", "pickle", "safetensors"]):
+    with atheris.instrument_imports(
+        include=["btnet_core", "PIL", "scipy.io", "pickle", "json", "torch._weights_only_unpickler"]
+    ):
         from btnet_core.errors import BTNetError
 
         place = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))

@@ -1,4 +1,4 @@
-"""The README's tables from the recorded results, so that no number in them was typed by hand.
+"""The tables of README and docs/fast.md from the recorded results, so that no number in them was typed by hand.
 
 python scripts/readme.py            # rewrite the blocks between <!-- name --> and <!-- /name -->
 python scripts/readme.py --check    # fail where the README says other than figures/results
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from btnet_core import published, results, summary
+from btnet_core import bench, published, results, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 Records = dict[tuple[str, str], dict[str, Any]]
@@ -124,28 +124,79 @@ def standins(records: Records) -> str:
     return "\n".join(lines) + "\n\n" + markdown(columns, blocks)
 
 
-BLOCKS: dict[str, Callable[[Records], str]] = {
-    "table1": table1,
-    "seeds": seeds,
-    "ablations": ablations,
-    "standins": standins,
+def inference_ms(_: Records) -> str:
+    """docs/fast.md: milliseconds of each mode by route, with onnxruntime's fp32 over them in brackets."""
+    ms = {name: batches["32"] for name, batches in inference()["times"]["ms"].items()}
+    base = ms["onnxruntime"]
+    rows = {name: {f"{r} px": f"{v:.1f} (x {base[r] / v:.1f})" for r, v in row.items()} for name, row in ms.items()}
+    return markdown([f"{r} px" for r in base], {"": rows})
+
+
+def inference_roof(_: Records) -> str:
+    """docs/fast.md: peaks, and the share of them that each mode reaches at batch 32."""
+    times = inference()["times"]
+    rows = {
+        mode: {"peak, GMAC/s": f"{times['peaks'][mode]:.0f}"}
+        | {f"{r} px": f"{100 * at['of_peak']:.0f} %" for r, at in by_batch["32"].items()}
+        for mode, by_batch in times["roofline"].items()
+    }
+    return markdown(next(iter(rows.values())), {"": rows}) + f"\n\nMemory: {times['peaks']['bandwidth']:.0f} GB/s."
+
+
+def inference_accuracy(_: Records) -> str:
+    """docs/fast.md: accuracy of each mode."""
+    reports = inference()["accuracy"]["accuracy"]
+    rows = {m: {s: f"{value:.2f}" for s, value in row.items()} for m, row in reports.items()}
+    return markdown(reports["plain"], {"": rows})
+
+
+def inference() -> dict[str, Any]:
+    return results.load(results.ROOT / "figures", "bench_inference")["values"]
+
+
+SHOWN = ("embed", "ten folds", "1:N", "bf16, 112", "int8, 112", "int8, 7 px", "RecordIO", "branch training, demo-14:",
+         "branch training, mobilefacenet-14", "branch training, iresnet50-14")  # fmt: skip
+
+
+def speed(_: Records) -> str:
+    """Some of the goals that `btnet bench` prints."""
+    lines = {
+        row["what"]: {
+            "measured": f"{row['value']:.3g}",
+            "goal": f"{'≥' if row['at_least'] else '≤'} {row['goal']:g}",
+            "reached": "yes" if row["reached"] else "**no**",
+        }
+        for row in bench.collect(results.ROOT / "figures")
+        if row["what"].startswith(SHOWN) and "MACs" not in row["what"]
+    }
+    return markdown(["measured", "goal", "reached"], {"": lines})
+
+
+BLOCKS: dict[str, dict[str, Callable[[Records], str]]] = {
+    "README.md": {
+        "table1": table1,
+        "seeds": seeds,
+        "ablations": ablations,
+        "standins": standins,
+        "speed": speed,
+    },
+    "docs/fast.md": {"ms": inference_ms, "roof": inference_roof, "accuracy": inference_accuracy},
 }
 
 
 def main() -> int:
     records: Records = summary.collect([results.ROOT / "figures"])
-    readme = ROOT / "README.md"
-    text = was = readme.read_text("utf-8")
-    for name, block in BLOCKS.items():
-        inner = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
-        text, count = inner.subn((block(records) + "\n").replace("\\", r"\\"), text)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} blocks {name}, expected one")
-    if "--check" in sys.argv[1:]:
-        if text != was:
-            raise SystemExit("README.md says other than figures/results: python scripts/readme.py")
-    else:
-        readme.write_text(text, "utf-8")
+    for page, blocks in BLOCKS.items():
+        text = was = (ROOT / page).read_text("utf-8")
+        for name, block in blocks.items():
+            inner = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+            text, count = inner.subn((block(records) + "\n").replace("\\", r"\\"), text)
+            if count != 1:
+                raise SystemExit(f"{page} has {count} blocks {name}, expected one")
+        if "--check" not in sys.argv[1:]:
+            (ROOT / page).write_text(text, "utf-8")
+        elif text != was:
+            raise SystemExit(f"{page} says other than figures/results: python scripts/readme.py")
     return 0
 
 

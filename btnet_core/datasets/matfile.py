@@ -1,6 +1,6 @@
 """MATLAB files read by scipy in a process of its own: its reader can crash on a damaged file, and then only that ends.
 
-Found by fuzzing (scripts/fuzz.py): scipy 1.16's ``loadmat`` reads through a null pointer for some damaged arrays.
+Found by fuzzing (scripts/fuzz.py): scipy 1.17's ``loadmat`` reads through a null pointer for some damaged arrays.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def traffic(route: nn.Module, x: Tensor) -> tuple[int, int]:
 # ---- times -------------------------------------------------------------------------------------------------------
 
 
-def runners(net: BTNet, modes: list[str]) -> dict[str, Callable[[Tensor, int], object]]:
+def runners(net: BTNet, modes: list[str], compiling: bool) -> dict[str, Callable[[Tensor, int], object]]:
     """Everything that is compared: ``run(x, r)``. Routes are compiled at their first call."""
     import onnxruntime
 
@@ -130,12 +130,21 @@ def runners(net: BTNet, modes: list[str]) -> dict[str, Callable[[Tensor, int], o
         with autocast(torch.device("cpu"), "bf16"):
             return net(x.contiguous(memory_format=torch.channels_last), r)
 
+    compiled: dict[int, Any] = {}
+
+    def inductor(x: Tensor, r: int) -> Tensor:
+        if r not in compiled:
+            compiled[r] = torch.compile(net.route(r), options={"freezing": True})
+        with torch.no_grad(), autocast(torch.device("cpu"), "bf16"):
+            return compiled[r](x.contiguous(memory_format=torch.channels_last))
+
     quick = {mode: net.fast(mode, torch.rand(8, 3, 112, 112) * 255) for mode in modes}
     net.to(memory_format=torch.channels_last)
     return {
         "onnxruntime": reference,
         "PyTorch fp32": lambda x, r: net(x.contiguous(memory_format=torch.channels_last), r),
         **({"PyTorch bf16": autocasted} if "bf16" in modes else {}),
+        **({"torch.compile bf16": inductor} if "bf16" in modes and compiling else {}),
         **quick,
     }
 
@@ -157,7 +166,7 @@ def by_unit(net: BTNet, x: Tensor, r: int) -> dict[str, float]:
 
 def times(name: str, modes: list[str], batches: tuple[int, ...], rounds: int) -> tuple[list[dict], dict[str, Any]]:
     net = random_net(name)
-    run = runners(net, modes)
+    run = runners(net, modes, compiling=rounds > 1)  # which takes a minute
     faces = {
         (b, r): torch.rand(b, 3, r, r, generator=torch.Generator().manual_seed(r)) * 2 - 1
         for b in batches
@@ -165,8 +174,10 @@ def times(name: str, modes: list[str], batches: tuple[int, ...], rounds: int) ->
     }
     taken: dict[tuple[str, int, int], list[float]] = {(one, *key): [] for one in run for key in faces}
     with torch.inference_mode():
-        for one, r in ((one, r) for one in run for r in ROWS):  # compiles
-            run[one](faces[1, r], r)
+        setup = dict.fromkeys(run, 0.0)
+        for one in run:  # compiles
+            for (_, r), x in faces.items():
+                setup[one] += seconds(lambda one=one, x=x, r=r: run[one](x, r))
         print("measuring", flush=True)
         peaks = ceilings()
         for _ in range(rounds):
@@ -197,7 +208,8 @@ def times(name: str, modes: list[str], batches: tuple[int, ...], rounds: int) ->
             )
     roof = {mode: {b: {r: roofline(mode, b, macs[r], ms[mode][b][r], *moved[r], peaks) for r in ROWS} for b in batches}
             for mode in modes}  # fmt: skip
-    return goals, {"network": name, "ms": ms, "macs": macs, "peaks": peaks, "roofline": roof, "bf16_by_unit": units}
+    return goals, {"network": name, "ms": ms, "macs": macs, "peaks": peaks, "roofline": roof, "bf16_by_unit": units,
+                   "first_calls_seconds": setup}  # fmt: skip
 
 
 def roofline(

@@ -79,9 +79,10 @@ class Embedder(ABC):
 
     def _has(self, r: int) -> bool:
         try:
-            return bool(self.network(r))
+            self.network(r)
         except ConfigError:
             return False
+        return True
 
     def fingerprint(self, r: int) -> str:
         """Equal for two embedders that give the same embeddings at r: weights, resize and precision."""

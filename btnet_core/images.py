@@ -180,15 +180,14 @@ def from_pil(opened: Callable[[], Image.Image], where: str) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = opened()
-            if max(image.size) > MAX_SIDE:
-                raise DataError(f"{where}: image of {image.size[0]}x{image.size[1]}, the limit is {MAX_SIDE} a side")
-            rows = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except DataError:
-        raise
+            small = max(image.size) <= MAX_SIDE
+            rows = np.asarray(image if image.mode == "RGB" else image.convert("RGB")) if small else None
     except UnidentifiedImageError:  # whose own text is an address in memory
         raise DataError(f"{where}: cannot decode image (in no known format)") from None
     except Exception as error:  # Pillow raises many types for damaged files
         raise DataError(f"{where}: cannot decode image ({type(error).__name__}: {error})") from error
+    if rows is None:
+        raise DataError(f"{where}: image of {image.size[0]}x{image.size[1]}, the limit is {MAX_SIDE} a side")
     return torch.from_numpy(rows.transpose(2, 0, 1).copy())
 
 

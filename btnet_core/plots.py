@@ -691,6 +691,8 @@ def cost_growth(values: Mapping[str, Any]) -> Figure:
                        (grid[1, 1], "gallery", "1:N, MiB")):  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
         axes.minorticks_off()
+    grid[1, 1].yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    grid[1, 1].yaxis.set_major_formatter("{x:g}")
     rows = [{**row, "MB": row["bytes"] / 1e6, "own": row["bytes as models of their own"] / 1e6}
             for row in values["resolutions"]]  # fmt: skip
     curve(grid[1, 2], rows, "resolutions", "MB", color=BLUE, label="BTNet")
@@ -712,7 +714,7 @@ def inference(values: Mapping[str, Any]) -> Figure:
     """The values of bench_inference.json: each mode under the processor's roof, time by route, and against MACs."""
     times, (large, small) = values["times"], list(next(iter(values["times"]["ms"].values())))
     peaks, ms = times["peaks"], times["ms"]
-    colours = {"onnxruntime": GREY, "PyTorch fp32": BROWN, "PyTorch bf16": YELLOW}
+    colours = {"onnxruntime": GREY, "PyTorch fp32": BROWN, "PyTorch bf16": YELLOW, "torch.compile bf16": PINK}
     colours |= dict(zip(times["roofline"], (BLUE, GREEN, RED), strict=False))
     marks = dict(zip(ms[next(iter(ms))][large], "osD^", strict=False))
     figure, (roof, bars, ratio) = plt.subplots(1, 3, figsize=(PAGE, 2.7), layout="constrained", width_ratios=(5, 4, 4))

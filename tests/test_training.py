@@ -27,7 +27,7 @@ from btnet_core.scales import get_scale
 from btnet_core.training import checkpoint, loop, methods, problem
 from btnet_core.training.classifier import class_means, load_classifier
 from btnet_core.training.config import TrainConfig
-from btnet_core.training.data import Sampler
+from btnet_core.training.data import Sampler, branch_input, mirrored, moved
 from btnet_core.training.loop import train
 from btnet_core.training.problem import prepare
 from btnet_core.training.progress import read_metrics
@@ -127,6 +127,35 @@ def test_the_cached_teacher_gives_the_same_losses(trunk: Path, tmp_path: Path, c
         assert [row[key] for row in rows["memory"]] == pytest.approx(off, rel=2e-3)
         assert [row[key] for row in rows["memmap"]] == pytest.approx(off, rel=2e-3)
     assert not (tmp_path / "memmap" / "cache").exists()
+
+
+def test_shifted_faces_and_the_teacher_of_both_mirror_images(trunk: Path, tmp_path: Path) -> None:
+    """Cached or not: a moved face at the branch, the face where it was at the teacher, whose two embeddings are added."""
+    config = branch(trunk, shift=3.0, embedding="cosine", embedding_weight=1.0, embedding_mirrored=True)
+    run = prepare(config, tmp_path, torch.device("cpu"))
+    batch = run.sampler.batch(1)
+    pixels = run.pixels.get(batch.records)
+    x, (z_s, z) = run.inputs(batch, pixels)
+    faces = mirrored(pixels, batch.flip)
+    plain, expected_s, one = run.branch_rows(faces)
+    other = run.branch_rows(faces.flip(-1))[2]
+    torch.testing.assert_close(z, one + other)
+    torch.testing.assert_close(z_s, expected_s)
+    assert batch.shift.shape == (12, 2)
+    assert 1 < batch.shift.abs().max() <= 3
+    assert not torch.allclose(x, plain, atol=0.02)
+    torch.testing.assert_close(x, branch_input(run.trunk, moved(faces, batch.shift), 14, config.resize))
+    for place in ("off", "memory"):
+        train(config.replace(cache=place), tmp_path / place, device="cpu", show="none")
+    rows = [[row["loss"] for row in read_metrics(tmp_path / place)] for place in ("off", "memory")]
+    assert rows[0] == pytest.approx(rows[1], rel=2e-3)
+
+
+def test_moved_by_whole_pixels_repeats_the_edge() -> None:
+    pixels = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
+    right, up = moved(pixels, torch.tensor([[1.0, 0.0], [0.0, -2.0]]))
+    torch.testing.assert_close(right, pixels[0, :, :, [0, 0, 1, 2, 3]].float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(up, pixels[1, :, [2, 3, 3, 3]].float(), atol=1e-3, rtol=0)
 
 
 def test_the_teacher_is_the_trunk_at_canonical_size(trunk: Path, tmp_path: Path) -> None:

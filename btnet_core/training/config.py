@@ -49,6 +49,7 @@ class TrainConfig:
     size_weights: tuple[float, ...] = ()  # their probabilities; (): equal
     resize: Resize = field(default_factory=Resize)  # reproduction-notes 12
     flip: bool = True  # horizontal, probability 1/2, before down-sampling (A.2)
+    shift: float = 0.0  # a branch's face is moved by up to so many of its 112 pixels, each way; the teacher's is not
 
     # L = influence_weight L_influence + branch_weight (L_branch + embedding_weight L_embedding), Eq. 3
     loss: str = "curricularface"  # L_influence (3.3; Table 4 has others)
@@ -59,6 +60,7 @@ class TrainConfig:
     distillation: str = "mean"  # of Eq. 2, see losses.branch_loss (reproduction-notes 2)
     embedding_weight: float = 0.0  # 1 in the authors' code (reproduction-notes 1)
     embedding: str = "mse"  # how it is measured, see losses.embedding_loss
+    embedding_mirrored: bool = False  # the teacher's embedding is that of the face plus its mirror image's, as in 1:1
     classifier: str = "fresh"  # kappa starts "fresh", as "class_means" of the embeddings, or from this file
     fix_classifier: bool = False  # BCT: kappa* does not learn (3.3)
     sample_rate: float = 1.0  # share of the negative classes used each step (PartialFC); 1: all
@@ -94,7 +96,7 @@ class TrainConfig:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         positive = ("epochs", "batch", "per_identity", "lr", "clip_norm", "sample_rate", "checkpoint_seconds")
         at_least_0 = ("resolution", "warmup_epochs", "momentum", "weight_decay", "influence_weight", "branch_weight",
-                      "embedding_weight", "workers", "validate_epochs")  # fmt: skip
+                      "embedding_weight", "shift", "workers", "validate_epochs")  # fmt: skip
         for name in (*positive, *at_least_0):
             value = getattr(self, name)
             if not (value > 0 if name in positive else value >= 0):
@@ -115,8 +117,8 @@ class TrainConfig:
             raise ConfigError("influence_weight and branch_weight are both 0: nothing to learn from")
         if self.influence_weight and self.fix_classifier and self.classifier == "fresh":
             raise ConfigError("fix_classifier: a fresh classifier holds nothing to be compatible with")
-        if not self.resolution and self.couple_at:
-            raise ConfigError("couple_at: only a branch has a coupling layer, set `resolution`")
+        if not self.resolution and (self.couple_at or self.shift):
+            raise ConfigError("couple_at, shift: of a branch alone, set `resolution`")
 
     @property
     def peak_lr(self) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from btnet_core.backbones import Backbone
 from btnet_core.datasets.faces import FaceSet, open_faces
@@ -26,12 +27,13 @@ MEMORY_SHARE = 0.3  # of the free memory that decoded images, and again the teac
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a batch: record numbers, labels, flip, rows to shrink to, all ``(b,)``, on the CPU."""
+    """One process's part of a batch, on the CPU: ``(b,)`` each, ``shift`` ``(b, 2)``."""
 
     records: Tensor
     labels: Tensor
     flip: Tensor
-    size: Tensor
+    size: Tensor  # rows to shrink to
+    shift: Tensor  # right and down, in pixels
 
 
 class Sampler:
@@ -47,20 +49,20 @@ class Sampler:
         self.steps = len(labels) // config.batch
         if not self.steps:
             raise ConfigError(f"batch: got {config.batch} images, the data have only {len(labels)}")
-        self._drawn: tuple[int, Tensor, Tensor, Tensor] | None = None
+        self._drawn: tuple[int, tuple[Tensor, ...]] | None = None
 
     def batch(self, step: int) -> Batch:
         """The part of global step ``step`` that belongs to this process."""
         epoch, place = divmod(step, self.steps)
         if self._drawn is None or self._drawn[0] != epoch:
-            self._drawn = (epoch, *self._draw(epoch))
-        _, order, flip, size = self._drawn
+            self._drawn = (epoch, self._draw(epoch))
+        order, flip, size, shift = self._drawn[1]
         start = place * self.config.batch + distributed.rank() * self.mine
         part = slice(start, start + self.mine)
         records = order[part]
-        return Batch(records, self.labels[records], flip[part], size[part])
+        return Batch(records, self.labels[records], flip[part], size[part], shift[part])
 
-    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw(self, epoch: int) -> tuple[Tensor, ...]:
         config, count = self.config, len(self.labels)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         order = torch.randperm(count, generator=generator)
@@ -69,7 +71,8 @@ class Sampler:
         flip = torch.rand(count, generator=generator) < (0.5 if config.flip else 0.0)
         weights = torch.tensor(config.size_weights or [1.0] * len(config.sizes))
         chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
-        return order, flip, torch.tensor(config.sizes)[chosen]
+        shift = config.shift * (2 * torch.rand(count, 2, generator=generator) - 1)
+        return order, flip, torch.tensor(config.sizes)[chosen], shift
 
     def _grouped(self, order: Tensor, generator: torch.Generator) -> Tensor:
         """Runs of ``per_identity`` records of one identity, the runs in random order."""
@@ -136,6 +139,16 @@ def mirrored(pixels: Tensor, flip: Tensor) -> Tensor:
     return torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
 
 
+def moved(pixels: Tensor, shift: Tensor) -> Tensor:
+    """Each image ``(B, 3, H, W)`` moved right and down by its ``shift`` ``(B, 2)`` pixels, to float32; edges go on."""
+    rows, columns = pixels.shape[-2:]
+    step = 2 * shift.to(pixels.device) / torch.tensor([columns, rows], device=pixels.device)
+    matrix = torch.eye(2, 3, device=pixels.device).repeat(len(pixels), 1, 1)
+    matrix[:, :, 2] = -step
+    grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+
+
 def trunk_input(trunk: Backbone, pixels: Tensor, size: Tensor, how: Resize) -> Tensor:
     """Each face shrunk to its own ``size`` in rows and scaled back up (4.1), normalised ``(B, 3, H, W)``."""
     pixels = trunk.crop(pixels)
@@ -159,7 +172,7 @@ class TeacherCache:
         count: records; ``compute(pixels uint8) -> tensors`` gives the rows to keep, first the branch's input.
         folder: for the file; None keeps the rows in memory.
 
-    ``rows(records, flip)`` returns what ``compute`` would for those faces.
+    ``rows(records, flip, device)`` returns what ``compute`` would for those faces.
     """
 
     def __init__(
@@ -193,9 +206,10 @@ class TeacherCache:
         size = torch.Size(shape).numel()
         return torch.from_file(str(folder / f"teacher_{index}.bin"), shared=True, size=size, dtype=dtype).view(shape)
 
-    def rows(self, records: Tensor, flip: Tensor, device: torch.device) -> list[Tensor]:
+    def rows(self, records: Tensor, flip: Tensor, device: torch.device, *, first: int = 0) -> list[Tensor]:
+        """The rows from number ``first`` on."""
         index = 2 * records + flip
-        rows = [transfer(store[index], device) for store in self.stores]
+        rows = [transfer(store[index], device) for store in self.stores[first:]]
         return [row.permute(0, 3, 1, 2) if row.ndim == 4 else row for row in rows]
 
 

@@ -75,7 +75,8 @@ def fit(run: Run, progress: Progress) -> None:
 
 def _batches(run: Run) -> Iterator[tuple[Batch, Tensor | None]]:
     batches = (run.sampler.batch(step) for step in range(run.step, run.total))
-    return ((batch, None) for batch in batches) if run.cache is not None else run.pixels.stream(batches)
+    cached = run.cache is not None and not run.config.shift
+    return ((batch, None) for batch in batches) if cached else run.pixels.stream(batches)
 
 
 def _clip(network: list[nn.Parameter], limit: float, run: Run) -> Tensor:

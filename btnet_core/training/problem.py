@@ -28,6 +28,7 @@ from btnet_core.training.data import (
     TeacherCache,
     branch_input,
     mirrored,
+    moved,
     open_pixels,
     transfer,
     trunk_input,
@@ -97,15 +98,24 @@ class Run:
 
     def inputs(self, batch: Batch, pixels: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Network input, and the teacher's [z_s, embedding if needed] for the same faces."""
+        config = self.config
+        both = config.embedding_weight > 0 and config.embedding_mirrored
+        if pixels is not None:  # only a filled cache does without
+            faces = mirrored(transfer(pixels, self.device), batch.flip)
+        if not config.resolution:
+            return trunk_input(self.trunk, faces, batch.size, config.resize), []
         if self.cache is not None:
             x, *teacher = self.cache.rows(batch.records, batch.flip, self.device)
-            return x, teacher
-        assert pixels is not None  # only a filled cache does without
-        faces = mirrored(transfer(pixels, self.device), batch.flip)
-        if not self.config.resolution:
-            return trunk_input(self.trunk, faces, batch.size, self.config.resize), []
-        x, *teacher = self.branch_rows(faces)
-        return x, teacher
+            other = self.cache.rows(batch.records, ~batch.flip, self.device, first=2) if both else []
+        else:
+            x, *teacher = self.branch_rows(faces)
+            other = self.branch_rows(faces.flip(-1))[2:] if both else []
+        if config.shift:
+            x = branch_input(self.trunk, moved(faces, batch.shift), config.resolution, config.resize)
+        return x, [
+            *teacher[:1],
+            *(z.float() + w.float() for z, w in zip(teacher[1:], other, strict=True)),
+        ] if both else teacher
 
     @torch.no_grad()
     def branch_rows(self, faces: Tensor) -> list[Tensor]:

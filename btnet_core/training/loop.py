@@ -32,6 +32,8 @@ from btnet_core.training.data import Batch, TeacherCache, cache_place
 from btnet_core.training.problem import Run, describe, prepare
 from btnet_core.training.progress import Progress
 
+MACHINE = frozenset({"workers", "checkpoint_seconds", "cache", "cache_dir"})  # settings that change no result
+
 
 def fit(run: Run, progress: Progress) -> None:
     """Train from ``run.step`` to the end: load, forward, backward, sum, clip, check, step, tell, save."""
@@ -177,8 +179,9 @@ def train(
     torch.backends.cudnn.allow_tf32 = config.matmul != "highest"  # convolutions, too
     identity = {"config": json.loads(config.to_json()), "inputs": _inputs(config)}
     record = None if fresh else checkpoint.read_record(out)
-    if record and {"config": _complete(record["config"]), "inputs": record["inputs"]} == identity:
-        return record["metrics"]
+    if record and record["inputs"] == identity["inputs"]:
+        if not _changed(_complete(record["config"]), identity["config"], MACHINE):
+            return record["metrics"]
     checkpoint.check_room(out, 0)
     with checkpoint.alone(out) if distributed.rank() == 0 else nullcontext():
         distributed.wait()  # every process has read the record before the first one removes it
@@ -228,14 +231,15 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
         return config
 
 
+def _changed(old: dict[str, Any], new: dict[str, Any], free: frozenset[str]) -> list[str]:
+    """The fields that differ, but for those in ``free``."""
+    keys = (old.keys() | new.keys()) - free
+    return [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
 def _check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
     """Going on from a checkpoint is only allowed where the result is what the configuration says."""
-    free = {"workers", "checkpoint_seconds", "validation", "validation_resolutions", "validate_epochs", "name"}
-    free |= {"cache", "cache_dir"}
-    changed = [
-        f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in old.keys() | new.keys() if old.get(key) != new.get(key)
-    ]
-    changed = [text for text in changed if text.split()[0] not in free]
+    changed = _changed(old, new, MACHINE | {"validation", "validation_resolutions", "validate_epochs", "name"})
     if changed:
         raise ConfigError(
             f"{out}: its checkpoint is of another configuration ({'; '.join(sorted(changed))}); "

@@ -175,6 +175,8 @@ def ablations(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, dict[st
     def bt(name: str, **switch: Any) -> TrainConfig:
         return phi_bt(data, r, trunk, kappa, **{"name": name, **changes, **switch})
 
+    cosine = {"embedding": "cosine", "embedding_weight": EMBEDDING_WEIGHT}
+    both = {**cosine, "embedding_mirrored": True}
     names = [name for name, _ in network.units()]
     ends = names.index(coupling_layer(network, r))
     allocations = dict.fromkeys(names[i] for i in (0, ends // 2, ends, (ends + len(names)) // 2, len(names) - 1))
@@ -198,11 +200,12 @@ def ablations(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, dict[st
         "beyond": {
             "Eq. 3 alone": standard,
             "+ embedding MSE (the authors' code)": bt("embedding_mse", embedding_weight=1.0),
-            "+ embedding cosine": bt("embedding_cosine", embedding="cosine", embedding_weight=EMBEDDING_WEIGHT),
+            "+ embedding cosine": bt("embedding_cosine", **cosine),
+            "+ embedding cosine, both mirror images": bt("embedding_both", **both),
+            "+ embedding cosine, both, moved faces": bt("embedding_moved", shift=4.0, **both),
             "cosine for the feature maps": bt("cosine_maps", distillation="cosine"),
             "no labels (distillation alone)": bt("no_labels", influence_weight=0.0),
-            "no labels, + embedding cosine": bt("no_labels_cosine", influence_weight=0.0, embedding="cosine",
-                                                embedding_weight=EMBEDDING_WEIGHT),
+            "no labels, + embedding cosine": bt("no_labels_cosine", influence_weight=0.0, **cosine),
             "no antialiasing": bt("no_antialias", resize=Resize(antialias=False)),
             "batch norms of T_r fixed": bt("frozen_bn", bn="frozen_bn"),
             "all of the trunk fine-tuned (Section 3.4)": full_finetuning(data, r, trunk, kappa, **changes),

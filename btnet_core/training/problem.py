@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from btnet_core import losses
 from btnet_core.backbones import Backbone, BackboneConfig, build_backbone, embed_features, load_backbone
-from btnet_core.btnet import Route
+from btnet_core.btnet import Route, weights_digest
 from btnet_core.embedders import autocast, fast_bf16
 from btnet_core.errors import ConfigError
 from btnet_core.training import checkpoint, classifier, distributed
@@ -297,8 +297,7 @@ def _criteria(
     if config.classifier == "fresh":
         weight = classifier.fresh_weight(faces.num_identities, dim, config.seed)
     elif config.classifier == "class_means":
-        z = embed_all(trunk, pixels, device, precision)
-        weight = classifier.class_means(z, faces.labels, faces.num_identities)
+        weight = _class_means(trunk, pixels, device, precision)
     else:
         weight = classifier.load_classifier(config.classifier, faces.num_identities, dim)
     name = "normface" if config.loss == "center" else config.loss
@@ -306,6 +305,19 @@ def _criteria(
     kappa = classifier.Classifier(weight, margin, sample_rate=config.sample_rate, seed=config.seed).to(device)
     kappa.weight.requires_grad_(not config.fix_classifier)
     return kappa, metric
+
+
+def _class_means(trunk: Backbone, pixels: Pixels, device: torch.device, precision: str) -> Tensor:
+    """kappa from class means ``(classes, D)``; the last is kept for this process's next run from the same trunk."""
+    key, faces = (weights_digest(trunk), pixels.faces.checksum, str(device), precision), pixels.faces
+    if key not in _MEANS:
+        z = embed_all(trunk, pixels, device, precision)
+        _MEANS.clear()
+        _MEANS[key] = classifier.class_means(z, faces.labels, faces.num_identities)
+    return _MEANS[key].clone()
+
+
+_MEANS: dict[tuple[str, ...], Tensor] = {}
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ def main() -> None:
         plan = methods.plan(scale, models, seed=seed)
         for name in ("phi_hr", "phi_mr", *(f"phi_bt_{r}" for r in options.resolutions)):
             if seed and name in plan:
-                train(plan[name].replace(validation=()), models / name)
+                shared = ROOT / "runs" / scale.name / "models" / "teacher" if scale.pretrained else ""
+                train(plan[name].replace(validation=(), cache_dir=str(shared)), models / name)
         found = load_methods(models)
         reports = {name: evaluate_pairs(found[name], pairs, settings, keep=run_dir / "embeddings") for name in METHODS}
         rows[seed] = {name: {s: row["accuracy"] for s, row in report.items()} for name, report in reports.items()}

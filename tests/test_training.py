@@ -222,6 +222,20 @@ def test_class_means() -> None:
     )
 
 
+def test_what_is_kept_in_cache_dir_is_used_again(trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = branch(trunk, epochs=1, classifier="class_means")
+    first = train(config, tmp_path / "alone", device="cpu", show="none")
+    config = config.replace(cache_dir=str(tmp_path / "kept"))
+    assert train(config, tmp_path / "alone", device="cpu", show="none") == first  # a setting of the machine: not again
+    assert train(config, tmp_path / "first", device="cpu", show="none")["loss"] == pytest.approx(
+        first["loss"], rel=1e-2
+    )
+    monkeypatch.setattr(problem, "embed_all", None)  # class means are read
+    again = train(config.replace(epochs=2), tmp_path / "second", device="cpu", show="none")
+    assert again["parameters"] == first["parameters"]
+    assert same_weights(tmp_path / "second" / "classifier.safetensors", tmp_path / "alone" / "classifier.safetensors")
+
+
 # ---- schedule and configuration ----
 
 

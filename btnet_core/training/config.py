@@ -81,7 +81,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile the network
     sync_bn: bool = False  # batch statistics over all processes (reproduction-notes 7)
     cache: str = "auto"  # the teacher's features: in memory, in a file, or computed at every step
-    cache_dir: str = ""  # where the features are kept for other runs of the same teacher, data and r; "": not kept
+    cache_dir: str = ""  # where features and class means are kept for other runs of the same teacher; "": nowhere
     workers: int = 2  # decoding threads, when the data do not fit in memory
     checkpoint_seconds: float = 300.0  # between checkpoints; one at each epoch's end too
     validation: tuple[str, ...] = ()  # pair sets, specs of datasets.open_pairs

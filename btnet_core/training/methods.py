@@ -136,6 +136,7 @@ def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]
             "backbone": None,
             "init": trunk,
             "classifier": "class_means" if scale.pretrained else kappa,
+            "cache_dir": str(models / "teacher") if scale.pretrained else "",
             "seed": seed,
         }
     runs = [] if scale.pretrained else [phi_hr(scale.faces, **fresh, **scale.hr)]
@@ -148,6 +149,8 @@ def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]
         for r in [r for r in scale.resolutions if r < 56 or not index]:
             changes: dict[str, Any] = {"btnet": str(models / own), "seed": seed, "validation": scale.pairs}
             changes |= scale.branch
+            if scale.pretrained and r < 56:  # gigabytes at 56
+                changes["cache_dir"] = str(models / "teacher")
             if r in scale.epochs:
                 changes["epochs"] = max(1, scale.epochs[r] // (scale.shorter if index else 1))
             runs.append(phi_bt(scale.faces, r, trunk, kappa, **{"name": f"{own}_{r}", **changes}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import time
 from collections import deque
@@ -297,7 +298,7 @@ def _criteria(
     if config.classifier == "fresh":
         weight = classifier.fresh_weight(faces.num_identities, dim, config.seed)
     elif config.classifier == "class_means":
-        weight = _class_means(trunk, pixels, device, precision)
+        weight = _class_means(config, trunk, pixels, device, precision)
     else:
         weight = classifier.load_classifier(config.classifier, faces.num_identities, dim)
     name = "normface" if config.loss == "center" else config.loss
@@ -307,17 +308,18 @@ def _criteria(
     return kappa, metric
 
 
-def _class_means(trunk: Backbone, pixels: Pixels, device: torch.device, precision: str) -> Tensor:
-    """kappa from class means ``(classes, D)``; the last is kept for this process's next run from the same trunk."""
-    key, faces = (weights_digest(trunk), pixels.faces.checksum, str(device), precision), pixels.faces
-    if key not in _MEANS:
-        z = embed_all(trunk, pixels, device, precision)
-        _MEANS.clear()
-        _MEANS[key] = classifier.class_means(z, faces.labels, faces.num_identities)
-    return _MEANS[key].clone()
-
-
-_MEANS: dict[tuple[str, ...], Tensor] = {}
+def _class_means(config: TrainConfig, trunk: Backbone, pixels: Pixels, device: torch.device, precision: str) -> Tensor:
+    """kappa from class means ``(classes, D)``; with ``cache_dir`` kept there for other runs of the same trunk and data."""
+    faces, place = pixels.faces, None
+    if config.cache_dir:
+        facts = " ".join((weights_digest(trunk), faces.checksum, precision, device.type))
+        place = Path(config.cache_dir) / f"kappa_{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
+        if place.is_file():
+            return classifier.load_classifier(str(place), faces.num_identities, trunk.config.embedding)
+    weight = classifier.class_means(embed_all(trunk, pixels, device, precision), faces.labels, faces.num_identities)
+    if place and distributed.rank() == 0:
+        classifier.save_classifier(place, weight)
+    return weight
 
 
 @torch.no_grad()

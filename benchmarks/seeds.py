@@ -32,7 +32,7 @@ METHODS = ("phi_hr", "phi_mr", "phi_bt")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", default="demo", choices=("demo", "lfw-quick", "lfw-scratch"))
+    parser.add_argument("--scale", default="demo", choices=("demo", "lfw-quick", "lfw-mr", "lfw-scratch"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--resolutions", type=int, nargs="+", default=[14], help="of the branches (default: 14)")
     options = parser.parse_args()

@@ -88,17 +88,17 @@ def test_the_quick_scale_has_the_headline_rows_alone(tmp_path: Path) -> None:
     assert list(methods.plan(quick, tmp_path)) == ["phi_mr", "phi_bt_28", "phi_bt_14", "phi_bt_7"]
     names = list(methods.plan(full, tmp_path))
     assert names[:3] == ["phi_mr", "phi_mr_v2", "phi_mr_v3"]
-    assert {"phi_bt_56", "phi_bt_phi_mr_14"} <= set(names)
+    assert names[-3:] == ["phi_bt_28", "phi_bt_14", "phi_bt_7"]
     epochs = {name: (methods.plan(quick, tmp_path)[name].epochs, methods.plan(full, tmp_path)[name].epochs)
               for name in ("phi_mr", "phi_bt_14")}  # fmt: skip
     assert all(few < many for few, many in epochs.values())
-    further = methods.plan(full, tmp_path)[
-        "phi_bt_phi_mr_14"
-    ]  # as many epochs as the quick phi_bt, which it is compared with
-    assert further.epochs == methods.plan(quick, tmp_path)["phi_bt_14"].epochs
+    from_mr = methods.plan(get_scale("lfw-mr"), tmp_path)
+    assert list(from_mr) == ["phi_mr", "phi_bt_56", "phi_bt_28", "phi_bt_14", "phi_bt_7"]
+    assert from_mr["phi_bt_14"].init == str(tmp_path / "phi_mr" / "trunk.safetensors")
+    assert methods.plan(full, tmp_path)["phi_bt_14"].init == str(tmp_path / "phi_hr" / "trunk.safetensors")
     with pytest.raises(ConfigError, match="lfw-quick"):
         get_scale("lfw-fast")
-    assert set(SCALES) == {"demo", "lfw", "lfw-quick", "lfw-scratch", "paper"}
+    assert set(SCALES) == {"demo", "lfw", "lfw-mr", "lfw-quick", "lfw-scratch", "paper"}
 
 
 def test_the_scale_from_scratch_trains_its_own_trunk(tmp_path: Path) -> None:

@@ -143,17 +143,15 @@ def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]
     runs += [phi_mr(scale.faces, variant, **start, **scale.trunk) for variant in scale.variants]
     if scale.specialists:
         runs += [phi_mm(scale.faces, r, **start, **scale.specialist) for r in scale.resolutions if r < 56]
-    for index, name in enumerate(scale.trunks):
-        trunk, kappa = kept(scale, models, name)
-        own = f"phi_bt_{name}" if index else "phi_bt"
-        for r in [r for r in scale.resolutions if r < 56 or not index]:
-            changes: dict[str, Any] = {"btnet": str(models / own), "seed": seed, "validation": scale.pairs}
-            changes |= scale.branch
-            if scale.pretrained and r < 56:  # gigabytes at 56
-                changes["cache_dir"] = str(models / "teacher")
-            if r in scale.epochs:
-                changes["epochs"] = max(1, scale.epochs[r] // (scale.shorter if index else 1))
-            runs.append(phi_bt(scale.faces, r, trunk, kappa, **{"name": f"{own}_{r}", **changes}))
+    trunk, kappa = kept(scale, models, scale.teacher)
+    for r in scale.resolutions:
+        changes: dict[str, Any] = {"btnet": str(models / "phi_bt"), "seed": seed, "validation": scale.pairs}
+        changes |= scale.branch
+        if scale.pretrained and r < 56:  # gigabytes at 56
+            changes["cache_dir"] = str(models / "teacher")
+        if r in scale.epochs:
+            changes["epochs"] = scale.epochs[r]
+        runs.append(phi_bt(scale.faces, r, trunk, kappa, **changes))
     return {run.name: run for run in runs}
 
 
@@ -170,7 +168,7 @@ def ablations(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, dict[st
     phi_bt. Rows of the same configuration share a run (its ``name``). All start from phi_bt's trunk, which must be
     there, and share the teacher's features.
     """
-    trunk, kappa = kept(scale, models, scale.trunks[0])
+    trunk, kappa = kept(scale, models, scale.teacher)
     network, r = load_backbone(trunk), scale.ablated
     changes: dict[str, Any] = {"seed": seed, "cache_dir": str(models / "teacher"), **scale.ablation}
     data = changes.pop("data", scale.faces)

@@ -136,10 +136,10 @@ def _scratch(scale: Scale) -> Scale:
 
 
 def _quick(scale: Scale) -> Scale:
-    """The headline rows alone (hr, mr, bt at 28, 14, 7), with a quarter of the epochs."""
+    """The headline rows alone (hr, mr, bt at 28, 14, 7), with a sixth of the epochs."""
     return replace(
         scale, name=f"{scale.name}-quick", claim=f"{scale.claim} Quick: fewer epochs, headline rows alone.",
-        epochs={r: max(1, epochs // 4) for r, epochs in scale.epochs.items()},
+        epochs={r: max(1, epochs // 6) for r, epochs in scale.epochs.items()},
         variants=("v1",), specialists=False,
         trunk={**scale.trunk, "epochs": 1}, ablation={**scale.ablation, "epochs": 1},
     )  # fmt: skip

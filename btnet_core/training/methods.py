@@ -10,10 +10,11 @@ from typing import Any
 
 from btnet_core.backbones import Backbone, load_backbone, load_strictly, read_safetensors
 from btnet_core.btnet import BTNet, Route, coupling_layer
-from btnet_core.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
+from btnet_core.embedders import BranchEmbedder, Embedder, MultiModelEmbedder
 from btnet_core.errors import CheckpointError
 from btnet_core.images import Resize
 from btnet_core.scales import Scale, get_scale
+from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
 
 PYRAMID = (112, 56, 28, 14, 7)  # 112 / 2^i, i = 0..4
@@ -117,8 +118,11 @@ def load_run(trunk: Backbone, folder: Path, **options: Any) -> Embedder:
     """What a run of ``ablations`` has learned, as an embedder of its resolution; ``options`` are those of Embedder."""
     if (folder / "route.safetensors").is_file():
         return BranchEmbedder(load_route(trunk, folder / "route.safetensors"), **options)
-    if (folder / "trunk.safetensors").is_file():
-        return UpsamplingEmbedder(load_backbone(folder / "trunk.safetensors"), **options)
+    if (folder / "trunk.safetensors").is_file():  # fine-tuned for r; larger faces keep the trunk it came from
+        (r,) = (checkpoint.read_record(folder) or {})["config"]["sizes"]
+        return MultiModelEmbedder(
+            {trunk.config.size[0]: trunk, r: load_backbone(folder / "trunk.safetensors")}, **options
+        )
     return BranchEmbedder(BTNet.load(folder / "btnet"), **options)
 
 

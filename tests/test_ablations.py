@@ -11,7 +11,7 @@ import torch
 
 from btnet_core import published
 from btnet_core.backbones import BackboneConfig, build_backbone, load_backbone, save_backbone
-from btnet_core.embedders import BranchEmbedder, UpsamplingEmbedder
+from btnet_core.embedders import BranchEmbedder, MultiModelEmbedder
 from btnet_core.errors import ConfigError
 from btnet_core.scales import SCALES, get_scale
 from btnet_core.training import methods
@@ -61,7 +61,7 @@ def test_rows_are_the_papers_and_each_changes_what_its_name_says(models: Path) -
 @pytest.mark.parametrize(("row", "kind"), [
     (("table3", "Scratch"), BranchEmbedder),
     (("table4", "CurricularFace"), BranchEmbedder),
-    (("beyond", "all of the trunk fine-tuned (Section 3.4)"), UpsamplingEmbedder),
+    (("beyond", "all of the trunk fine-tuned (Section 3.4)"), MultiModelEmbedder),
 ])  # fmt: skip
 def test_what_a_run_trained_is_loaded(models: Path, row: tuple[str, str], kind: type) -> None:
     config = methods.ablations(tiny(), models)[row[0]][row[1]]

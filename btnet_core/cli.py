@@ -15,14 +15,8 @@ from typing import Any
 
 from .errors import BTNetError, ConfigError, ReproduceError
 
-SCALES = (
-    "demo",
-    "lfw",
-    "lfw-mr",
-    "lfw-quick",
-    "lfw-scratch",
-    "paper",
-)  # those of scales.py, which --help does not import
+# Those of scales.py, which --help does not import.
+SCALES = ("demo", "lfw", "lfw-mr", "lfw-quick", "lfw-scratch", "paper")
 Commands = Any  # argparse's own type of the object that adds sub-parsers is private
 
 

@@ -1,7 +1,7 @@
 """Does phi_bt beat phi_mr, and phi_mr phi_hr, whatever the seed? A scale's headline comparison over several seeds.
 
     btnet reproduce && python benchmarks/seeds.py                         # the demo at 14 px: minutes a seed
-    python benchmarks/seeds.py --scale lfw-quick --resolutions 14 7       # real faces: half an hour a seed
+    python benchmarks/seeds.py --scale lfw-quick --resolutions 14 7       # real faces: run that scale first
 
 Seed 0 is the scale's own run; the others train what it has trained anew (resumable, under runs/<scale>-seeds). Every
 seed is verified on the scale's pairs. Writes figures/results/<scale>_seeds.json: each seed, mean, standard deviation.

@@ -349,9 +349,12 @@ def figure7(points: Sequence[Mapping[str, Any]]) -> Figure:
         for p, at in zip(own, x, strict=True):
             if p.get("standard"):
                 axes.plot(at, p["accuracy"], "*", color=colour, markersize=11, markeredgecolor="white", zorder=5)
-    for name, stored in {p["couple_at"]: p["stored"] / 1e6 for p in points}.items():
+    before = 0.0
+    for stored, name in sorted({(p["stored"] / 1e6, p["couple_at"]) for p in points}):
         axes.axvline(stored, color="#dddddd", linewidth=0.6, zorder=0)
-        axes.text(stored, 1.02, name, transform=axes.get_xaxis_transform(), rotation=90, ha="center", fontsize=6.5)
+        side = "left" if stored < 1.15 * before else "center"  # beside the name of a line that is close
+        axes.text(stored, 1.02, name, transform=axes.get_xaxis_transform(), rotation=90, ha=side, fontsize=6.5)
+        before = stored
     axes.plot([], [], "*", color="#444444", markersize=9, label="BTNet's allocation")
     axes.set(xscale="log", xlabel="parameters stored per resolution (millions)", ylabel="verification accuracy (%)")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

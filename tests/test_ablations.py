@@ -12,7 +12,7 @@ import torch
 from btnet_core import published
 from btnet_core.backbones import BackboneConfig, build_backbone, load_backbone, save_backbone
 from btnet_core.embedders import BranchEmbedder, MultiModelEmbedder
-from btnet_core.errors import ConfigError
+from btnet_core.errors import CheckpointError, ConfigError
 from btnet_core.scales import SCALES, get_scale
 from btnet_core.training import methods
 from btnet_core.training.classifier import fresh_weight, save_classifier
@@ -68,6 +68,10 @@ def test_what_a_run_trained_is_loaded(models: Path, row: tuple[str, str], kind: 
     train(config, models / "run", device="cpu", show="none")
     embedder = methods.load_run(load_backbone(models / "phi_mr" / "trunk.safetensors"), models / "run", device="cpu")
     assert type(embedder) is kind
+    if kind is MultiModelEmbedder:  # an unfinished one is named
+        (models / "run" / "run.json").unlink()
+        with pytest.raises(CheckpointError, match="not been finished"):
+            methods.load_run(load_backbone(models / "phi_mr" / "trunk.safetensors"), models / "run")
     assert embedder(torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8), 7).shape == (2, 16)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from btnet_core.cli import COMMANDS, main
+from btnet_core.errors import ConfigError
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:
@@ -38,6 +39,15 @@ def test_an_error_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureF
     assert "\n" not in error
     assert main(["reproduce", "--only", "77"]) == 2
     assert "77" in capsys.readouterr().err
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["train", "--config", str(tmp_path / "none.json"), "--out", str(tmp_path)]
+    with pytest.raises(ConfigError, match=r"none\.json"):
+        main([*command, "--debug"])
+    monkeypatch.setenv("BTNET_DEBUG", "1")
+    with pytest.raises(ConfigError, match=r"none\.json"):
+        main(command)
 
 
 def test_the_scales_offered_are_those_there_are() -> None:

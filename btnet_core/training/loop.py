@@ -179,9 +179,10 @@ def train(
     torch.backends.cudnn.allow_tf32 = config.matmul != "highest"  # convolutions, too
     identity = {"config": json.loads(config.to_json()), "inputs": _inputs(config)}
     record = None if fresh else checkpoint.read_record(out)
-    if record and record["inputs"] == identity["inputs"] and \
-            not _changed(_complete(record["config"]), identity["config"], MACHINE):  # fmt: skip
-        return record["metrics"]
+    if record and record["inputs"] == identity["inputs"]:
+        changed = _changed(_complete(record["config"]), identity["config"], MACHINE)
+        if not changed:
+            return record["metrics"]
     checkpoint.check_room(out, 0)
     with checkpoint.alone(out) if distributed.rank() == 0 else nullcontext():
         distributed.wait()  # every process has read the record before the first one removes it

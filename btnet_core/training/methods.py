@@ -115,14 +115,19 @@ def load_route(trunk: Backbone, path: Path | str) -> BTNet:
 
 
 def load_run(trunk: Backbone, folder: Path, **options: Any) -> Embedder:
-    """What a run of ``ablations`` has learned, as an embedder of its resolution; ``options`` are those of Embedder."""
+    """What a run of ``ablations`` has learned, as an embedder of its resolution; ``options`` are those of Embedder.
+
+    Raises:
+        CheckpointError: missing, damaged or unfinished.
+    """
     if (folder / "route.safetensors").is_file():
         return BranchEmbedder(load_route(trunk, folder / "route.safetensors"), **options)
     if (folder / "trunk.safetensors").is_file():  # fine-tuned for r; larger faces keep the trunk it came from
-        (r,) = (checkpoint.read_record(folder) or {})["config"]["sizes"]
-        return MultiModelEmbedder(
-            {trunk.config.size[0]: trunk, r: load_backbone(folder / "trunk.safetensors")}, **options
-        )
+        record = checkpoint.read_record(folder)
+        if record is None:
+            raise CheckpointError(f"{folder}: its training has not been finished")
+        own = load_backbone(folder / "trunk.safetensors")
+        return MultiModelEmbedder({trunk.config.size[0]: trunk, record["config"]["sizes"][0]: own}, **options)
     return BranchEmbedder(BTNet.load(folder / "btnet"), **options)
 
 

@@ -71,8 +71,9 @@ def train_in_subprocess(
     arguments = [*(command or (sys.executable,)), "-m", "btnet_core", "train", "--config", str(file), "--out", str(out)]
     arguments += ["--device", device, *(["--fresh"] if fresh else [])]
     with log.open("wb") as sink:
-        options: dict[str, Any] = {"stdout": sink, "stderr": subprocess.STDOUT, "start_new_session": True}
-        process = subprocess.Popen(arguments, env=MALLOC | os.environ, **options)
+        process = subprocess.Popen(
+            arguments, env=MALLOC | os.environ, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
     _follow(out, config.name, lambda: process.poll() is None, lambda: process.send_signal(signal.SIGINT))
     if process.returncode:
         tail = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-8:])

@@ -187,6 +187,7 @@ def test_bar_interrupt_and_death_of_a_kernel(kernel: Any, tmp_path: Path, capsys
     # Again: it goes on. The kernel dies: the training does not. Called again, it is watched, and can be stopped.
     client.execute(cell)
     wait(lambda: at(tmp_path, "start") == saved and at(tmp_path) > saved)
+    os.kill(manager.provisioner.pid, signal.SIGKILL)  # shutdown_kernel would interrupt it first, and so the training
     manager.shutdown_kernel(now=True)
     here = at(tmp_path)
     wait(lambda: at(tmp_path) > here)

@@ -1,28 +1,33 @@
 """Does phi_bt beat phi_mr, and phi_mr phi_hr, whatever the seed? A scale's headline comparison over several seeds.
 
     btnet reproduce && python benchmarks/seeds.py                         # the demo at 14 px: minutes a seed
-    python benchmarks/seeds.py --scale lfw-quick --resolutions 14 7       # real faces: run that scale first
+    python benchmarks/seeds.py --scale lfw-quick --resolutions 28 14 7 --selection    # real faces: run that scale first
 
 Seed 0 is the scale's own run; the others train what it has trained anew (resumable, under runs/<scale>-seeds). Every
-seed is verified on the scale's pairs. Writes figures/results/<scale>_seeds.json: each seed, mean, standard deviation.
+seed is verified on the scale's pairs, with --selection also on Table 2's stand-in, whose sizes are drawn anew. Writes
+figures/results/<scale>_seeds.json: each seed, mean, standard deviation.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from btnet_core import results
 from btnet_core.backbones import load_backbone, save_backbone
 from btnet_core.datasets import find
-from btnet_core.datasets.faces import open_pairs
+from btnet_core.datasets.faces import open_faces, open_pairs
+from btnet_core.datasets.standins import survface_standin
 from btnet_core.embedders import load_methods
+from btnet_core.evaluation.identification import evaluate_strategies, native_embedder
 from btnet_core.evaluation.verification import evaluate_pairs
 from btnet_core.images import Resize
-from btnet_core.scales import get_scale
+from btnet_core.scales import Scale, get_scale
 from btnet_core.training import methods
 from btnet_core.training.loop import train
 
@@ -35,11 +40,13 @@ def main() -> None:
     parser.add_argument("--scale", default="demo", choices=("demo", "lfw-quick", "lfw-mr", "lfw-scratch"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--resolutions", type=int, nargs="+", default=[14], help="of the branches (default: 14)")
+    parser.add_argument("--selection", action="store_true", help="Table 2's strategies, too")
     options = parser.parse_args()
     scale, began = get_scale(options.scale), time.monotonic()
     settings = [pair for r in options.resolutions for pair in ((112, r), (r, r))]
     (spec,) = scale.pairs
-    pairs, rows = open_pairs(spec), {}
+    selection = {}
+    pairs, rows, keep = open_pairs(spec), {}, scale.run_dir() / "embeddings"
     for seed in options.seeds:
         run_dir = ROOT / "runs" / (f"{scale.name}-seeds/{seed}" if seed else scale.name)
         models = run_dir / "models"
@@ -51,18 +58,37 @@ def main() -> None:
                 shared = ROOT / "runs" / scale.name / "models" / "teacher" if scale.pretrained else ""
                 train(plan[name].replace(validation=(), cache_dir=str(shared)), models / name)
         found = load_methods(models)
-        reports = {name: evaluate_pairs(found[name], pairs, settings, keep=run_dir / "embeddings") for name in METHODS}
+        reports = {name: evaluate_pairs(found[name], pairs, settings, keep=keep) for name in METHODS}
         rows[seed] = {name: {s: row["accuracy"] for s, row in report.items()} for name, report in reports.items()}
         print(seed, rows[seed], flush=True)
-    values = {"by_seed": {str(seed): row for seed, row in rows.items()}, "mean": {}, "std": {}}
+        if options.selection:
+            selection[str(seed)] = table2(scale, run_dir, found, seed)
+            print(seed, selection[str(seed)], flush=True)
+    values: dict[str, Any] = {"by_seed": {str(seed): row for seed, row in rows.items()}, "mean": {}, "std": {}}
     for key, take in (("mean", np.mean), ("std", lambda x: np.std(x, ddof=1))):
         values[key] = {
             n: {s: float(take([row[n][s] for row in rows.values()])) for s in rows[options.seeds[0]][n]}
             for n in METHODS
         }
+    if selection:
+        values["selection"] = selection  # TPIR20 in % at FPIR 0.3
     name = f"{scale.name.replace('-', '_')}_seeds"
     results.record(ROOT / "figures", name, values, config={"seeds": options.seeds, "settings": settings},
                    data=pairs.checksum, kernel=Resize().name, seconds=time.monotonic() - began, scale=scale.name)  # fmt: skip
+
+
+def table2(scale: Scale, run_dir: Path, found: Mapping[str, Any], seed: int) -> dict[str, float]:
+    """TPIR20 in % at FPIR 0.3 of each way to choose a branch, as notebook 06."""
+    test = survface_standin(open_faces(scale.others), run_dir / "data", seed=seed)
+    trunk = found["phi_bt"].btnet.trunk
+    options: dict[str, Any] = {"sizes": test.images.sizes, "labels": test.labels, "in_gallery": test.in_gallery}
+    place = {"how": Resize(), "crop": trunk.crop, "size": trunk.config.size}
+    embed = native_embedder(found["phi_bt"], test.images.__getitem__, **place)
+    reports = evaluate_strategies(embed, **options, resolutions=(*sorted(scale.resolutions), 112))
+    for name in ("phi_hr", "phi_mr"):
+        up = native_embedder(found[name], test.images.__getitem__, upsample=True, **place)
+        (reports[name],) = evaluate_strategies(up, **options, strategies=[("max", "ceil")]).values()
+    return {name: report["tpir"]["0.3"] for name, report in reports.items()}
 
 
 if __name__ == "__main__":

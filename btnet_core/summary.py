@@ -130,7 +130,7 @@ def blocks(table: str, records: Mapping[tuple[str, str], Mapping[str, Any]]) -> 
             if table == "table1" and mean and std:
                 title = f"ours, scale {scale}, mean ± standard deviation over {len(record['values']['by_seed'])} seeds"
                 shown[title] = {m: {s: f"{v:.2f} ± {std[m][s]:.2f}" for s, v in row.items()} for m, row in mean.items()}
-        if not made:
+        if not made and "-" not in scale:
             shown[f"ours, scale {scale}"] = {"not run": dict.fromkeys(columns)}
     return shown
 

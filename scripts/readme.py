@@ -7,6 +7,7 @@ python scripts/readme.py --check    # fail where the README says other than figu
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -42,14 +43,14 @@ def made(records: Records, notebook: str) -> dict[str, dict[str, Any]]:
 
 
 def table1(records: Records) -> str:
-    """Table 1 of every recorded scale and of the paper, gains in brackets."""
-    columns = ["112&7", "112&14", "112&28", "112&56", "7&7", "14&14", "28&28", "56&56", "112&112"]
+    """Table 1 of the scales and of the paper, gains in brackets."""
     blocks = {}
     for scale, record in made(records, "05_verification").items():
+        if "-" in scale:
+            continue
         accuracy = record["values"]["accuracy"]
-        rows = {name: {s: cell["accuracy"] for s, cell in row.items()} for name, row in accuracy.items()}
-        blocks[f"ours, scale {scale}"] = short(summary.with_gains("table1", rows))
-        if scale.startswith("lfw") and "phi_bt" in rows:
+        blocks[f"ours, scale {scale}"] = accuracies(record)
+        if scale == "lfw" and "phi_bt" in accuracy:
             blocks["the same, folds 6 to 10 (settings were chosen on 1 to 5)"] = {
                 name: {s: cell["second_half"] for s, cell in row.items()} for name, row in accuracy.items()
             }
@@ -57,7 +58,27 @@ def table1(records: Records) -> str:
         name: {s: cell.replace(" (-)", "") for s, cell in row.items()}
         for name, row in summary.printed("table1").items()
     }
-    return markdown([c for c in columns if any(c in row for rows in blocks.values() for row in rows.values())], blocks)
+    return markdown(settings(blocks), blocks)
+
+
+def variants(records: Records) -> str:
+    """Table 1 of the variants of a scale (lfw-mr, …), gains in brackets."""
+    found = {scale: record for scale, record in made(records, "05_verification").items() if "-" in scale}
+    blocks = {f"scale {scale}": accuracies(record) for scale, record in found.items()}
+    return markdown(settings(blocks), blocks)
+
+
+def accuracies(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a record of notebook 05."""
+    accuracy = record["values"]["accuracy"]
+    rows = {name: {s: cell["accuracy"] for s, cell in row.items()} for name, row in accuracy.items()}
+    return short(summary.with_gains("table1", rows))
+
+
+def settings(blocks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """The settings of Table 1 that some row has."""
+    order = ("112&7", "112&14", "112&28", "112&56", "7&7", "14&14", "28&28", "56&56", "112&112")
+    return [s for s in order if any(s in row for rows in blocks.values() for row in rows.values())]
 
 
 def short(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -84,7 +105,8 @@ def seeds(records: Records) -> str:
 def ablations(records: Records) -> str:
     """Tables 3 and 4, what is beyond the paper, and Figure 7: a pair of columns for each scale, the paper's last."""
     found = made(records, "07_ablations")
-    columns, parts = [], {"Table 3": "table3", "Table 4: influence loss": "table4", "one switch away": "beyond"}
+    columns = list[str]()
+    parts = {"Table 3": "table3", "Table 4: influence loss": "table4", "one switch away": "beyond"}
     blocks: dict[str, dict[str, dict[str, Any]]] = {title: {} for title in (*parts, "Figure 7: where the branch ends")}
     for scale, record in [*found.items(), ("paper", None)]:
         r = "14" if record is None else record["values"]["figure7"][0]["setting"].split("&")[1]
@@ -102,6 +124,24 @@ def ablations(records: Records) -> str:
     return markdown(columns, blocks)
 
 
+def repeated(records: Records) -> str:
+    """Rows of notebook 07 with other seeds, longer, or at another resolution: benchmarks/ablations.py."""
+    blocks = {}
+    for (scale, name), record in records.items():
+        if "_ablations_" in name:
+            values, seeds = record["values"], len(record["values"]["by_seed"])
+            r = values["resolution"]
+            title = f"scale {scale}, {r} px, {values['epochs']} passes, {seeds} seed{'s' * (seeds > 1)}"
+            rows: dict[str, dict[str, str]] = {}
+            for table, means in values["mean"].items():
+                for row, cells in means.items():
+                    shown = (f"{mean:.1f}" + f" ± {values['std'][table][row][s]:.1f}" * (seeds > 1)
+                             for s, mean in cells.items())  # fmt: skip
+                    rows.setdefault(row, dict(zip(("112&r", "r&r"), shown, strict=True)))
+            blocks[title] = rows
+    return markdown(("112&r", "r&r"), blocks)
+
+
 def standins(records: Records) -> str:
     """Table 2 at FPIR 0.3 and Tables 5 to 8 on stand-ins, by scale: numbers that the paper's cannot be compared with."""
     lines = []
@@ -112,6 +152,17 @@ def standins(records: Records) -> str:
             lines.append(
                 f"- Table 2, scale `{scale}`, TPIR20 in % at FPIR 0.3: "
                 + ", ".join(f"{n} {rows[n]:.1f}" for n in order)
+                + "."
+            )
+    for (scale, name), record in records.items():
+        of_seeds = list(record["values"].get("selection", {}).values()) if name.endswith("_seeds") else []
+        if of_seeds:
+            means = {n: statistics.mean(row[n] for row in of_seeds) for n in of_seeds[0]}
+            spread = {n: statistics.stdev(row[n] for row in of_seeds) for n in means}
+            order = sorted(means, key=lambda name: -means[name])
+            lines.append(
+                f"- Scale `{scale}`, {len(of_seeds)} seeds of models and stand-ins: "
+                + ", ".join(f"{n} {means[n]:.1f} ± {spread[n]:.1f}" for n in order)
                 + "."
             )
     columns = ["112&7", "112&14", "112&28", "7&7", "14&14", "28&28", "112&112"]
@@ -175,8 +226,10 @@ def speed(_: Records) -> str:
 BLOCKS: dict[str, dict[str, Callable[[Records], str]]] = {
     "README.md": {
         "table1": table1,
+        "variants": variants,
         "seeds": seeds,
         "ablations": ablations,
+        "repeated": repeated,
         "standins": standins,
         "speed": speed,
     },

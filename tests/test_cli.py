@@ -54,3 +54,14 @@ def test_the_scales_offered_are_those_there_are() -> None:
     from btnet_core import cli, scales
 
     assert set(cli.SCALES) == set(scales.SCALES)
+
+
+def test_quick_is_a_scale_of_its_own_with_the_headline_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from btnet_core import reproduce
+
+    seen = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda scale, *, only, **options: seen.append((scale, only)))
+    for arguments in ("lfw", "lfw -p quick=true", "lfw -p quick=true --only 07", "lfw-mr"):
+        main(["reproduce", "--scale", *arguments.split()])
+    headline = ["03", "04", "05"]
+    assert seen == [("lfw", [""]), ("lfw-quick", headline), ("lfw-quick", ["07"]), ("lfw-mr", headline)]

@@ -189,6 +189,31 @@ def test_evaluate_pairs_against_one_pair_at_a_time() -> None:
     assert theirs["112&7"]["accuracy"] == pytest.approx(accuracy(112, 7).mean())
 
 
+def test_centred_embeddings_lose_what_all_faces_of_a_resolution_share() -> None:
+    pairs, embedder = pair_set(), Counting()
+    faces = pair_set(images=9)
+    sized = type("Faces", (), {"images": staticmethod(faces.images), "checksum": "nine", "__len__": lambda self: 9})()
+    centre = v.centres(embedder, sized, [112, 7], count=3, flip=False)
+    assert embedder.seen == {112: 3, 7: 3}
+
+    def unit(pixels: torch.Tensor, r: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(Counting()(pixels, r))
+
+    chosen = faces.images([0, 4, 8])
+    assert torch.allclose(centre[7], unit(chosen, 7).mean(0))
+    first, second = pairs.images(pairs.first), pairs.images(pairs.second)
+    a, b = unit(first, 112) - centre[112], unit(second, 7) - centre[7]
+    wanted = torch.nn.functional.cosine_similarity(a, b).double().numpy()
+    scores = v.pair_similarities(embedder, pairs, [(112, 7)], centre=centre, flip=False)[112, 7]
+    np.testing.assert_allclose(scores, wanted, atol=1e-6)
+    plain = v.pair_similarities(embedder, pairs, [(112, 7)], flip=False)[112, 7]
+    assert np.abs(scores - plain).max() > 0.1
+    report = v.evaluate_pairs(embedder, pairs, [(112, 7)], centre=centre, flip=False)
+    assert report["112&7"]["auc"] != v.evaluate_pairs(embedder, pairs, [(112, 7)], flip=False)["112&7"]["auc"]
+    with pytest.raises(ConfigError, match=r"centre: has resolutions \[7\], needs \[112\], too"):
+        v.evaluate_pairs(embedder, pairs, [(112, 7)], centre={7: centre[7]})
+
+
 def test_evaluate_pairs_without_flip_and_other_sizes() -> None:
     embedder = Counting()
     v.evaluate_pairs(embedder, pair_set(side=56), [(112, 112)], flip=False)

@@ -7,9 +7,10 @@ The metrics take plain arrays and return shares in [0, 1]; ``evaluate_pairs`` re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,14 +192,37 @@ def unit_embeddings(
     return unit
 
 
+def centres(
+    embedder: Embedder, faces: Any, resolutions: Iterable[int], *, count: int = 500, **options: Any
+) -> dict[int, Tensor]:
+    """For each r the mean unit embedding (D,) of ``count`` faces, spread evenly over a FaceSet (datasets/faces.py).
+
+    Faces of one resolution share a part of their embeddings that says nothing about who they are; ``evaluate_pairs``
+    subtracts it. Take training faces. ``options`` are those of ``unit_embeddings``.
+    """
+    chosen = np.linspace(0, len(faces) - 1, min(count, len(faces))).astype(int)
+    sample = SimpleNamespace(
+        images=lambda rows: faces.images(chosen[rows]),
+        num_images=len(chosen),
+        checksum=f"{faces.checksum} {len(chosen)}",
+    )
+    return {r: unit.mean(0) for r, unit in unit_embeddings(embedder, sample, resolutions, **options).items()}
+
+
 def pair_similarities(
-    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]], **options: Any
-) -> dict[tuple[int, int], np.ndarray]:
+    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]], *,
+    centre: Mapping[int, Tensor] | None = None, **options: Any,
+) -> dict[tuple[int, int], np.ndarray]:  # fmt: skip
     """Cosine (P,) of each pair with its first image at r1 rows and its second at r2, per setting (r1, r2).
 
-    Each image is embedded once per resolution; ``options`` are those of ``unit_embeddings``.
+    Each image is embedded once per resolution, and ``centre[r]`` subtracted from its unit embedding;
+    ``options`` are those of ``unit_embeddings``.
     """
     unit = unit_embeddings(embedder, pairs, {r for setting in settings for r in setting}, **options)
+    if centre is not None:
+        if absent := unit.keys() - centre.keys():
+            raise ConfigError(f"centre: has resolutions {sorted(centre)}, needs {sorted(absent)}, too")
+        unit = {r: F.normalize(z - centre[r]) for r, z in unit.items()}
     first, second = (torch.as_tensor(np.asarray(side), dtype=torch.int64) for side in (pairs.first, pairs.second))
     return {(a, b): (unit[a][first] * unit[b][second]).sum(1).double().numpy() for a, b in settings}
 
@@ -210,7 +234,7 @@ def evaluate_pairs(
     """Table 1's protocol: {"112&7": {accuracy, std, folds, auc, directions}, …}, in % but for the thresholds.
 
     ``cross="both"`` averages both directions fold by fold when r1 != r2; "authors" puts only the first image of
-    each pair at r1 (reproduction-notes 28). ``options``: flip, keep, device, how, batch_size.
+    each pair at r1 (reproduction-notes 28). ``options``: centre, flip, keep, device, how, batch_size.
     """
     if cross not in ("both", "authors"):
         raise ConfigError(f"cross: got {cross!r}, expected 'both' or 'authors'")

@@ -61,6 +61,23 @@ def table1(records: Records) -> str:
     return markdown(settings(blocks), blocks)
 
 
+def centred(records: Records) -> str:
+    """phi_mr and phi_bt with centred embeddings, folds 6 to 10 below."""
+    blocks: dict[str, dict[str, dict[str, Any]]] = {}
+    for scale, record in made(records, "05_verification").items():
+        if "-" in scale or "centred" not in record["values"]:
+            continue
+        for title, key in ((f"scale {scale}", "accuracy"), (f"scale {scale}, folds 6 to 10", "second_half")):
+            blocks[title] = {
+                f"{name}, {'as it is' if rows is record['values']['accuracy'] else f'mean at {of}'}":
+                {s: cell[key] for s, cell in rows[name].items()}
+                for name in ("phi_mr", "phi_bt")
+                for of, rows in (("", record["values"]["accuracy"]), ("each", record["values"]["centred"]["own"]),
+                                 ("112", record["values"]["centred"]["112"]))
+            }  # fmt: skip
+    return markdown(settings(blocks), blocks)
+
+
 def variants(records: Records) -> str:
     """Table 1 of the variants of a scale (lfw-mr, …), gains in brackets."""
     found = {scale: record for scale, record in made(records, "05_verification").items() if "-" in scale}
@@ -226,6 +243,7 @@ def speed(_: Records) -> str:
 BLOCKS: dict[str, dict[str, Callable[[Records], str]]] = {
     "README.md": {
         "table1": table1,
+        "centred": centred,
         "variants": variants,
         "seeds": seeds,
         "ablations": ablations,

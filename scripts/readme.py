@@ -106,7 +106,7 @@ def short(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def seeds(records: Records) -> str:
     """Mean and standard deviation over seeds."""
-    blocks, columns = {}, dict[str, None]()
+    blocks = {}
     for (scale, name), record in records.items():
         if name.endswith("_seeds"):
             mean, std = record["values"]["mean"], record["values"]["std"]
@@ -115,8 +115,7 @@ def seeds(records: Records) -> str:
                 method: {s: f"{value:.1f} ± {std[method][s]:.1f}" for s, value in row.items()}
                 for method, row in mean.items()
             }
-            columns |= dict.fromkeys(next(iter(mean.values())))
-    return markdown(columns, blocks)
+    return markdown(settings(blocks), blocks)
 
 
 def ablations(records: Records) -> str:

@@ -72,7 +72,7 @@ def main() -> None:
         }
     if selection:
         values["selection"] = selection  # TPIR20 in % at FPIR 0.3
-    name = f"{scale.name.replace('-', '_')}_seeds"
+    name = f"{scale.name}_seeds"
     results.record(ROOT / "figures", name, values, config={"seeds": options.seeds, "settings": settings},
                    data=pairs.checksum, kernel=Resize().name, seconds=time.monotonic() - began, scale=scale.name)  # fmt: skip
 

@@ -146,10 +146,9 @@ def _quick(scale: Scale) -> Scale:
 
 
 def _from_mr(scale: Scale) -> Scale:
-    """The paper's trunk, phi_mr, under the branches, and one more of 56 px; half the epochs."""
+    """The paper's trunk, phi_mr, under the branches, and one more of 56 px; half the epochs at 14 and 7 px."""
     return replace(scale, name=f"{scale.name}-mr", teacher="phi_mr", variants=("v1",), specialists=False,
-                   resolutions=(56, *scale.resolutions),
-                   epochs={r: max(1, epochs // 2) for r, epochs in scale.epochs.items()})  # fmt: skip
+                   resolutions=(56, *scale.resolutions), epochs={56: 1, 28: 6, 14: 10, 7: 6})  # fmt: skip
 
 
 SCALES |= {

@@ -130,6 +130,12 @@ def blocks(table: str, records: Mapping[tuple[str, str], Mapping[str, Any]]) -> 
             if table == "table1" and mean and std:
                 title = f"ours, scale {scale}, mean ± standard deviation over {len(record['values']['by_seed'])} seeds"
                 shown[title] = {m: {s: f"{v:.2f} ± {std[m][s]:.2f}" for s, v in row.items()} for m, row in mean.items()}
+        for record in [r for (of, name), r in records.items() if of == scale and "_ablations_" in name]:
+            again = record["values"]
+            if rows := again.get("mean", {}).get(table):
+                seeds = f"mean of {count} seeds" if (count := len(again["by_seed"])) > 1 else "one seed"
+                title = f"ours, scale {scale}, {again['resolution']} px, {again['epochs']} passes, {seeds}"
+                shown[title] = {name: {s: f"{v:.2f}" for s, v in row.items()} for name, row in rows.items()}
         if not made and "-" not in scale:
             shown[f"ours, scale {scale}"] = {"not run": dict.fromkeys(columns)}
     return shown

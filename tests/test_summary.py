@@ -79,6 +79,17 @@ def test_blocks_name_their_scale_and_what_was_not_run(runs: Path) -> None:
     assert "BTNet (max+ceil)" in page
 
 
+def test_rows_of_other_seeds_and_trainings_have_blocks_of_their_own(runs: Path) -> None:
+    mean = {"table3": {"Pretraining": {"112&7": 82.125, "7&7": 84.0}}}
+    for scale, epochs, seeds in (("lfw", 6, {"0": 1}), ("demo", 2, {"0": 1, "1": 1})):
+        values = {"mean": mean, "by_seed": seeds, "resolution": 7, "epochs": epochs}
+        results.record(runs / scale, f"{scale}_ablations_7px_{epochs}_epochs", values, scale=scale)
+    shown = summary.blocks("table3", summary.everything(runs / "demo"))
+    assert shown["ours, scale lfw, 7 px, 6 passes, one seed"] == {"Pretraining": {"112&7": "82.12", "7&7": "84.00"}}
+    assert "ours, scale demo, 7 px, 2 passes, mean of 2 seeds" in shown
+    assert not any("passes" in title for title in summary.blocks("table4", summary.everything(runs / "demo")))
+
+
 def test_claims_hold_in_the_papers_own_tables_and_are_asked_of_ours(runs: Path) -> None:
     rows = summary.compare_claims(summary.everything(runs / "demo"))
     theirs = {claim: row["the paper"] for claim, row in rows.items()}

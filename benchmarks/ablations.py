@@ -1,7 +1,7 @@
 """Do rows of notebook 07 stay as they are with other seeds, with a longer training, at another resolution?
 
     python benchmarks/ablations.py --scale lfw --seeds 0 1 --tables table3 table4 figure7    # the paper's rows again
-    python benchmarks/ablations.py --scale lfw --epochs 6 --tables table3 table4             # three times as long
+    python benchmarks/ablations.py --scale lfw --epochs 6 --tables table3 table4 figure7     # three times as long
     python benchmarks/ablations.py --scale lfw --resolution 14 --tables beyond --rows alone moved fine-tuned
 
 Run the scale first: its phi_hr (and phi_mr, where that is the teacher) is what every row starts from. Resumable, under
@@ -43,7 +43,7 @@ def main() -> None:
     usual = (scale.ablated, scale.ablation["epochs"])
     r, epochs = options.resolution or usual[0], options.epochs or usual[1]
     changed = replace(scale, ablated=r, ablation={**scale.ablation, "epochs": epochs})
-    source, (spec,) = scale.run_dir() / "models", scale.pairs
+    source, keep, (spec,) = scale.run_dir() / "models", scale.run_dir() / "embeddings", scale.pairs
     trunk = load_backbone(source / scale.teacher / "trunk.safetensors")
     pairs, rows, used = open_pairs(spec), dict[str, dict[str, dict[str, dict[str, float]]]](), {}
     for seed in options.seeds:
@@ -63,9 +63,7 @@ def main() -> None:
             out = models / "ablations" / config.name
             train_in_subprocess(config.replace(cache_dir=str(source / "teacher")), out)
             embedder = methods.load_run(trunk, out, how=config.resize)
-            settings = [(112, r), (r, r)]
-            keep = scale.run_dir() / "embeddings"
-            report = summarise([evaluate_pairs(embedder, pairs, settings, keep=keep, how=config.resize)])
+            report = summarise([evaluate_pairs(embedder, pairs, [(112, r), (r, r)], keep=keep, how=config.resize)])
             accuracy[config.name] = {setting: cell["accuracy"] for setting, cell in report.items()}
             used[config.name] = {**asdict(config), "seed": options.seeds}
             print(seed, config.name, accuracy[config.name], flush=True)

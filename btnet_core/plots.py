@@ -36,6 +36,7 @@ METHODS = {  # name -> (label, colour, marker)
     "phi_mr_v2": (r"$\phi_{mr(v2)}$", YELLOW, "P"),
     "phi_mr_v3": (r"$\phi_{mr(v3)}$", BROWN, "X"),
     "phi_bt": (r"$\phi_{bt}$", BLUE, "D"),
+    "phi_bt_fitted": (r"$\phi_{bt}$, fitted lengths", PURPLE, "v"),
 }
 RESOLUTIONS = {112: "#555555", 56: PURPLE, 28: BLUE, 14: GREEN, 7: RED}
 STYLE = {

@@ -18,6 +18,7 @@ from .scales import SCALES
 Tables = dict[str, dict[str, dict[str, Any]]]
 TABLES = tuple(f"table{number}" for number in range(1, 9))
 GAINS = (TABLES[0], *TABLES[4:])  # those that print gains
+FITTED = ", lengths fitted"  # rows of Tables 5 and 7 with embeddings of fitted length (notebook 08)
 MADE_BY = {  # what of the paper each notebook makes
     "01": ("Figure 1",), "02": ("Figure 2", "Figure 3", "Figure 5", "Figure 6"), "05": ("Table 1",),
     "06": ("Table 2", "Figure 8"), "07": ("Table 3", "Table 4", "Figure 7"),
@@ -88,6 +89,8 @@ def _ours(name: str, values: Mapping[str, Any]) -> Tables:
     elif name == "08_template_aggregation":
         for key, tables in (("tar", ("table5", "table6")), ("tpir", ("table7", "table8"))):
             found |= {table: {m: _printed_at(table, row) for m, row in values[key].items()} for table in tables}
+            fitted = values.get("fitted", {}).get(key, {}).items()  # the same as without at equal resolutions
+            found[tables[0]] |= {f"{m}{FITTED}": _printed_at(tables[0], row) for m, row in fitted}
     return found | ({"text": {key: {"value": value} for key, value in text.items()}} if text else {})
 
 
@@ -186,13 +189,13 @@ def claims(tables: Tables) -> dict[str, str]:
         if holds := list(holds):
             answers[claim] = f"{sum(holds)} of {len(holds)}"
 
-    def ahead(names: Iterable[str], *others: str) -> Iterator[float]:
-        """Points by which phi_bt leads the best of `others` at each setting with a face below 112."""
+    def ahead(names: Iterable[str], *others: str, of: str = "phi_bt") -> Iterator[float]:
+        """Points by which one method leads the best of `others` at each setting with a face below 112."""
         for rows in (tables.get(name, {}) for name in names):
-            if {"phi_bt", *others} <= rows.keys():
-                for s in rows["phi_bt"].keys() - {"112&112"}:
+            if {of, *others} <= rows.keys():
+                for s in rows[of].keys() - {"112&112"}:
                     if all(s in rows[other] for other in others):
-                        yield rows["phi_bt"][s] - max(rows[other][s] for other in others)
+                        yield rows[of][s] - max(rows[other][s] for other in others)
 
     if knee := tables.get("text", {}).get("figure1_knee"):
         answers["Figure 1: the error soars below about this many px"] = f"{knee['value']:g}"
@@ -217,8 +220,9 @@ def claims(tables: Tables) -> dict[str, str]:
         answers["Table 4: between influence losses, points"] = spread
     curves = [sorted((int(stored), a) for stored, a in row.items()) for row in tables.get("figure7", {}).values()]
     count("Figure 7: most branch layers above fewest", (curve[-1][1] > curve[0][1] for curve in curves))
-    near = (lead > -1 for lead in ahead(["table5", "table7"], "phi_hr"))
-    count("Tables 5, 7: phi_bt above phi_hr or less than 1 point below", near)
+    for how in ("", FITTED):
+        near = (lead > -1 for lead in ahead(["table5", "table7"], f"phi_hr{how}", of=f"phi_bt{how}"))
+        count(f"Tables 5, 7: phi_bt above phi_hr or less than 1 point below{how}", near)
     count("Tables 6, 8: phi_bt above every baseline", (lead > 0 for lead in ahead(["table6", "table8"], *baselines)))
     return answers
 

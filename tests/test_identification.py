@@ -147,6 +147,13 @@ def test_strategies_embed_each_image_once_and_match_one_by_one() -> None:
         assert report["scale"][0] == pytest.approx(np.mean(np.array(r) / sizes[:, 0]))
     assert len({report["auc"] for report in reports.values()}) > 5
 
+    lengths = {7: 0.2, 14: 0.5, 28: 0.8, 112: 1.0}
+    scaled = idn.evaluate_strategies(embed, sizes, labels, in_gallery, fpir=(0.3,), rank=5, lengths=lengths)
+    by_hand = idn.evaluate_strategies(
+        lambda i, r: lengths[r] * embed(i, r), sizes, labels, in_gallery, fpir=(0.3,), rank=5
+    )
+    assert scaled == by_hand != reports
+
 
 @pytest.mark.parametrize(("upsample", "rows"), [(False, 14), (True, 112)])
 def test_native_embedder_resizes_once(upsample: bool, rows: int) -> None:

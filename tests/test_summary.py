@@ -107,6 +107,25 @@ def test_claims_hold_in_the_papers_own_tables_and_are_asked_of_ours(runs: Path) 
     assert {row["scale paper"] for row in rows.values()} == {None}
 
 
+def test_fitted_lengths_are_rows_and_a_claim_of_their_own(runs: Path) -> None:
+    rows = {
+        "phi_hr": {"112&7": 80.0, "7&7": 10.0, "112&112": 95.0},
+        "phi_bt": {"112&7": 50.0, "7&7": 30.0, "112&112": 95.0},
+    }
+    better = {"phi_hr": {**rows["phi_hr"], "112&7": 90.0}, "phi_bt": {**rows["phi_bt"], "112&7": 92.0}}
+    values = {"tar": rows, "tpir": rows, "data": "toy", "fitted": {"tar": better, "tpir": rows, "lengths": {}}}
+    results.record(runs / "lfw", "08_template_aggregation", values, scale="lfw")
+    records = summary.everything(runs / "demo")
+    tables = summary.by_scale(records)["lfw"]
+    assert tables["table5"]["phi_bt, lengths fitted"] == {"112&7": 92.0}
+    assert tables["table5"]["phi_bt"] == {"112&7": 50.0}
+    assert set(tables["table6"]) == {"phi_hr", "phi_bt"}
+    held = {claim: row["scale lfw"] for claim, row in summary.compare_claims(records).items() if "Tables 5, 7" in claim}
+    claim = "Tables 5, 7: phi_bt above phi_hr or less than 1 point below"
+    assert held == {claim: "0 of 2", f"{claim}, lengths fitted": "1 of 2"}
+    assert summary.coverage(records)["Table 5"]["scale lfw"] == "2 of 12 numbers"
+
+
 def test_coverage_counts_numbers(runs: Path) -> None:
     covered = summary.coverage(summary.everything(runs / "demo"))
     assert covered["Table 1"] == {"scale demo": "35 of 42 numbers", "scale lfw": "1 of 42 numbers", "scale paper": None}

@@ -10,32 +10,28 @@ import torch
 from sklearn.metrics import roc_curve
 from torch.nn import functional as F
 
-from btnet_core.errors import DataError
+from btnet_core.errors import ConfigError, DataError
 from btnet_core.evaluation import templates as tp
 
 
-def loop_aggregate(features, template, media, score, normalised):
+def loop_aggregate(features, template, media, score):
     result = {}
     for t in np.unique(template):
         parts = []
         for m in np.unique(media[template == t]):
             rows = np.flatnonzero((template == t) & (media == m))
-            z = features[rows] / np.linalg.norm(features[rows], axis=1, keepdims=True) if normalised else features[rows]
-            parts.append(np.mean(z * score[rows, None], axis=0))
+            parts.append(np.mean(features[rows] * score[rows, None], axis=0))
         result[t] = np.sum(parts, axis=0)
     return np.array(list(result)), np.stack(list(result.values()))
 
 
-@pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_aggregate_is_the_definition(normalised: bool, weighted: bool) -> None:
+def test_aggregate_is_the_definition(weighted: bool) -> None:
     rng = np.random.default_rng(0)
     features, score = rng.normal(size=(200, 5)), rng.random(200)
     template, media = rng.choice([3, 40, 7, 1000], 200), rng.integers(-3, 12, 200)  # media ids recur across templates
-    ids, result = tp.aggregate(
-        torch.from_numpy(features), template, media, score if weighted else None, normalised=normalised
-    )
-    expected_ids, expected = loop_aggregate(features, template, media, score if weighted else np.ones(200), normalised)
+    ids, result = tp.aggregate(torch.from_numpy(features), template, media, score if weighted else None)
+    expected_ids, expected = loop_aggregate(features, template, media, score if weighted else np.ones(200))
     assert ids.tolist() == expected_ids.tolist() == [3, 7, 40, 1000]
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
@@ -142,7 +138,7 @@ def test_evaluate_templates_end_to_end() -> None:
     report = tp.evaluate_templates(embedder, sets, [(112, 28), (28, 28)], far=0.05, fpir=0.2, rank=3)["112&28"]
     pixels = sets.images(np.arange(72))
     features = (embedder(pixels, 112) + embedder(pixels.flip(-1), 28)).numpy().astype(np.float64)
-    ids, result = loop_aggregate(features, sets.template, sets.media, sets.score, False)
+    ids, result = loop_aggregate(features, sets.template, sets.media, sets.score)
     unit = result / np.linalg.norm(result, axis=1, keepdims=True)
     similarity = np.sum(unit[sets.first - 100] * unit[sets.second - 100], axis=1)
     fpr, tpr, _ = roc_curve(sets.same, similarity, drop_intermediate=False)
@@ -155,3 +151,20 @@ def test_evaluate_templates_end_to_end() -> None:
     distance = np.abs(fpr - 0.05)
     assert theirs["tar"] == pytest.approx(100 * tpr[distance == distance.min()].max())
     assert set(theirs["identification"]) == {"rate", "false_rate", "threshold"}
+
+
+def test_lengths_and_unit_features_weigh_the_two_images() -> None:
+    sets, settings, options = template_set(), [(112, 28), (28, 28)], {"far": 0.05, "fpir": 0.2, "rank": 3}
+    weigh = lambda factor: lambda pixels, r: factor(r) * embedder(pixels, r)  # noqa: E731
+    report = tp.evaluate_templates(embedder, sets, settings, lengths={28: 9.0, 112: 1.0}, **options)
+    plain = tp.evaluate_templates(embedder, sets, settings, **options)
+    longer = tp.evaluate_templates(weigh(lambda r: 9.0 if r == 28 else 1.0), sets, settings, **options)
+    assert report["112&28"].pop("fitted") == longer["112&28"] != plain["112&28"]
+    assert report["28&28"].pop("fitted") == plain["28&28"]
+    assert report == plain
+    unit = tp.evaluate_templates(embedder, sets, settings, normalised=True, **options)
+    same = tp.evaluate_templates(weigh(lambda r: 112 / r), sets, settings, normalised=True, **options)
+    assert unit["112&28"]["threshold"] == pytest.approx(same["112&28"]["threshold"], abs=1e-5)
+    assert unit["112&28"]["threshold"] != pytest.approx(plain["112&28"]["threshold"], abs=1e-3)
+    with pytest.raises(ConfigError, match=r"lengths: has resolutions \[112\], needs \[28\], too"):
+        tp.evaluate_templates(embedder, sets, settings, lengths={112: 1.0})

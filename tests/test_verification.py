@@ -214,6 +214,21 @@ def test_centred_embeddings_lose_what_all_faces_of_a_resolution_share() -> None:
         v.evaluate_pairs(embedder, pairs, [(112, 7)], centre={7: centre[7]})
 
 
+def test_fitted_lengths_are_the_least_squares_factors() -> None:
+    faces = pair_set(images=9)
+    sized = type("Faces", (), {"images": staticmethod(faces.images), "checksum": "nine", "__len__": lambda self: 9})()
+    embedder = Counting()
+    factors = v.fitted_lengths(embedder, sized, [112, 7], count=3)
+    assert embedder.seen == {112: 3, 7: 3}
+    assert set(factors) == {112, 7}
+    assert factors[112] == 1.0
+    chosen = faces.images([0, 4, 8])
+    z, wanted = (Counting()(chosen, r).double().flatten() for r in (7, 112))
+    (best,) = np.linalg.lstsq(z[:, None].numpy(), wanted.numpy(), rcond=None)[0]
+    assert factors[7] == pytest.approx(best)
+    assert abs(best - 1) > 1e-2
+
+
 def test_evaluate_pairs_without_flip_and_other_sizes() -> None:
     embedder = Counting()
     v.evaluate_pairs(embedder, pair_set(side=56), [(112, 112)], flip=False)

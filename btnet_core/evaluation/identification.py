@@ -7,7 +7,7 @@ included: ties count against the mate. TPIR-N@FPIR is taken at the smallest t wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -165,12 +165,14 @@ def native_embedder(
 
 def evaluate_strategies(
     embed: Callable[[np.ndarray, int], Tensor], sizes: Any, labels: Any, in_gallery: Any, *,
-    strategies: Sequence[tuple[str, str]] = STRATEGIES, resolutions: Sequence[int] = (7, 14, 28, 112), **options: Any,
+    strategies: Sequence[tuple[str, str]] = STRATEGIES, resolutions: Sequence[int] = (7, 14, 28, 112),
+    lengths: Mapping[int, float] | None = None, **options: Any,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Table 2's lower half: {"max+ceil": report of ``identify`` + branches, scale, …}; ``options`` go to ``identify``.
 
     ``sizes`` (N, 2) native (width, height), ``labels`` (N,) with -1 for unmated probes, ``in_gallery`` (N,) bool.
-    Each image is embedded once at each resolution that some strategy sends it to. ``branches``: % of the images
+    Each image is embedded once at each resolution that some strategy sends it to, and its embedding multiplied by
+    ``lengths[r]``, where given (``verification.fitted_lengths``). ``branches``: % of the images
     per branch; ``scale``: mean factors by which width and height are resized (reproduction-notes 17).
     """
     from btnet_core.btnet import select_branch
@@ -183,7 +185,8 @@ def evaluate_strategies(
         for indicator, rounding in strategies
     }
     sent = {r: np.flatnonzero(np.any([row == r for row in chosen.values()], axis=0)) for r in sorted(resolutions)}
-    cache = {r: embed(indices, r) for r, indices in sent.items() if len(indices)}
+    factor = dict.fromkeys(sent, 1.0) if lengths is None else lengths
+    cache = {r: factor[r] * embed(indices, r) for r, indices in sent.items() if len(indices)}
     reports = {}
     for name, row in chosen.items():
         features = next(iter(cache.values())).new_empty(len(row), next(iter(cache.values())).shape[1])

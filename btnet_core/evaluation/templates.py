@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from btnet_core.errors import DataError
+from btnet_core.errors import ConfigError, DataError
 from btnet_core.evaluation.identification import mate_rows, open_set, score_chunks, search
 from btnet_core.evaluation.verification import TABLE1_SETTINGS, Embedder, OperatingPoint, embed_images, tar_at_far
 
@@ -38,12 +38,10 @@ class TemplateSet:
     probes: tuple[Any, Any]  # (template ids, subjects)
 
 
-def aggregate(
-    features: Tensor, template: Any, media: Any, score: Any = None, *, normalised: bool = False
-) -> tuple[np.ndarray, Tensor]:
+def aggregate(features: Tensor, template: Any, media: Any, score: Any = None) -> tuple[np.ndarray, Tensor]:
     """Sorted template ids (T,) and their features (T, D): sum over media of the mean of score * image feature.
 
-    ``normalised``: unit image features before weighting. The result is not normalised; cosines normalise it.
+    Neither image features nor the result are normalised; cosines normalise it.
     """
     template, media = np.asarray(template), np.asarray(media)
     if not len(features) == len(template) == len(media) == len(template if score is None else score):
@@ -55,8 +53,7 @@ def aggregate(
     weight = torch.from_numpy((1.0 if score is None else np.asarray(score, np.float64)) / counts[medium])
     result = torch.zeros(len(ids), features.shape[1])
     for part in torch.arange(len(features)).split(65536):  # never a second copy of all features
-        block = F.normalize(features[part].float()) if normalised else features[part].float()
-        result.index_add_(0, torch.from_numpy(row)[part], block * weight[part, None].float())
+        result.index_add_(0, torch.from_numpy(row)[part], features[part].float() * weight[part, None].float())
     return ids, result
 
 
@@ -127,32 +124,42 @@ def identify_merged(
 def evaluate_templates(
     embedder: Embedder, data: TemplateSet, settings: Sequence[tuple[int, int]] = TABLE1_SETTINGS, *,
     far: float = 1e-4, fpir: float = 0.1, rank: int = 20, weighted: bool = True, normalised: bool = False,
-    authors: bool = False, device: torch.device | str = "cpu", **options: Any,
+    lengths: Mapping[int, float] | None = None, authors: bool = False, device: torch.device | str = "cpu",
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Tables 5-8: {"112&7": {"tar", "far", "threshold", "tpir", "identification"}, …}, rates in %.
 
-    ``weighted``: by detector score. ``authors``: nearest FAR point and the merged 1:N. ``options``: how, batch_size.
+    ``weighted``: by detector score. ``normalised``: unit f_r1 and f_r2 before they are added. ``lengths``: factors of
+    the resolutions (``verification.fitted_lengths``); each report then has "fitted", the same with
+    lengths[r1] f_r1 + lengths[r2] f_r2. ``authors``: nearest FAR point and the merged 1:N. ``options``: how, batch_size.
     """
+
+    def report(features: Tensor) -> dict[str, Any]:
+        ids, templates = aggregate(features, data.template, data.media, data.score if weighted else None)
+        first, second = (rows_of(ids, side, "pairs") for side in (data.first, data.second))
+        point = tar_at_far(pair_scores(templates, first, second, device=device), data.same, far, authors=authors)
+        row = {"tar": 100 * point.rate, "far": 100 * point.false_rate, "threshold": point.threshold}
+        if authors:
+            merged = identify_merged(templates, ids, data.galleries, data.probes, fpir=fpir, device=device)
+            return {**row, "tpir": 100 * merged.rate, "identification": merged._asdict()}
+        found = identify_templates(templates, ids, data.galleries, data.probes, fpir=fpir, rank=rank, device=device)
+        return {**row, "tpir": found["tpir"], "identification": found}
+
+    if lengths is not None and (absent := {r for setting in settings for r in setting} - lengths.keys()):
+        raise ConfigError(f"lengths: has resolutions {sorted(lengths)}, needs {sorted(absent)}, too")
     reports, cache = {}, dict[tuple[int, bool], Tensor]()
     order = sorted(settings, key=lambda pair: pair[1])
     for place, (r1, r2) in enumerate(order):
         for r, flip in ((r1, False), (r2, True)):
             if (r, flip) not in cache:
                 images = (lambda i: data.images(i).flip(-1)) if flip else data.images
-                cache[r, flip] = embed_images(embedder, images, len(data.template), r, device=device, **options)
-        features = cache[r1, False] + cache[r2, True]
+                z = embed_images(embedder, images, len(data.template), r, device=device, **options)
+                cache[r, flip] = F.normalize(z) if normalised else z
+        one, two = cache[r1, False], cache[r2, True]
         later = {(a, False) for a, _ in order[place + 1 :]} | {(b, True) for _, b in order[place + 1 :]}
         cache = {key: value for key, value in cache.items() if key in later}  # IJB-C: 1 GB each
-        ids, templates = aggregate(features, data.template, data.media, data.score if weighted else None,
-                                   normalised=normalised)  # fmt: skip
-        first, second = (rows_of(ids, side, "pairs") for side in (data.first, data.second))
-        point = tar_at_far(pair_scores(templates, first, second, device=device), data.same, far, authors=authors)
-        report: dict[str, Any] = {"tar": 100 * point.rate, "far": 100 * point.false_rate, "threshold": point.threshold}
-        if authors:
-            merged = identify_merged(templates, ids, data.galleries, data.probes, fpir=fpir, device=device)
-            report |= {"tpir": 100 * merged.rate, "identification": merged._asdict()}
-        else:
-            found = identify_templates(templates, ids, data.galleries, data.probes, fpir=fpir, rank=rank, device=device)
-            report |= {"tpir": found["tpir"], "identification": found}
-        reports[f"{r1}&{r2}"] = report
+        row = report(one + two)
+        if lengths is not None:
+            row["fitted"] = dict(row) if r1 == r2 else report(torch.add(one * lengths[r1], two, alpha=lengths[r2]))
+        reports[f"{r1}&{r2}"] = row
     return {f"{r1}&{r2}": reports[f"{r1}&{r2}"] for r1, r2 in settings}

@@ -175,6 +175,13 @@ def standins(records: Records) -> str:
                 + ", ".join(f"{n} {rows[n]:.1f}" for n in order)
                 + "."
             )
+        if again := record["values"].get("fitted", {}).get("reports"):
+            order = sorted(again, key=lambda name: -again[name]["tpir"]["0.3"])
+            lines.append(
+                f"- The same with lengths fitted, scale `{scale}`: "
+                + ", ".join(f"{n} {again[n]['tpir']['0.3']:.1f}" for n in order)
+                + "."
+            )
     for (scale, name), record in records.items():
         of_seeds = list(record["values"].get("selection", {}).values()) if name.endswith("_seeds") else []
         if of_seeds:
@@ -189,6 +196,8 @@ def standins(records: Records) -> str:
     columns = ["112&7", "112&14", "112&28", "7&7", "14&14", "28&28", "112&112"]
     blocks = {
         f"scale {scale}: {title}": record["values"][key]
+        | {f"{name}{summary.FITTED}": {s: value for s, value in row.items() if s in columns[:3]}
+           for name, row in record["values"].get("fitted", {}).get(key, {}).items()}
         for scale, record in made(records, "08_template_aggregation").items()
         for key, title in (("tar", f"TAR at FAR {record['config']['far']:g} (Tables 5, 6)"),
                            ("tpir", "TPIR at FPIR 0.1 (Tables 7, 8)"))

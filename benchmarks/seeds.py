@@ -25,9 +25,10 @@ from btnet_core.datasets.faces import open_faces, open_pairs
 from btnet_core.datasets.standins import survface_standin
 from btnet_core.embedders import load_methods
 from btnet_core.evaluation.identification import evaluate_strategies, native_embedder
-from btnet_core.evaluation.verification import evaluate_pairs
+from btnet_core.evaluation.verification import evaluate_pairs, fitted_lengths
 from btnet_core.images import Resize
 from btnet_core.scales import Scale, get_scale
+from btnet_core.summary import FITTED
 from btnet_core.training import methods
 from btnet_core.training.loop import train
 
@@ -62,7 +63,7 @@ def main() -> None:
         rows[seed] = {name: {s: row["accuracy"] for s, row in report.items()} for name, report in reports.items()}
         print(seed, rows[seed], flush=True)
         if options.selection:
-            selection[str(seed)] = table2(scale, run_dir, found, seed)
+            selection[str(seed)] = table2(scale, run_dir, found, seed, options.resolutions)
             print(seed, selection[str(seed)], flush=True)
     values: dict[str, Any] = {"by_seed": {str(seed): row for seed, row in rows.items()}, "mean": {}, "std": {}}
     for key, take in (("mean", np.mean), ("std", lambda x: np.std(x, ddof=1))):
@@ -77,14 +78,20 @@ def main() -> None:
                    data=pairs.checksum, kernel=Resize().name, seconds=time.monotonic() - began, scale=scale.name)  # fmt: skip
 
 
-def table2(scale: Scale, run_dir: Path, found: Mapping[str, Any], seed: int) -> dict[str, float]:
-    """TPIR20 in % at FPIR 0.3 of each way to choose a branch, as notebook 06."""
+def table2(
+    scale: Scale, run_dir: Path, found: Mapping[str, Any], seed: int, resolutions: list[int]
+) -> dict[str, float]:
+    """TPIR20 in % at FPIR 0.3 of each way to choose a branch of ``resolutions``, as notebook 06."""
     test = survface_standin(open_faces(scale.others), run_dir / "data", seed=seed)
     trunk = found["phi_bt"].btnet.trunk
     options: dict[str, Any] = {"sizes": test.images.sizes, "labels": test.labels, "in_gallery": test.in_gallery}
     place = {"how": Resize(), "crop": trunk.crop, "size": trunk.config.size}
-    embed = native_embedder(found["phi_bt"], test.images.__getitem__, **place)
-    reports = evaluate_strategies(embed, **options, resolutions=(*sorted(scale.resolutions), 112))
+    embed = native_embedder(found["phi_bt"], test.images.__getitem__, **place, keep={})
+    lengths = fitted_lengths(found["phi_bt"], open_faces(scale.faces), resolutions)
+    options["resolutions"] = (*sorted(resolutions), 112)
+    reports = evaluate_strategies(embed, **options)
+    fitted = evaluate_strategies(embed, **options, lengths=lengths)
+    reports |= {f"{name}{FITTED}": report for name, report in fitted.items()}
     for name in ("phi_hr", "phi_mr"):
         up = native_embedder(found[name], test.images.__getitem__, upsample=True, **place)
         (reports[name],) = evaluate_strategies(up, **options, strategies=[("max", "ceil")]).values()

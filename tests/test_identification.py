@@ -167,3 +167,9 @@ def test_native_embedder_resizes_once(upsample: bool, rows: int) -> None:
     embed = idn.native_embedder(embedder, images.__getitem__, upsample=upsample, batch_size=2)
     assert embed(np.array([4, 0, 2]), 14)[:, 0].tolist() == [40.0, 0.0, 20.0]
     assert seen == [((2, 3, rows, rows), rows), ((1, 3, rows, rows), rows)]
+
+    once = idn.native_embedder(embedder, images.__getitem__, upsample=upsample, batch_size=2, keep={})
+    first, calls = once(np.array([4, 0, 2]), 14), len(seen)
+    assert torch.equal(once(np.array([4, 0, 2]), 14), first)
+    assert len(seen) == calls
+    assert once(np.array([0, 4, 2]), 14)[:, 0].tolist() == [0.0, 40.0, 20.0]

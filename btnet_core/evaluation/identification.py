@@ -145,20 +145,27 @@ def identify(
 def native_embedder(
     embedder: Embedder, image: Callable[[int], Tensor], *, upsample: bool = False, how: Resize | None = None,
     crop: Callable[[Tensor], Tensor] = lambda pixels: pixels, size: tuple[int, int] = (CANONICAL, CANONICAL),
-    batch_size: int = 256,
+    batch_size: int = 256, keep: dict[Any, Tensor] | None = None,
 ) -> Callable[[np.ndarray, int], Tensor]:  # fmt: skip
     """embed(indices, r) -> (n, D) of native-size faces ``image(i)`` (3, h, w), each resized once to r rows.
 
     ``upsample`` makes a baseline's: every face goes to S and r is not used. ``crop`` and ``size`` are the trunk's.
+    ``keep`` holds what it has answered, for when it is asked the same again.
     """
 
     def embed(indices: np.ndarray, r: int) -> Tensor:
         rows = size[0] if upsample else r
+        key = (rows, indices.tobytes())
+        if keep is not None and key in keep:
+            return keep[key]
         target, parts = (rows, round(rows * size[1] / size[0])), []
         for start in range(0, len(indices), batch_size):
             faces = [resize(crop(image(int(i))), target, how) for i in indices[start : start + batch_size]]
             parts.append(embedder(torch.stack(faces), rows).float().cpu())
-        return torch.cat(parts)
+        z = torch.cat(parts)
+        if keep is not None:
+            keep[key] = z
+        return z
 
     return embed
 

@@ -3,6 +3,8 @@
     python benchmarks/ablations.py --scale lfw --seeds 0 1 --tables table3 table4 figure7    # the paper's rows again
     python benchmarks/ablations.py --scale lfw --epochs 6 --tables table3 table4 figure7     # three times as long
     python benchmarks/ablations.py --scale lfw --resolution 14 --tables beyond --rows alone moved fine-tuned
+    python benchmarks/ablations.py --scale lfw --resolution 28 --tables beyond --rows moved fine-tuned
+    python benchmarks/ablations.py --scale lfw --resolution 56 --epochs 1 --tables beyond --rows moved fine-tuned
 
 Run the scale first: its phi_hr (and phi_mr, where that is the teacher) is what every row starts from. Resumable, under
 runs/<scale>-seeds; what notebook 07 has trained is not trained again. Writes
@@ -61,7 +63,8 @@ def main() -> None:
         accuracy = {}
         for config in {c.name: c for configs in plan.values() for c in configs.values()}.values():
             out = models / "ablations" / config.name
-            train_in_subprocess(config.replace(cache_dir=str(source / "teacher")), out)
+            shared = str(source / "teacher") if r < 56 else ""  # gigabytes at 56
+            train_in_subprocess(config.replace(cache_dir=shared), out)
             embedder = methods.load_run(trunk, out, how=config.resize)
             report = summarise([evaluate_pairs(embedder, pairs, [(112, r), (r, r)], keep=keep, how=config.resize)])
             accuracy[config.name] = {setting: cell["accuracy"] for setting, cell in report.items()}

@@ -137,7 +137,7 @@ def blocks(table: str, records: Mapping[tuple[str, str], Mapping[str, Any]]) -> 
             again = record["values"]
             if rows := again.get("mean", {}).get(table):
                 seeds = f"mean of {count} seeds" if (count := len(again["by_seed"])) > 1 else "one seed"
-                title = f"ours, scale {scale}, {again['resolution']} px, {again['epochs']} passes, {seeds}"
+                title = f"ours, scale {scale}, {again['resolution']} px, {again['epochs']} pass{'es' * (again['epochs'] > 1)}, {seeds}"
                 shown[title] = {name: {s: f"{v:.2f}" for s, v in row.items()} for name, row in rows.items()}
         if not made and "-" not in scale:
             shown[f"ours, scale {scale}"] = {"not run": dict.fromkeys(columns)}

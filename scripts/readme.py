@@ -152,7 +152,7 @@ def repeated(records: Records) -> str:
         if "_ablations_" in name:
             values, seeds = record["values"], len(record["values"]["by_seed"])
             r = values["resolution"]
-            title = f"scale {scale}, {r} px, {values['epochs']} passes, {seeds} seed{'s' * (seeds > 1)}"
+            title = f"scale {scale}, {r} px, {values['epochs']} pass{'es' * (values['epochs'] > 1)}, {seeds} seed{'s' * (seeds > 1)}"
             rows: dict[str, dict[str, str]] = {}
             for table, means in values["mean"].items():
                 for row, cells in means.items():

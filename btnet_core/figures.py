@@ -73,9 +73,11 @@ def _templates(record: dict[str, Any], _: Arrays) -> Figure:
     for key, title, numbers in (("tar", f"TAR at FAR {far:g}", "56"), ("tpir", "TPIR at FPIR 0.1", "78")):
         error, rows = partial(plots.binomial, n=values["trials"][key]), dict(values[key])
         if fitted := values.get("fitted", {}).get(key, {}).get("phi_bt"):  # the same as phi_bt at r&r
-            rows["phi_bt_fitted"] = {setting: value for setting, value in fitted.items() if setting.startswith("112&")}
+            rows[f"phi_bt{summary.FITTED}"] = {
+                setting: value for setting, value in fitted.items() if setting.startswith("112&")
+            }
         found = _curves({name: {s: (value, error(value)) for s, value in row.items()} for name, row in rows.items()})
-        found[SAME].pop("phi_bt_fitted", None)
+        found[SAME].pop(f"phi_bt{summary.FITTED}", None)
         panels |= {f"{title}, {setting}": rows for setting, rows in found.items()}
         for setting, number in zip((CROSS, SAME), numbers, strict=True):
             paper[f"{title}, {setting}"] = _curves(published.table(f"table{number}"))[setting]

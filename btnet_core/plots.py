@@ -36,7 +36,7 @@ METHODS = {  # name -> (label, colour, marker)
     "phi_mr_v2": (r"$\phi_{mr(v2)}$", YELLOW, "P"),
     "phi_mr_v3": (r"$\phi_{mr(v3)}$", BROWN, "X"),
     "phi_bt": (r"$\phi_{bt}$", BLUE, "D"),
-    "phi_bt_fitted": (r"$\phi_{bt}$, fitted lengths", PURPLE, "v"),
+    "phi_bt, lengths fitted": (r"$\phi_{bt}$, lengths fitted", PURPLE, "v"),
 }
 RESOLUTIONS = {112: "#555555", 56: PURPLE, 28: BLUE, 14: GREEN, 7: RED}
 STYLE = {
@@ -64,7 +64,10 @@ def _paper_ready(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def _label(method: str) -> str:
-    """phi_mr(v2) and phi_mr_v2 are one method; phi_mm_28 is one model of phi_mm."""
+    """phi_mr(v2) and phi_mr_v2 are one method; phi_mm_28 is one model of phi_mm; "phi_mr, remark" keeps its remark."""
+    method, *remark = method.split(", ", 1)
+    if remark:
+        return f"{_label(method)}, {remark[0]}"
     method = method.replace("(v", "_v").rstrip(")") if method.startswith("phi_") else method
     name, _, r = method.rpartition("_")
     return f"{METHODS[name][0]}, {r} px" if name in METHODS and r.isdigit() else METHODS.get(method, (method,))[0]
@@ -512,7 +515,8 @@ def accuracy_curves(panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, 
     grey = {"color": "#444444", "marker": "o"}
     handles += [plt.Line2D([], [], **grey), plt.Line2D([], [], **grey, **HOLLOW)][: 2 if paper else 1]
     labels += [note, "paper, as printed"][: 2 if paper else 1]
-    figure.legend(handles, labels, loc="outside lower center", ncols=6 if len(panels) > 1 else 2, columnspacing=1.2)
+    columns = 2 if len(panels) == 1 else 6 if len(handles) <= 6 else 4
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2)
     return figure
 
 

@@ -187,12 +187,10 @@ def standins(records: Records) -> str:
         if of_seeds:
             means = {n: statistics.mean(row[n] for row in of_seeds) for n in of_seeds[0]}
             spread = {n: statistics.stdev(row[n] for row in of_seeds) for n in means}
-            order = sorted(means, key=lambda name: -means[name])
-            lines.append(
-                f"- Scale `{scale}`, {len(of_seeds)} seeds of models and stand-ins: "
-                + ", ".join(f"{n} {means[n]:.1f} ± {spread[n]:.1f}" for n in order)
-                + "."
-            )
+            for what, fits in (("models and stand-ins", False), ("the same, lengths fitted", True)):
+                order = sorted((n for n in means if n.endswith(summary.FITTED) is fits), key=lambda name: -means[name])
+                shown = (f"{n.removesuffix(summary.FITTED)} {means[n]:.1f} ± {spread[n]:.1f}" for n in order)
+                lines += [f"- Scale `{scale}`, {len(of_seeds)} seeds of {what}: {', '.join(shown)}."] if order else []
     columns = ["112&7", "112&14", "112&28", "7&7", "14&14", "28&28", "112&112"]
     blocks = {
         f"scale {scale}: {title}": record["values"][key]

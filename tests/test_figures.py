@@ -97,6 +97,15 @@ def test_table_1_shows_our_gains_and_the_printed_ones() -> None:
     assert f"{value:.2f} ({gain:+.2f})" in texts
 
 
+def test_templates_with_fitted_lengths_are_a_curve_of_their_own() -> None:
+    figure = figures.draw("tables5to8_templates", COMMITTED, prefix="lfw_")
+    assert r"$\phi_{bt}$, lengths fitted" in [text.get_text() for text in figure.legends[0].get_texts()]
+    record = json.loads((COMMITTED / "results" / "lfw_08_template_aggregation.json").read_text())["values"]
+    shown = {round(float(y), 9) for line in figure.axes[0].get_lines() for y in line.get_ydata() if y is not None}
+    assert {round(record["fitted"]["tar"]["phi_bt"][s], 9) for s in ("112&7", "112&14", "112&28")} <= shown
+    assert len(figure.axes[0].containers) == len(figure.axes[1].containers) + 1  # at r&r nothing changes
+
+
 def test_a_result_of_an_older_version_is_named(tmp_path: Path) -> None:
     shutil.copytree(COMMITTED / "results", tmp_path / "results")
     path = tmp_path / "results" / "08_template_aggregation.json"

@@ -2,8 +2,9 @@
 
     python benchmarks/ablations.py --scale lfw --seeds 0 1 --tables table3 table4 figure7    # the paper's rows again
     python benchmarks/ablations.py --scale lfw --epochs 6 --tables table3 table4 figure7     # three times as long
-    python benchmarks/ablations.py --scale lfw --resolution 14 --tables beyond --rows alone moved fine-tuned
-    python benchmarks/ablations.py --scale lfw --resolution 28 --tables beyond --rows moved fine-tuned
+    python benchmarks/ablations.py --scale lfw --resolution 14 --tables table3 table4 beyond \\
+        --rows alone moved fine-tuned Scratch Pretraining Face
+    python benchmarks/ablations.py --scale lfw --resolution 28 --tables beyond --rows fine-tuned
     python benchmarks/ablations.py --scale lfw --resolution 56 --epochs 1 --tables beyond --rows moved fine-tuned
 
 Run the scale first: its phi_hr (and phi_mr, where that is the teacher) is what every row starts from. Resumable, under

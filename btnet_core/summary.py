@@ -228,9 +228,15 @@ def claims(tables: Tables) -> dict[str, str]:
 
 
 def compare_claims(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, dict[str, str | None]]:
-    """`claims` of the paper's own tables, and beside them of each scale's."""
+    """`claims` of the paper's own tables, and beside them of each scale's and of Tables 3 and 4 trained otherwise."""
     answers: dict[str, dict[str, str]] = {"the paper": claims(paper())}
     answers |= {f"scale {scale}": claims(tables) for scale, tables in by_scale(records).items()}
+    for (scale, name), record in records.items():
+        again = record["values"]
+        if "_ablations_" in name and "table3" in again["mean"]:
+            passes = f"{again['epochs']} pass{'es' * (again['epochs'] > 1)}"
+            mean = {table: again["mean"].get(table, {}) for table in ("table3", "table4")}
+            answers[f"scale {scale}, {again['resolution']} px, {passes}"] = claims(mean)
     known = dict.fromkeys(claim for found in answers.values() for claim in found)
     return {claim: {whose: found.get(claim) for whose, found in answers.items()} for claim in known}
 

@@ -90,6 +90,18 @@ def test_rows_of_other_seeds_and_trainings_have_blocks_of_their_own(runs: Path) 
     assert not any("passes" in title for title in summary.blocks("table4", summary.everything(runs / "demo")))
 
 
+def test_claims_are_asked_of_tables_trained_otherwise(runs: Path) -> None:
+    losses = {"CosFace": {"112&14": 93.0, "14&14": 92.5}, "ArcFace": {"112&14": 92.5, "14&14": 92.75}}
+    steps = {row: {"112&14": 50.0 + i, "14&14": 90.0 - i} for i, row in enumerate(published.table("table3"))}
+    values = {"mean": {"table3": steps, "table4": losses}, "by_seed": {"0": 1}, "resolution": 14, "epochs": 1}
+    results.record(runs / "lfw", "lfw_ablations_14px_1_epochs", values, scale="lfw")
+    rows = summary.compare_claims(summary.everything(runs / "demo"))
+    held = {claim: row["scale lfw, 14 px, 1 pass"] for claim, row in rows.items()}
+    assert held["Table 3: BCT above pretraining alone"] == "1 of 2"
+    assert held["Table 4: between influence losses, points"] == "0.50 and 0.25"
+    assert held["Table 1: phi_bt above phi_mr below 112"] is None
+
+
 def test_claims_hold_in_the_papers_own_tables_and_are_asked_of_ours(runs: Path) -> None:
     rows = summary.compare_claims(summary.everything(runs / "demo"))
     theirs = {claim: row["the paper"] for claim, row in rows.items()}

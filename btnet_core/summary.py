@@ -137,11 +137,16 @@ def blocks(table: str, records: Mapping[tuple[str, str], Mapping[str, Any]]) -> 
             again = record["values"]
             if rows := again.get("mean", {}).get(table):
                 seeds = f"mean of {count} seeds" if (count := len(again["by_seed"])) > 1 else "one seed"
-                title = f"ours, scale {scale}, {again['resolution']} px, {again['epochs']} pass{'es' * (again['epochs'] > 1)}, {seeds}"
+                title = f"ours, scale {scale}, {trained(again)}, {seeds}"
                 shown[title] = {name: {s: f"{v:.2f}" for s, v in row.items()} for name, row in rows.items()}
         if not made and "-" not in scale:
             shown[f"ours, scale {scale}"] = {"not run": dict.fromkeys(columns)}
     return shown
+
+
+def trained(values: Mapping[str, Any]) -> str:
+    """How the rows of a record of benchmarks/ablations.py were trained: "14 px, 2 passes"."""
+    return f"{values['resolution']} px, {values['epochs']} pass{'es' * (values['epochs'] > 1)}"
 
 
 def with_gains(table: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -234,9 +239,8 @@ def compare_claims(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict
     for (scale, name), record in records.items():
         again = record["values"]
         if "_ablations_" in name and "table3" in again["mean"]:
-            passes = f"{again['epochs']} pass{'es' * (again['epochs'] > 1)}"
             mean = {table: again["mean"].get(table, {}) for table in ("table3", "table4")}
-            answers[f"scale {scale}, {again['resolution']} px, {passes}"] = claims(mean)
+            answers[f"scale {scale}, {trained(again)}"] = claims(mean)
     known = dict.fromkeys(claim for found in answers.values() for claim in found)
     return {claim: {whose: found.get(claim) for whose, found in answers.items()} for claim in known}
 

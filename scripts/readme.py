@@ -151,8 +151,7 @@ def repeated(records: Records) -> str:
     for (scale, name), record in records.items():
         if "_ablations_" in name:
             values, seeds = record["values"], len(record["values"]["by_seed"])
-            r = values["resolution"]
-            title = f"scale {scale}, {r} px, {values['epochs']} pass{'es' * (values['epochs'] > 1)}, {seeds} seed{'s' * (seeds > 1)}"
+            title = f"scale {scale}, {summary.trained(values)}, {seeds} seed{'s' * (seeds > 1)}"
             rows: dict[str, dict[str, str]] = {}
             for table, means in values["mean"].items():
                 for row, cells in means.items():

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from btnet_core.btnet import select_branch
-from btnet_core.errors import DataError
+from btnet_core.errors import ConfigError, DataError
 from btnet_core.evaluation import identification as idn
 
 
@@ -153,6 +153,8 @@ def test_strategies_embed_each_image_once_and_match_one_by_one() -> None:
         lambda i, r: lengths[r] * embed(i, r), sizes, labels, in_gallery, fpir=(0.3,), rank=5
     )
     assert scaled == by_hand != reports
+    with pytest.raises(ConfigError, match=r"lengths: has resolutions \[7, 14, 28\], needs \[112\], too"):
+        idn.evaluate_strategies(embed, sizes, labels, in_gallery, lengths={7: 0.2, 14: 0.5, 28: 0.8})
 
 
 @pytest.mark.parametrize(("upsample", "rows"), [(False, 14), (True, 112)])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btnet_core.errors import DataError
-from btnet_core.evaluation.verification import CANONICAL, Embedder, strictest_needed
+from btnet_core.evaluation.verification import CANONICAL, Embedder, check_resolutions, strictest_needed
 from btnet_core.images import Resize, resize
 
 STRATEGIES = tuple(product(("avg", "min", "max"), ("floor", "near", "ceil")))  # Table 2's order
@@ -192,8 +192,10 @@ def evaluate_strategies(
         for indicator, rounding in strategies
     }
     sent = {r: np.flatnonzero(np.any([row == r for row in chosen.values()], axis=0)) for r in sorted(resolutions)}
-    factor = dict.fromkeys(sent, 1.0) if lengths is None else lengths
-    cache = {r: factor[r] * embed(indices, r) for r, indices in sent.items() if len(indices)}
+    cache = {r: embed(indices, r) for r, indices in sent.items() if len(indices)}
+    if lengths is not None:
+        check_resolutions("lengths", lengths, cache)
+        cache = {r: lengths[r] * z for r, z in cache.items()}
     reports = {}
     for name, row in chosen.items():
         features = next(iter(cache.values())).new_empty(len(row), next(iter(cache.values())).shape[1])

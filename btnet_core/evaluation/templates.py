@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from btnet_core.errors import ConfigError, DataError
+from btnet_core.errors import DataError
 from btnet_core.evaluation.identification import mate_rows, open_set, score_chunks, search
-from btnet_core.evaluation.verification import TABLE1_SETTINGS, Embedder, OperatingPoint, embed_images, tar_at_far
+from btnet_core.evaluation.verification import (
+    TABLE1_SETTINGS,
+    Embedder,
+    OperatingPoint,
+    check_resolutions,
+    embed_images,
+    tar_at_far,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +152,8 @@ def evaluate_templates(
         found = identify_templates(templates, ids, data.galleries, data.probes, fpir=fpir, rank=rank, device=device)
         return {**row, "tpir": found["tpir"], "identification": found}
 
-    if lengths is not None and (absent := {r for setting in settings for r in setting} - lengths.keys()):
-        raise ConfigError(f"lengths: has resolutions {sorted(lengths)}, needs {sorted(absent)}, too")
+    if lengths is not None:
+        check_resolutions("lengths", lengths, {r for setting in settings for r in setting})
     reports, cache = {}, dict[tuple[int, bool], Tensor]()
     order = sorted(settings, key=lambda pair: pair[1])
     for place, (r1, r2) in enumerate(order):

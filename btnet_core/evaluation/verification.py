@@ -204,7 +204,6 @@ def centres(
     return {r: unit.mean(0) for r, unit in unit_embeddings(embedder, sample, resolutions, **options).items()}
 
 
-@torch.inference_mode()
 def fitted_lengths(
     embedder: Embedder, faces: Any, resolutions: Iterable[int], *, count: int = 500, **options: Any
 ) -> dict[int, float]:
@@ -223,6 +222,12 @@ def fitted_lengths(
         z = embed(r)
         factors[r] = float((z * reference).sum() / z.square().sum())
     return factors
+
+
+def check_resolutions(name: str, given: Iterable[int], needed: Iterable[int]) -> None:
+    """ConfigError where argument ``name`` lacks a value for a resolution that is needed."""
+    if absent := set(needed) - set(given):
+        raise ConfigError(f"{name}: has resolutions {sorted(given)}, needs {sorted(absent)}, too")
 
 
 def _spread(faces: Any, count: int) -> SimpleNamespace:
@@ -246,8 +251,7 @@ def pair_similarities(
     """
     unit = unit_embeddings(embedder, pairs, {r for setting in settings for r in setting}, **options)
     if centre is not None:
-        if absent := unit.keys() - centre.keys():
-            raise ConfigError(f"centre: has resolutions {sorted(centre)}, needs {sorted(absent)}, too")
+        check_resolutions("centre", centre, unit)
         unit = {r: F.normalize(z - centre[r]) for r, z in unit.items()}
     first, second = (torch.as_tensor(np.asarray(side), dtype=torch.int64) for side in (pairs.first, pairs.second))
     return {(a, b): (unit[a][first] * unit[b][second]).sum(1).double().numpy() for a, b in settings}

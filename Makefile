@@ -21,7 +21,7 @@ STAMP := $(VENV)/.ready-$(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
-	@$(RUN) -m btnet_core reproduce --scale $(SCALE) $(ARGS)
+	@$(RUN) -m btnet_tools reproduce --scale $(SCALE) $(ARGS)
 
 test: $(STAMP)
 	@$(RUN) -m pytest $(ARGS)
@@ -30,7 +30,7 @@ lab: $(STAMP)
 	@$(RUN) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 figures: $(STAMP)
-	@$(RUN) -m btnet_core figures $(ARGS)
+	@$(RUN) -m btnet_tools figures $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

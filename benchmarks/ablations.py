@@ -21,26 +21,34 @@ from pathlib import Path
 
 import numpy as np
 
-from btnet_core import results
-from btnet_core.backbones import load_backbone, save_backbone
-from btnet_core.datasets.faces import open_pairs
+from btnet_core.data.faces import open_pairs
 from btnet_core.evaluation.verification import evaluate_pairs, summarise
-from btnet_core.scales import get_scale
+from btnet_core.models.backbone import load_backbone, save_backbone
 from btnet_core.training import methods
-from btnet_core.training.run import train_in_subprocess
+from btnet_core.training.launch import train_in_subprocess
+from btnet_paper import results
+from btnet_paper.scales import get_scale
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ("table3", "table4", "figure7", "beyond")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scale", default="demo", choices=("demo", "lfw"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=0, help="passes over the faces (default: notebook 07's)")
+    parser.add_argument(
+        "--epochs", type=int, default=0, help="passes over the faces (default: notebook 07's)"
+    )
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
-    parser.add_argument("--rows", nargs="+", default=[""], help="parts of the names of rows (default: all)")
-    parser.add_argument("--resolution", type=int, default=0, help="of the branch (default: notebook 07's)")
+    parser.add_argument(
+        "--rows", nargs="+", default=[""], help="parts of the names of rows (default: all)"
+    )
+    parser.add_argument(
+        "--resolution", type=int, default=0, help="of the branch (default: notebook 07's)"
+    )
     options = parser.parse_args()
     scale, began = get_scale(options.scale), time.monotonic()
     usual = (scale.ablated, scale.ablation["epochs"])
@@ -51,7 +59,11 @@ def main() -> None:
     pairs, rows, used = open_pairs(spec), dict[str, dict[str, dict[str, dict[str, float]]]](), {}
     for seed in options.seeds:
         name = f"{seed}-{r}px-{epochs}-epochs"
-        models = source if (seed, r, epochs) == (0, *usual) else ROOT / "runs" / f"{scale.name}-seeds" / name / "models"
+        models = (
+            source
+            if (seed, r, epochs) == (0, *usual)
+            else ROOT / "runs" / f"{scale.name}-seeds" / name / "models"
+        )
         if models != source:
             for method in {"phi_hr", scale.teacher}:
                 path = f"{method}/trunk.safetensors"
@@ -67,13 +79,20 @@ def main() -> None:
             shared = str(source / "teacher") if r < 56 else ""  # gigabytes at 56
             train_in_subprocess(config.replace(cache_dir=shared), out)
             embedder = methods.load_run(trunk, out, how=config.resize)
-            report = summarise([evaluate_pairs(embedder, pairs, [(112, r), (r, r)], keep=keep, how=config.resize)])
+            report = summarise(
+                [evaluate_pairs(embedder, pairs, [(112, r), (r, r)], keep=keep, how=config.resize)]
+            )
             accuracy[config.name] = {setting: cell["accuracy"] for setting, cell in report.items()}
             used[config.name] = {**asdict(config), "seed": options.seeds}
             print(seed, config.name, accuracy[config.name], flush=True)
-        rows[str(seed)] = {t: {row: accuracy[c.name] for row, c in configs.items()} for t, configs in plan.items()}
+        rows[str(seed)] = {
+            t: {row: accuracy[c.name] for row, c in configs.items()} for t, configs in plan.items()
+        }
     values = {"by_seed": rows, "resolution": r, "epochs": epochs}
-    for key, take in (("mean", np.mean), ("std", lambda x: np.std(x, ddof=1) if len(x) > 1 else 0.0)):
+    for key, take in (
+        ("mean", np.mean),
+        ("std", lambda x: np.std(x, ddof=1) if len(x) > 1 else 0.0),
+    ):
         values[key] = {
             table: {row: {s: float(take([of[table][row][s] for of in rows.values()])) for s in cells}
                     for row, cells in configs.items()}

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from btnet_core import bench
+from btnet_tools import bench
 
 KEYS = ("versions", "commit", "cpu", "gpu", "threads", "date")
 
@@ -34,7 +34,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as runs:
         if options.run:
-            subprocess.run([sys.executable, "-m", "btnet_core", "reproduce", "--runs", runs], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "btnet_tools", "reproduce", "--runs", runs], check=True
+            )
         rows = recorded(Path(runs) / "demo" / "results" if options.run else options.results)
     if not rows:
         parser.error(f"{options.results}: holds no results of the demo; --run makes them")

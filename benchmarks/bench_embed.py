@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from btnet_core import BTNet, bench
-from btnet_core.backbones import BackboneConfig, build_backbone
-from btnet_core.btnet import to_pixels
+from btnet_core import BTNet
 from btnet_core.images import resize
+from btnet_core.models.backbone import BackboneConfig, build_backbone
+from btnet_core.models.btnet import to_pixels
+from btnet_tools import bench
 
 SIDES = (112, 28, 14, 7)
 
@@ -41,7 +42,9 @@ def main() -> None:
     options = parser.parse_args()
     count, rounds = (8, 2) if options.quick else (options.images, options.rounds)
     demo = BackboneConfig(name="iresnet18", width=0.25, embedding=128)
-    net = (BTNet.load(options.model) if options.model else BTNet(build_backbone(demo), (28, 14, 7))).eval()
+    net = (
+        BTNet.load(options.model) if options.model else BTNet(build_backbone(demo), (28, 14, 7))
+    ).eval()
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for side in SIDES]
     groups = {side: [image] * count for side, image in zip(SIDES, noise, strict=True)}
@@ -50,7 +53,9 @@ def main() -> None:
         files = []
         for i in range(2 * count):
             files.append(Path(folder) / f"{i}.jpg")
-            Image.fromarray(rng.integers(0, 256, (500, 500, 3), dtype=np.uint8)).save(files[-1], quality=90)
+            Image.fromarray(rng.integers(0, 256, (500, 500, 3), dtype=np.uint8)).save(
+                files[-1], quality=90
+            )
         shrunk = [resize(to_pixels(file, ""), 112).to(torch.uint8) for file in files]
         tasks: dict[str, Callable[[], object]] = {
             **{f"{side} px": lambda side=side: net.embed(groups[side]) for side in SIDES},
@@ -66,10 +71,17 @@ def main() -> None:
     overlap = median(row["both"] / (row["read"] + row["model"]) for row in table)
     print(", ".join(f"{name} {value:.2f} s" for name, value in time_of.items()))
     goals = [
-        bench.goal("embed of a mixed-size list / the sum of its groups", ratio, 1.1, at_least=False),
+        bench.goal(
+            "embed of a mixed-size list / the sum of its groups", ratio, 1.1, at_least=False
+        ),
         bench.goal("embed of files / reading, then the model", overlap, 1, at_least=False),
     ]
-    bench.write(options, goals, {"seconds": time_of, "images of each size": count, "files": 2 * count}, began)
+    bench.write(
+        options,
+        goals,
+        {"seconds": time_of, "images of each size": count, "files": 2 * count},
+        began,
+    )
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from btnet_core import bench
 from btnet_core.evaluation.identification import CHUNK, open_set, search
 from btnet_core.evaluation.templates import pair_scores
 from btnet_core.evaluation.verification import tar_at_far, ten_fold_accuracy
+from btnet_tools import bench
 
 
 def seconds(call: Callable[[], object], repeats: int = 1) -> float:
@@ -66,12 +66,18 @@ def right_by_table(threshold: float, score: np.ndarray, label: np.ndarray) -> in
     false_positive = np.sum(np.logical_and(accept, np.logical_not(label)))
     true_negative = np.sum(np.logical_and(np.logical_not(accept), np.logical_not(label)))
     false_negative = np.sum(np.logical_and(np.logical_not(accept), label))
-    right_share = (true_positive + true_negative) / (true_positive + false_positive + true_negative + false_negative)
+    right_share = (true_positive + true_negative) / (
+        true_positive + false_positive + true_negative + false_negative
+    )
     return round(right_share * len(label))
 
 
 def looped_ten_fold(
-    similarity: np.ndarray, same: np.ndarray, thresholds: np.ndarray, count: Callable = right, folds: int = 10
+    similarity: np.ndarray,
+    same: np.ndarray,
+    thresholds: np.ndarray,
+    count: Callable = right,
+    folds: int = 10,
 ) -> float:
     """The usual loop: every threshold on every training part, then the test part at the best of them."""
     accuracies = []
@@ -91,7 +97,9 @@ def bench_ten_fold(pairs: int, rng: np.random.Generator) -> list[dict]:
     rows = []
     for size, count in ((400, right), (400, right_by_table), (pairs, right)):
         grid = np.sort(rng.choice(similarity, size, replace=False))
-        loop = seconds(lambda grid=grid, count=count: looped_ten_fold(similarity, same, grid, count))
+        loop = seconds(
+            lambda grid=grid, count=count: looped_ten_fold(similarity, same, grid, count)
+        )
         how = "confusion table each" if count is right_by_table else "one count each"
         rows.append({
             "what": f"ten folds, {pairs} pairs, against a loop over {size} thresholds, {how}",
@@ -152,14 +160,23 @@ def main() -> None:
     parser.add_argument("--templates", type=int, default=23_000)
     args = parser.parse_args()
     if args.quick:
-        args.pairs, args.probes, args.gallery, args.template_pairs, args.templates = 600, 500, 300, 10_000, 100
+        args.pairs, args.probes, args.gallery, args.template_pairs, args.templates = (
+            600,
+            500,
+            300,
+            10_000,
+            100,
+        )
     rng = np.random.default_rng(0)
     rows = bench_ten_fold(args.pairs, rng)
     rows.append(bench_search(args.probes, args.gallery, args.width))
     rows.append(bench_templates(args.templates, args.template_pairs, args.width, rng))
     for row in rows:
         print(row["what"])
-        print("   " + ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "what"))
+        print(
+            "   "
+            + ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "what")
+        )
     goals = [
         bench.goal(
             row["what"].replace(f"ten folds, {args.pairs} pairs, against a", "ten folds, times faster than a"),
@@ -169,8 +186,15 @@ def main() -> None:
     ]  # fmt: skip
     search_row = rows[-2]
     goals += [
-        bench.goal("1:N / the bare matrix product, time", search_row["times_slower"], 2, at_least=False),
-        bench.goal("1:N, peak of the process (GiB)", search_row["peak_process_MiB"] / 1024, 4, at_least=False),
+        bench.goal(
+            "1:N / the bare matrix product, time", search_row["times_slower"], 2, at_least=False
+        ),
+        bench.goal(
+            "1:N, peak of the process (GiB)",
+            search_row["peak_process_MiB"] / 1024,
+            4,
+            at_least=False,
+        ),
     ]
     bench.write(args, goals, {"rows": rows}, began)
 

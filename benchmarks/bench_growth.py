@@ -26,16 +26,17 @@ from bench_evaluation import PeakMemory, seconds
 from bench_training import DEMO, train_step
 from cost_model import classifier_bytes, tables
 
-from btnet_core import bench, results
-from btnet_core.backbones import BackboneConfig, build_backbone
-from btnet_core.btnet import BTNet
-from btnet_core.costs import measure_time
 from btnet_core.evaluation.identification import search
 from btnet_core.losses import build_margin
+from btnet_core.models.backbone import BackboneConfig, build_backbone
+from btnet_core.models.btnet import BTNet
+from btnet_core.models.costs import measure_time
 from btnet_core.training import methods
+from btnet_core.training.batches import Sampler
 from btnet_core.training.classifier import Classifier
-from btnet_core.training.data import Sampler
-from btnet_core.training.problem import prepare
+from btnet_core.training.step import prepare
+from btnet_paper import results
+from btnet_tools import bench
 
 WIDTH, CPU = 512, torch.device("cpu")
 
@@ -53,7 +54,11 @@ def images(counts: list[int], draws: list[int], steps: int) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         config = methods.phi_hr(
-            "synthetic:identities=16,images=4,seed=0", backbone=DEMO, batch=32, epochs=1, warmup_epochs=0.0
+            "synthetic:identities=16,images=4,seed=0",
+            backbone=DEMO,
+            batch=32,
+            epochs=1,
+            warmup_epochs=0.0,
         )
         run = prepare(config, Path(folder), CPU)
         for count in counts:
@@ -61,12 +66,25 @@ def images(counts: list[int], draws: list[int], steps: int) -> dict[str, Any]:
             run.sampler = Sampler(torch.arange(count) % 16, config)
             run.modes(training=True)
             took = [train_step(run, step, full=True)[0] for step in range(steps + 2)][2:]
-            rows.append({"images": count, "ms": 1e3 * statistics.median(took), "MiB": run.pixels.all.numel() / 2**20})
+            rows.append(
+                {
+                    "images": count,
+                    "ms": 1e3 * statistics.median(took),
+                    "MiB": run.pixels.all.numel() / 2**20,
+                }
+            )
     drawn = []
     for count in draws:
         sampler = Sampler(torch.zeros(count, dtype=torch.int64), config)
         took, memory = with_memory(lambda sampler=sampler: seconds(lambda: sampler.batch(0)))
-        drawn.append({"images": count, "seconds": took, "MiB": memory, "ms a step": 1e3 * took / sampler.steps})
+        drawn.append(
+            {
+                "images": count,
+                "seconds": took,
+                "MiB": memory,
+                "ms a step": 1e3 * took / sampler.steps,
+            }
+        )
     return {"steps": rows, "draws": drawn}
 
 
@@ -85,19 +103,27 @@ def identities(cases: list[tuple[str, int]], batch: int, repeats: int) -> list[d
         share = 0.1 if kind == "PartialFC 0.1" else 1.0
 
         def case(kind: str = kind, count: int = count, share: float = share) -> float:
-            kappa = Classifier(torch.zeros(count, WIDTH), build_margin("arcface"), sample_rate=share).train()
+            kappa = Classifier(
+                torch.zeros(count, WIDTH), build_margin("arcface"), sample_rate=share
+            ).train()
             torch.nn.init.normal_(kappa.weight, std=0.01)
             kappa.weight.requires_grad_(kind != "fixed")
             optimiser = (
-                None if kind == "fixed" else torch.optim.SGD(kappa.parameters(), lr=0.1, momentum=0.9, fused=True)
+                None
+                if kind == "fixed"
+                else torch.optim.SGD(kappa.parameters(), lr=0.1, momentum=0.9, fused=True)
             )
             classifier_step(kappa, optimiser, batch)
-            times = [seconds(lambda: classifier_step(kappa, optimiser, batch)) for _ in range(repeats)]
+            times = [
+                seconds(lambda: classifier_step(kappa, optimiser, batch)) for _ in range(repeats)
+            ]
             return 1e3 * statistics.median(times)
 
         took, memory = with_memory(case)
         paper = classifier_bytes(count, 1, fixed=kind == "fixed", share=share, batch=batch) / 2**20
-        rows.append({"kind": kind, "classes": count, "ms": took, "MiB": memory, "MiB on paper": paper})
+        rows.append(
+            {"kind": kind, "classes": count, "ms": took, "MiB": memory, "MiB on paper": paper}
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -105,7 +131,10 @@ def identities(cases: list[tuple[str, int]], batch: int, repeats: int) -> list[d
 def gallery(counts: list[int], probes: int) -> list[dict[str, float]]:
     """Milliseconds a probe and MiB, gallery included, of a 1:N search."""
     rows = []
-    faces, mates = torch.randn(probes, WIDTH), np.where(np.arange(probes) % 2, -1, np.arange(probes))
+    faces, mates = (
+        torch.randn(probes, WIDTH),
+        np.where(np.arange(probes) % 2, -1, np.arange(probes)),
+    )
     for count in counts:
 
         def case(count: int = count) -> float:
@@ -166,14 +195,21 @@ def cell(value: Any) -> str:
 
 def main() -> None:
     began, parser = time.monotonic(), bench.options(__doc__)
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write the tables of this page and run nothing")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="write the tables of this page and run nothing"
+    )
     options = parser.parse_args()
     if options.page:
         return page(options.page)
     torch.manual_seed(0)
     quick, kinds = options.quick, ("learned", "PartialFC 0.1", "fixed")
     counts = [100, 1000] if quick else [10_000, 93_431, 1_000_000]
-    cases = [(kind, count) for kind in kinds for count in counts if quick or kind != "learned" or count < 1_000_000]
+    cases = [
+        (kind, count)
+        for kind in kinds
+        for count in counts
+        if quick or kind != "learned" or count < 1_000_000
+    ]
     values = {
         "images": images([64, 128] if quick else [1_000, 10_000, 40_000],
                          [1_000, 10_000] if quick else [10_000, 100_000, 1_000_000, 5_179_510], 2 if quick else 8),

@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from btnet_core import BTNet, bench, fast
-from btnet_core.backbones import BackboneConfig, build_backbone
-from btnet_core.costs import count_macs
-from btnet_core.datasets.faces import open_faces, open_pairs
-from btnet_core.embedders import BranchEmbedder, autocast
+from btnet_core import BTNet
+from btnet_core.data.faces import open_faces, open_pairs
 from btnet_core.errors import ConfigError
+from btnet_core.evaluation.embedders import BranchEmbedder, autocast
 from btnet_core.evaluation.verification import evaluate_pairs
+from btnet_core.models import fast
+from btnet_core.models.backbone import BackboneConfig, build_backbone
+from btnet_core.models.costs import count_macs
+from btnet_tools import bench
 
 ROWS, BATCHES = (112, 28, 14, 7), (32, 1)
 FACTORS = {"bf16": 2.5, "int8": 3.5}  # against onnxruntime in fp32
@@ -73,10 +75,15 @@ def ceilings() -> dict[str, float]:
     """Billions of MACs a second of matrix products by dtype, and GB/s of copying 256 MB."""
     rows, side = 4096, 1024
     a, b = torch.randn(rows, side), torch.randn(side, side)
-    x, w = torch.randn(1, side, 64, 64).to(memory_format=torch.channels_last), b.view(side, side, 1, 1)
+    x, w = (
+        torch.randn(1, side, 64, 64).to(memory_format=torch.channels_last),
+        b.view(side, side, 1, 1),
+    )
     a16, b16, x16, w16 = (t.bfloat16() for t in (a, b, x, w))
     a8, b8 = (t.clamp(-1, 1).mul(127).to(torch.int8) for t in (a, b))
-    products: dict[str, list[Callable[[], object]]] = {  # a 1 x 1 convolution is oneDNN's matrix product
+    products: dict[
+        str, list[Callable[[], object]]
+    ] = {  # a 1 x 1 convolution is oneDNN's matrix product
         "fp32": [lambda: a @ b, lambda: F.conv2d(x, w)],
         "bf16": [lambda: a16 @ b16, lambda: F.conv2d(x16, w16)],
         "int8": [lambda: torch._int_mm(a8, b8)],
@@ -86,7 +93,11 @@ def ceilings() -> dict[str, float]:
     source = torch.zeros(64 * 2**20)
     target = torch.empty_like(source)
     return found | {
-        "bandwidth": 2 * 4 * source.numel() / min(seconds(lambda: target.copy_(source)) for _ in range(9)) / 1e9
+        "bandwidth": 2
+        * 4
+        * source.numel()
+        / min(seconds(lambda: target.copy_(source)) for _ in range(9))
+        / 1e9
     }
 
 
@@ -109,11 +120,13 @@ def traffic(route: nn.Module, x: Tensor) -> tuple[int, int]:
 # ---- times -------------------------------------------------------------------------------------------------------
 
 
-def runners(net: BTNet, modes: list[str], compiling: bool) -> dict[str, Callable[[Tensor, int], object]]:
+def runners(
+    net: BTNet, modes: list[str], compiling: bool
+) -> dict[str, Callable[[Tensor, int], object]]:
     """Everything that is compared: ``run(x, r)``. Routes are compiled at their first call."""
     import onnxruntime
 
-    from btnet_core.fast import write_onnx
+    from btnet_core.models.fast import write_onnx
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -164,7 +177,9 @@ def by_unit(net: BTNet, x: Tensor, r: int) -> dict[str, float]:
     return best
 
 
-def times(name: str, modes: list[str], batches: tuple[int, ...], rounds: int) -> tuple[list[dict], dict[str, Any]]:
+def times(
+    name: str, modes: list[str], batches: tuple[int, ...], rounds: int
+) -> tuple[list[dict], dict[str, Any]]:
     net = random_net(name)
     run = runners(net, modes, compiling=rounds > 1)  # which takes a minute
     faces = {
@@ -172,7 +187,9 @@ def times(name: str, modes: list[str], batches: tuple[int, ...], rounds: int) ->
         for b in batches
         for r in ROWS
     }
-    taken: dict[tuple[str, int, int], list[float]] = {(one, *key): [] for one in run for key in faces}
+    taken: dict[tuple[str, int, int], list[float]] = {
+        (one, *key): [] for one in run for key in faces
+    }
     with torch.inference_mode():
         setup = dict.fromkeys(run, 0.0)
         for one in run:  # compiles
@@ -184,8 +201,12 @@ def times(name: str, modes: list[str], batches: tuple[int, ...], rounds: int) ->
             for (b, r), x in faces.items():
                 for one, call in run.items():
                     for _ in range(1 if b > 1 else 5):
-                        taken[one, b, r].append(seconds(lambda call=call, x=x, r=r: call(x, r)) * 1e3 / b)
-        units = {r: by_unit(net, faces[max(batches), r], r) for r in ROWS} if "bf16" in modes else {}
+                        taken[one, b, r].append(
+                            seconds(lambda call=call, x=x, r=r: call(x, r)) * 1e3 / b
+                        )
+        units = (
+            {r: by_unit(net, faces[max(batches), r], r) for r in ROWS} if "bf16" in modes else {}
+        )
         moved = {r: traffic(fast.fold(net.route(r)), faces[1, r]) for r in ROWS}
     ms = {one: {b: {r: median(taken[one, b, r]) for r in ROWS} for b in batches} for one in run}
     macs = {r: count_macs(net.route(r), (r, r)) for r in ROWS}
@@ -222,19 +243,30 @@ def roofline(
     size = BYTES[mode] * (maps + weights / batch)
     intensity, speed = macs / size, macs / ms / 1e6
     roof = min(peaks[mode], intensity * peaks["bandwidth"])
-    return {"intensity": intensity, "gmacs": speed, "of_peak": speed / peaks[mode], "of_roof": speed / roof}
+    return {
+        "intensity": intensity,
+        "gmacs": speed,
+        "of_peak": speed / peaks[mode],
+        "of_roof": speed / roof,
+    }
 
 
 # ---- accuracy ----------------------------------------------------------------------------------------------------
 
 
-def accuracy(model: str, data: Path, modes: list[str], quick: bool) -> tuple[list[dict], dict[str, Any]]:
+def accuracy(
+    model: str, data: Path, modes: list[str], quick: bool
+) -> tuple[list[dict], dict[str, Any]]:
     """Cosine to plain fp32 on LFW faces, and accuracy on pairs, at canonical size and through every branch."""
     net = BTNet.load(model)
     calibration = fast.some_faces(str(data / "faces_train"))
     pixels = open_faces(str(data / "lfw_devtest")).images(range(16 if quick else 256))
     pairs = open_pairs(str(data / PAIRS))
-    settings = [(112, 112), *((112, r) for r in net.resolutions[-2::-1]), *((r, r) for r in net.resolutions[-2::-1])]
+    settings = [
+        (112, 112),
+        *((112, r) for r in net.resolutions[-2::-1]),
+        *((r, r) for r in net.resolutions[-2::-1]),
+    ]
     goals, found, reports = [], {}, {}
     for mode in ("plain", *modes):
         one = net if mode == "plain" else net.fast(mode, calibration)
@@ -242,11 +274,15 @@ def accuracy(model: str, data: Path, modes: list[str], quick: bool) -> tuple[lis
         found[mode] = {r: embedder(pixels, r) for r in net.resolutions}
         if not quick:
             reports[mode] = {
-                key: row["accuracy"] for key, row in evaluate_pairs(embedder, pairs, settings, flip=False).items()
+                key: row["accuracy"]
+                for key, row in evaluate_pairs(embedder, pairs, settings, flip=False).items()
             }
         print(mode, reports.get(mode, ""), flush=True)
     cosines = {
-        mode: {r: float(F.cosine_similarity(z, found["plain"][r]).mean()) for r, z in found[mode].items()}
+        mode: {
+            r: float(F.cosine_similarity(z, found["plain"][r]).mean())
+            for r, z in found[mode].items()
+        }
         for mode in modes
     }
     for mode in modes:
@@ -261,27 +297,50 @@ def accuracy(model: str, data: Path, modes: list[str], quick: bool) -> tuple[lis
         if not quick:
             lost = {key: reports["plain"][key] - value for key, value in reports[mode].items()}
             goals.append(
-                bench.goal(f"{mode}: points lost on {pairs.name} at 112&112", lost["112&112"], 0.2, at_least=False)
+                bench.goal(
+                    f"{mode}: points lost on {pairs.name} at 112&112",
+                    lost["112&112"],
+                    0.2,
+                    at_least=False,
+                )
             )
             worst = max(lost, key=lambda key: lost[key])
             goals.append(
                 bench.goal(
-                    f"{mode}: most points lost at any pair of resolutions ({worst})", lost[worst], 0.2, at_least=False
+                    f"{mode}: most points lost at any pair of resolutions ({worst})",
+                    lost[worst],
+                    0.2,
+                    at_least=False,
                 )
             )
-    return goals, {"model": net.trunk.config.name, "pairs": pairs.name, "cosine": cosines, "accuracy": reports}
+    return goals, {
+        "model": net.trunk.config.name,
+        "pairs": pairs.name,
+        "cosine": cosines,
+        "accuracy": reports,
+    }
 
 
 def main() -> None:
     parser = bench.options(__doc__)
-    parser.add_argument("--model", default="runs/lfw-quick/models/phi_bt", help="a trained BTNet, for the accuracy")
-    parser.add_argument("--only", choices=("times", "accuracy"), help="keep the other half of --out")
+    parser.add_argument(
+        "--model", default="runs/lfw-quick/models/phi_bt", help="a trained BTNet, for the accuracy"
+    )
+    parser.add_argument(
+        "--only", choices=("times", "accuracy"), help="keep the other half of --out"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     given: argparse.Namespace = parser.parse_args()
     began, modes = time.monotonic(), available()
-    old = json.loads(given.out.read_text()) if given.only and given.out and given.out.is_file() else {}
+    old = (
+        json.loads(given.out.read_text())
+        if given.only and given.out and given.out.is_file()
+        else {}
+    )
     goals, values = [], dict(old.get("values", {}))
-    goals += [row for row in old.get("goals", ()) if ("batch" in row["what"]) != (given.only == "times")]
+    goals += [
+        row for row in old.get("goals", ()) if ("batch" in row["what"]) != (given.only == "times")
+    ]
     if given.only != "accuracy":
         name = "iresnet18" if given.quick else "iresnet50"
         more, values["times"] = times(
@@ -289,7 +348,9 @@ def main() -> None:
         )
         goals = more + goals
     if given.only != "times" and os.environ.get("BTNET_DATA") and Path(given.model).is_dir():
-        more, values["accuracy"] = accuracy(given.model, Path(os.environ["BTNET_DATA"]), modes, given.quick)
+        more, values["accuracy"] = accuracy(
+            given.model, Path(os.environ["BTNET_DATA"]), modes, given.quick
+        )
         goals += more
     bench.write(given, goals, values, began)
 

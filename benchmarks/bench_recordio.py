@@ -33,9 +33,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from btnet_core import bench
-from btnet_core.datasets.faces import StoredFaces, open_faces
-from btnet_core.datasets.recordio import RecordFile, RecordWriter
+from btnet_core.data.faces import StoredFaces, open_faces
+from btnet_core.data.recordio import RecordFile, RecordWriter
+from btnet_tools import bench
 
 MXNET = """
 import json, sys, time, warnings
@@ -82,7 +82,9 @@ def read_all(read: Callable[[int], object], order: list[int]) -> None:
 
 def by_workers(faces: StoredFaces, order: list[int], workers: int) -> float:
     """Images a second of ``workers`` data-loader processes, from the first batch to the last."""
-    batches = iter(DataLoader(Subset(faces, order), batch_size=64, num_workers=workers, prefetch_factor=4))
+    batches = iter(
+        DataLoader(Subset(faces, order), batch_size=64, num_workers=workers, prefetch_factor=4)
+    )
     next(batches)
     start, count = time.perf_counter(), 0
     for images, _ in batches:
@@ -92,7 +94,9 @@ def by_workers(faces: StoredFaces, order: list[int], workers: int) -> float:
 
 def main() -> None:
     began, parser = time.monotonic(), bench.options(__doc__)
-    parser.add_argument("--data", default="faces_train", help="a RecordIO set in InsightFace's layout")
+    parser.add_argument(
+        "--data", default="faces_train", help="a RecordIO set in InsightFace's layout"
+    )
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mxnet", metavar="PYTHON", help="an interpreter that can import mxnet")
@@ -106,7 +110,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         values = compare(faces, order, rounds, Path(folder), options.mxnet)
     values["workers"] = {str(n): by_workers(faces, order, n) for n in (1, 2)}
-    values["threads"] = {str(os.cpu_count()): count / median(seconds(lambda: faces.images(order)) for _ in range(3))}
+    values["threads"] = {
+        str(os.cpu_count()): count / median(seconds(lambda: faces.images(order)) for _ in range(3))
+    }
     values |= {"images": count, "bytes": sum(len(faces.encoded(i)) for i in order) / count}
     for name, rate in {**values["records"], **values["decoded images"]}.items():
         print(f"{name:<24}{rate:10.0f} a second")
@@ -118,10 +124,14 @@ def main() -> None:
     bench.write(options, goals, values, began)
 
 
-def compare(faces: StoredFaces, order: list[int], rounds: int, folder: Path, mxnet: str | None) -> dict[str, Any]:
+def compare(
+    faces: StoredFaces, order: list[int], rounds: int, folder: Path, mxnet: str | None
+) -> dict[str, Any]:
     """Rates of each reader in records and decoded images a second, and ours against the best other."""
     loose = [folder / f"{i}.jpg" for i in range(len(order))]
-    with RecordWriter(folder / "images.rec") as writer:  # without header records, which the iterator would decode
+    with RecordWriter(
+        folder / "images.rec"
+    ) as writer:  # without header records, which the iterator would decode
         for key, i in enumerate(order):
             loose[key].write_bytes(faces.encoded(i))
             writer.write(key, struct.pack("<IfQQ", 0, 0.0, key, 0) + faces.encoded(i))
@@ -133,12 +143,22 @@ def compare(faces: StoredFaces, order: list[int], rounds: int, folder: Path, mxn
         "loose files": ("records", lambda: [path.open("rb").read() for path in loose]),
         "plain": ("records", lambda: plain_reader(rec, offsets)),
         "ours, decoded": ("decoded images", lambda: read_all(faces.image, order)),
-        "PIL": ("decoded images", lambda: [np.asarray(Image.open(path).convert("RGB")) for path in loose]),
+        "PIL": (
+            "decoded images",
+            lambda: [np.asarray(Image.open(path).convert("RGB")) for path in loose],
+        ),
     }
     child = None
     if mxnet:
         (folder / "order.json").write_text(json.dumps(order))
-        command = [mxnet, "-c", MXNET, str(rec), str(folder / "images.rec"), str(folder / "order.json")]
+        command = [
+            mxnet,
+            "-c",
+            MXNET,
+            str(rec),
+            str(folder / "images.rec"),
+            str(folder / "order.json"),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                  text=True, env=environment)  # fmt: skip
@@ -154,7 +174,9 @@ def compare(faces: StoredFaces, order: list[int], rounds: int, folder: Path, mxn
         child.communicate()
     kinds = {name: kind for name, (kind, _) in tasks.items()}
     kinds |= (
-        {"MXNet": "records", "MXNet imdecode": "decoded images", "MXNet iterator": "decoded images"} if child else {}
+        {"MXNet": "records", "MXNet imdecode": "decoded images", "MXNet iterator": "decoded images"}
+        if child
+        else {}
     )
     return summarise(table[1:], kinds, len(order))  # the first round warms up
 

@@ -28,16 +28,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from btnet_core import bench
-from btnet_core.backbones import BackboneConfig, build_backbone, embed_features, save_backbone
-from btnet_core.btnet import NORMS
-from btnet_core.costs import count_macs
-from btnet_core.datasets.faces import open_faces
-from btnet_core.embedders import autocast
+from btnet_core.data.faces import open_faces
+from btnet_core.evaluation.embedders import autocast
+from btnet_core.models.backbone import BackboneConfig, build_backbone, embed_features, save_backbone
+from btnet_core.models.btnet import NORMS
+from btnet_core.models.costs import count_macs
 from btnet_core.training import methods
-from btnet_core.training.data import TeacherCache
+from btnet_core.training.batches import TeacherCache
 from btnet_core.training.loop import _clip
-from btnet_core.training.problem import Run, prepare
+from btnet_core.training.step import Run, prepare
+from btnet_tools import bench
 
 LOOPS = ("plain", "full", "cached")
 
@@ -50,7 +50,9 @@ class Case:
     r: int
     batch: int = 32
     steps: int = 16
-    influence: bool = True  # False: distillation alone; the cached student then ends at the coupling layer
+    influence: bool = (
+        True  # False: distillation alone; the cached student then ends at the coupling layer
+    )
 
 
 DEMO = BackboneConfig(name="iresnet18", width=0.25, embedding=128)
@@ -103,7 +105,10 @@ def prepare_loops(case: Case, folder: Path, device: torch.device) -> tuple[dict[
     data = f"synthetic:identities={case.batch // 2},images=8,seed=0"
     trunk = build_backbone(case.trunk).train()
     norms = [module for module in trunk.modules() if isinstance(module, NORMS)]
-    for momentum in (1.0, 0.1):  # running statistics of some faces, so that the features have a sensible size
+    for momentum in (
+        1.0,
+        0.1,
+    ):  # running statistics of some faces, so that the features have a sensible size
         for norm in norms:
             norm.momentum = momentum
         if momentum == 1.0:
@@ -113,13 +118,18 @@ def prepare_loops(case: Case, folder: Path, device: torch.device) -> tuple[dict[
     method = methods.phi_bt if case.influence else methods.distillation_only
     config = method(data, case.r, str(folder / "trunk.safetensors"), batch=case.batch, lr=0.02)
     runs = {
-        name: prepare(config.replace(precision="fp32" if name == "plain" else "auto"), folder, device) for name in LOOPS
+        name: prepare(
+            config.replace(precision="fp32" if name == "plain" else "auto"), folder, device
+        )
+        for name in LOOPS
     }
     plain: nn.Module
     for plain in (runs["plain"].trunk, runs["plain"].network):
         plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     run, began = runs["cached"], time.perf_counter()
-    run.cache = TeacherCache(run.pixels, len(run.pixels.faces.labels), run.branch_rows, None, device)
+    run.cache = TeacherCache(
+        run.pixels, len(run.pixels.faces.labels), run.branch_rows, None, device
+    )
     filled = time.perf_counter() - began
     for run in runs.values():
         run.modes(training=True)
@@ -150,7 +160,9 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
         losses = {name: [loss for _, loss in pairs] for name, pairs in timed.items()}
         for name in ("plain", "full"):
             row[f"times_{name}"] = row["cached"] / row[name]
-            apart = [abs(a - b) / abs(a) for a, b in zip(losses[name], losses["cached"], strict=True)]
+            apart = [
+                abs(a - b) / abs(a) for a, b in zip(losses[name], losses["cached"], strict=True)
+            ]
             row[f"loss_difference_{name}"] = {"first": apart[0], "largest": max(apart)}
         row["gmacs"] = operations(runs["full"])
         return {**row, "bound_full": row["gmacs"]["full"] / row["gmacs"]["cached"], "cache_seconds": filled,
@@ -159,10 +171,17 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     began, parser = time.monotonic(), bench.options(__doc__)
-    parser.add_argument("--cases", help=f"of {','.join(CASES)} (default: all); --out keeps its others")
+    parser.add_argument(
+        "--cases", help=f"of {','.join(CASES)} (default: all); --out keeps its others"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    names, rows = (options.cases or "demo-7" if options.quick else options.cases or ",".join(CASES)).split(","), {}
+    names, rows = (
+        (options.cases or "demo-7" if options.quick else options.cases or ",".join(CASES)).split(
+            ","
+        ),
+        {},
+    )
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"unknown cases {', '.join(unknown)}; known: {', '.join(CASES)}")
     print(
@@ -183,7 +202,12 @@ def main() -> None:
 def goals(rows: dict[str, Any]) -> list[dict[str, Any]]:
     """At least three times the full loop in plain PyTorch, in each case."""
     return [
-        bench.goal(f"branch training, {name}: times faster than plain, full", row["times_plain"], 3, at_least=True)
+        bench.goal(
+            f"branch training, {name}: times faster than plain, full",
+            row["times_plain"],
+            3,
+            at_least=True,
+        )
         for name, row in rows.items()
     ]
 

@@ -18,29 +18,35 @@ from typing import Any
 
 import numpy as np
 
-from btnet_core import results
-from btnet_core.backbones import load_backbone, save_backbone
-from btnet_core.datasets import find
-from btnet_core.datasets.faces import open_faces, open_pairs
-from btnet_core.datasets.standins import survface_standin
-from btnet_core.embedders import load_methods
+from btnet_core.data.faces import open_faces, open_pairs
+from btnet_core.evaluation.embedders import load_methods
 from btnet_core.evaluation.identification import evaluate_strategies, native_embedder
 from btnet_core.evaluation.verification import evaluate_pairs, fitted_lengths
+from btnet_core.files import find
 from btnet_core.images import Resize
-from btnet_core.scales import Scale, get_scale
-from btnet_core.summary import FITTED
+from btnet_core.models.backbone import load_backbone, save_backbone
 from btnet_core.training import methods
 from btnet_core.training.loop import train
+from btnet_paper import results
+from btnet_paper.scales import Scale, get_scale
+from btnet_paper.standins import survface_standin
+from btnet_paper.summary import FITTED
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("phi_hr", "phi_mr", "phi_bt")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", default="demo", choices=("demo", "lfw-quick", "lfw-mr", "lfw-scratch"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--scale", default="demo", choices=("demo", "lfw-quick", "lfw-mr", "lfw-scratch")
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--resolutions", type=int, nargs="+", default=[14], help="of the branches (default: 14)")
+    parser.add_argument(
+        "--resolutions", type=int, nargs="+", default=[14], help="of the branches (default: 14)"
+    )
     parser.add_argument("--selection", action="store_true", help="Table 2's strategies, too")
     options = parser.parse_args()
     scale, began = get_scale(options.scale), time.monotonic()
@@ -52,23 +58,39 @@ def main() -> None:
         run_dir = ROOT / "runs" / (f"{scale.name}-seeds/{seed}" if seed else scale.name)
         models = run_dir / "models"
         if scale.pretrained:
-            save_backbone(load_backbone(find(scale.pretrained)), models / "phi_hr" / "trunk.safetensors")
+            save_backbone(
+                load_backbone(find(scale.pretrained)), models / "phi_hr" / "trunk.safetensors"
+            )
         plan = methods.plan(scale, models, seed=seed)
         for name in ("phi_hr", "phi_mr", *(f"phi_bt_{r}" for r in options.resolutions)):
             if seed and name in plan:
-                shared = ROOT / "runs" / scale.name / "models" / "teacher" if scale.pretrained else ""
+                shared = (
+                    ROOT / "runs" / scale.name / "models" / "teacher" if scale.pretrained else ""
+                )
                 train(plan[name].replace(validation=(), cache_dir=str(shared)), models / name)
         found = load_methods(models)
-        reports = {name: evaluate_pairs(found[name], pairs, settings, keep=keep) for name in METHODS}
-        rows[seed] = {name: {s: row["accuracy"] for s, row in report.items()} for name, report in reports.items()}
+        reports = {
+            name: evaluate_pairs(found[name], pairs, settings, keep=keep) for name in METHODS
+        }
+        rows[seed] = {
+            name: {s: row["accuracy"] for s, row in report.items()}
+            for name, report in reports.items()
+        }
         print(seed, rows[seed], flush=True)
         if options.selection:
             selection[str(seed)] = table2(scale, run_dir, found, seed, options.resolutions)
             print(seed, selection[str(seed)], flush=True)
-    values: dict[str, Any] = {"by_seed": {str(seed): row for seed, row in rows.items()}, "mean": {}, "std": {}}
+    values: dict[str, Any] = {
+        "by_seed": {str(seed): row for seed, row in rows.items()},
+        "mean": {},
+        "std": {},
+    }
     for key, take in (("mean", np.mean), ("std", lambda x: np.std(x, ddof=1))):
         values[key] = {
-            n: {s: float(take([row[n][s] for row in rows.values()])) for s in rows[options.seeds[0]][n]}
+            n: {
+                s: float(take([row[n][s] for row in rows.values()]))
+                for s in rows[options.seeds[0]][n]
+            }
             for n in METHODS
         }
     if selection:
@@ -84,7 +106,11 @@ def table2(
     """TPIR20 in % at FPIR 0.3 of each way to choose a branch of ``resolutions``, as notebook 06."""
     test = survface_standin(open_faces(scale.others), run_dir / "data", seed=seed)
     trunk = found["phi_bt"].btnet.trunk
-    options: dict[str, Any] = {"sizes": test.images.sizes, "labels": test.labels, "in_gallery": test.in_gallery}
+    options: dict[str, Any] = {
+        "sizes": test.images.sizes,
+        "labels": test.labels,
+        "in_gallery": test.in_gallery,
+    }
     place = {"how": Resize(), "crop": trunk.crop, "size": trunk.config.size}
     embed = native_embedder(found["phi_bt"], test.images.__getitem__, **place, keep={})
     lengths = fitted_lengths(found["phi_bt"], open_faces(scale.faces), resolutions)

@@ -43,7 +43,9 @@ class Resize:
 
     kernel: str = "bilinear"  # one of KERNELS
     antialias: bool = True  # low-pass before shrinking; only for bilinear and bicubic
-    round_uint8: bool = False  # round and clip to whole levels after each resize, as uint8 pipelines do
+    round_uint8: bool = (
+        False  # round and clip to whole levels after each resize, as uint8 pipelines do
+    )
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
@@ -63,16 +65,22 @@ def check_pixels(pixels: Tensor, name: str = "pixels") -> Tensor:
             above 1.0 are refused too when any is fractional: they are almost surely scaled to [0, 1].
     """
     if pixels.ndim not in (3, 4) or pixels.shape[-3] != 3 or 0 in pixels.shape[-2:]:
-        raise DataError(f"{name}: got shape {tuple(pixels.shape)}, expected (B, 3, H, W) or (3, H, W), RGB")
+        raise DataError(
+            f"{name}: got shape {tuple(pixels.shape)}, expected (B, 3, H, W) or (3, H, W), RGB"
+        )
     if pixels.dtype == torch.uint8 or pixels.numel() == 0:
         return pixels
     if not pixels.is_floating_point():
         raise DataError(f"{name}: got dtype {pixels.dtype}, expected uint8 or float in [0, 255]")
     low, high = (value.item() for value in torch.aminmax(pixels))
-    if not (low >= -0.5 and high <= 255.5):  # also true for NaN; bicubic overshoot is clipped by resize
+    if not (
+        low >= -0.5 and high <= 255.5
+    ):  # also true for NaN; bicubic overshoot is clipped by resize
         raise DataError(f"{name}: values span [{low:.4g}, {high:.4g}], expected [0, 255]")
     if 0 < high <= 1.0 and bool((pixels != pixels.round()).any()):
-        raise DataError(f"{name}: values span [{low:.4g}, {high:.4g}]: scale images to [0, 255], not [0, 1]")
+        raise DataError(
+            f"{name}: values span [{low:.4g}, {high:.4g}]: scale images to [0, 255], not [0, 1]"
+        )
     return pixels
 
 
@@ -91,10 +99,18 @@ def resize(pixels: Tensor, size: int | tuple[int, int], how: Resize | None = Non
     batch = images if images.ndim == 4 else images[None]
     smooth = how.antialias and how.kernel in ("bilinear", "bicubic")
     if how.kernel == "area":
-        with torch.autocast(batch.device.type, enabled=False):  # bfloat16 holds 8 bits: a level or more is lost
-            batch = _box(batch.shape[-2], rows).to(batch) @ batch @ _box(batch.shape[-1], columns).to(batch).T
+        with torch.autocast(
+            batch.device.type, enabled=False
+        ):  # bfloat16 holds 8 bits: a level or more is lost
+            batch = (
+                _box(batch.shape[-2], rows).to(batch)
+                @ batch
+                @ _box(batch.shape[-1], columns).to(batch).T
+            )
     elif batch.shape[0]:
-        batch = F.interpolate(batch, (rows, columns), mode=how.kernel, **({"antialias": True} if smooth else {}))
+        batch = F.interpolate(
+            batch, (rows, columns), mode=how.kernel, **({"antialias": True} if smooth else {})
+        )
     else:
         batch = batch.new_empty(0, batch.shape[1], rows, columns)
     batch = batch.clamp(0, 255)
@@ -139,7 +155,9 @@ def read(path: str | Path, where: str = "") -> bytes:
         if stat.S_ISREG(about.st_mode) and about.st_size <= MAX_BYTES:
             return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise DataError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise DataError(
+            f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
     raise DataError(f"{where}: no plain file of at most {MAX_BYTES:,} bytes")
 
 
@@ -155,8 +173,12 @@ def decode(data: bytes, *, where: str) -> Tensor:
     """
     if decode_jpeg and 0 < _jpeg_side(data) <= MAX_SIDE:
         with contextlib.suppress(RuntimeError):
-            pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-            return torch.from_numpy(pixels.numpy().copy())  # (3, H, W) in memory, too: NumPy is quicker at it
+            pixels = decode_jpeg(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB
+            )
+            return torch.from_numpy(
+                pixels.numpy().copy()
+            )  # (3, H, W) in memory, too: NumPy is quicker at it
     return from_pil(lambda: Image.open(io.BytesIO(data)), where)
 
 
@@ -181,20 +203,30 @@ def from_pil(opened: Callable[[], Image.Image], where: str) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = opened()
             small = max(image.size) <= MAX_SIDE
-            rows = np.asarray(image if image.mode == "RGB" else image.convert("RGB")) if small else None
+            rows = (
+                np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+                if small
+                else None
+            )
     except UnidentifiedImageError:  # whose own text is an address in memory
         raise DataError(f"{where}: cannot decode image (in no known format)") from None
     except Exception as error:  # Pillow raises many types for damaged files
-        raise DataError(f"{where}: cannot decode image ({type(error).__name__}: {error})") from error
+        raise DataError(
+            f"{where}: cannot decode image ({type(error).__name__}: {error})"
+        ) from error
     if rows is None:
-        raise DataError(f"{where}: image of {image.size[0]}x{image.size[1]}, the limit is {MAX_SIDE} a side")
+        raise DataError(
+            f"{where}: image of {image.size[0]}x{image.size[1]}, the limit is {MAX_SIDE} a side"
+        )
     return torch.from_numpy(rows.transpose(2, 0, 1).copy())
 
 
 def encode(pixels: Tensor, kind: str = "PNG") -> bytes:
     """Encode uint8 RGB ``(3, H, W)`` as PNG (lossless) or JPEG (quality 95, colour at full resolution)."""
     if pixels.dtype != torch.uint8 or pixels.ndim != 3:
-        raise DataError(f"encode: got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 (3, H, W)")
+        raise DataError(
+            f"encode: got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 (3, H, W)"
+        )
     out = io.BytesIO()
     options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
     Image.fromarray(check_pixels(pixels).permute(1, 2, 0).cpu().numpy()).save(out, kind, **options)

@@ -40,7 +40,9 @@ def _add_angle_monotone(cosine: Tensor, angle: float | Tensor) -> Tensor:
     """cos(theta + m) up to theta = pi - m, then cos(theta) - m sin(m): keeps falling where cos(theta + m) would rise."""
     if not isinstance(angle, Tensor):
         angle = cosine.new_tensor(angle)
-    return torch.where(cosine > -angle.cos(), _add_angle(cosine, angle), cosine - angle * angle.sin())
+    return torch.where(
+        cosine > -angle.cos(), _add_angle(cosine, angle), cosine - angle * angle.sin()
+    )
 
 
 class Margin(nn.Module):
@@ -57,11 +59,22 @@ class Margin(nn.Module):
         super().__init__()
         self.margin = self.default_margin if margin is None else float(margin)
         self.scale = self.default_scale if scale is None else float(scale)
-        if not (math.isfinite(self.margin) and self.margin >= 0 and math.isfinite(self.scale) and self.scale > 0):
-            raise ConfigError(f"{type(self).__name__}: got margin {margin}, scale {scale}; expected m >= 0, s > 0")
+        if not (
+            math.isfinite(self.margin)
+            and self.margin >= 0
+            and math.isfinite(self.scale)
+            and self.scale > 0
+        ):
+            raise ConfigError(
+                f"{type(self).__name__}: got margin {margin}, scale {scale}; expected m >= 0, s > 0"
+            )
 
     def forward(
-        self, cosine: Tensor, column: Tensor, target: Tensor | None = None, norms: Tensor | None = None
+        self,
+        cosine: Tensor,
+        column: Tensor,
+        target: Tensor | None = None,
+        norms: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(B, C_shard)`` in float32 (float64 if given so).
 
@@ -84,7 +97,9 @@ class Margin(nn.Module):
         target = target.detach().to(cosine.dtype)
         if self.training:
             self.observe(target, norms)
-        positive = _extended(lambda c: self.positive(c, None if norms is None else norms[rows].to(c.dtype)), own)
+        positive = _extended(
+            lambda c: self.positive(c, None if norms is None else norms[rows].to(c.dtype)), own
+        )
         logits = self.negatives(cosine, target).index_put((rows, column[rows]), positive)
         return logits * self.scale
 
@@ -150,7 +165,9 @@ class CurricularFace(ArcFace):
 
     t: Tensor
 
-    def __init__(self, *, margin: float | None = None, scale: float | None = None, alpha: float = 0.99) -> None:
+    def __init__(
+        self, *, margin: float | None = None, scale: float | None = None, alpha: float = 0.99
+    ) -> None:
         super().__init__(margin=margin, scale=scale)
         if not 0 <= alpha <= 1:
             raise ConfigError(f"alpha: got {alpha}, expected 0..1")
@@ -162,7 +179,9 @@ class CurricularFace(ArcFace):
 
     def negatives(self, cosine: Tensor, target: Tensor) -> Tensor:
         threshold = _extended(lambda c: _add_angle(c, self.margin), target)[:, None]
-        return torch.where(cosine > threshold, cosine * (self.t.to(cosine.dtype, copy=True) + cosine), cosine)
+        return torch.where(
+            cosine > threshold, cosine * (self.t.to(cosine.dtype, copy=True) + cosine), cosine
+        )
 
 
 class AdaFace(Margin):
@@ -176,7 +195,9 @@ class AdaFace(Margin):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, *, margin: float | None = None, scale: float | None = None, h: float = 0.333) -> None:
+    def __init__(
+        self, *, margin: float | None = None, scale: float | None = None, h: float = 0.333
+    ) -> None:
         super().__init__(margin=margin, scale=scale)
         self.h = h
         self.register_buffer("mean", torch.tensor(20.0))
@@ -193,7 +214,11 @@ class AdaFace(Margin):
             raise ConfigError("AdaFace needs the norms of the embeddings")
         quality = (norms.detach().clamp(1e-3, 100) - self.mean) / (self.std + 1e-3)
         quality = (self.h * quality).clamp(-1, 1)
-        angle = (cosine.acos() - self.margin * quality).clamp(1e-3, math.pi - 1e-3) if self.margin else cosine.acos()
+        angle = (
+            (cosine.acos() - self.margin * quality).clamp(1e-3, math.pi - 1e-3)
+            if self.margin
+            else cosine.acos()
+        )
         return angle.cos() - self.margin * (1 + quality)
 
 
@@ -208,7 +233,9 @@ class MagFace(Margin):
     default_margin, needs_norms = 0.8, True
     low, high = 10.0, 110.0
 
-    def __init__(self, *, margin: float | None = None, scale: float | None = None, lambda_g: float = 35.0) -> None:
+    def __init__(
+        self, *, margin: float | None = None, scale: float | None = None, lambda_g: float = 35.0
+    ) -> None:
         super().__init__(margin=margin, scale=scale)
         self.lambda_g = lambda_g
 
@@ -240,7 +267,9 @@ class Triplet(nn.Module):
         hardest = distance.masked_fill(~positive, -math.inf).amax(1)
         nearest = distance.masked_fill(~negative, math.inf).amin(1)
         anchors = positive.any(1) & negative.any(1)
-        return (hardest - nearest + self.margin)[anchors].clamp_min(0).sum() / anchors.sum().clamp_min(1)
+        return (hardest - nearest + self.margin)[anchors].clamp_min(
+            0
+        ).sum() / anchors.sum().clamp_min(1)
 
 
 class Center(nn.Module):
@@ -261,7 +290,9 @@ class Center(nn.Module):
         difference = z - self.centres.to(z.dtype, copy=True)[labels]
         if self.training:
             ones = torch.ones_like(labels, dtype=self.centres.dtype)
-            count = torch.ones(len(self.centres), dtype=ones.dtype, device=ones.device).index_add_(0, labels, ones)
+            count = torch.ones(len(self.centres), dtype=ones.dtype, device=ones.device).index_add_(
+                0, labels, ones
+            )
             step = difference.detach().to(self.centres.dtype) / count[labels, None]
             self.centres.index_add_(0, labels, step, alpha=self.alpha)
         return difference.square().sum(1).mean() / 2
@@ -307,7 +338,9 @@ def branch_loss(z_r: Tensor, z_s: Tensor, kind: str = "mean", *, channels: int =
     ``channels``: their axis; the gradient lies in memory as the axes are given.
     """
     if z_r.shape != z_s.shape:
-        raise ConfigError(f"branch_loss: got z_r {tuple(z_r.shape)} and z_s {tuple(z_s.shape)}, expected one shape")
+        raise ConfigError(
+            f"branch_loss: got z_r {tuple(z_r.shape)} and z_s {tuple(z_s.shape)}, expected one shape"
+        )
     if z_r.dtype != torch.float64:
         z_r, z_s = z_r.float(), z_s.float()
     z_s = z_s.detach()
@@ -315,7 +348,9 @@ def branch_loss(z_r: Tensor, z_s: Tensor, kind: str = "mean", *, channels: int =
         return 1 - F.cosine_similarity(z_r, z_s, dim=channels, eps=1e-6).mean()
     if kind not in ("mean", "batch_sum"):
         raise ConfigError(f"distillation: got {kind!r}, expected mean, batch_sum or cosine")
-    return F.mse_loss(z_r, z_s) if kind == "mean" else F.mse_loss(z_r, z_s, reduction="sum") / len(z_r)
+    return (
+        F.mse_loss(z_r, z_s) if kind == "mean" else F.mse_loss(z_r, z_s, reduction="sum") / len(z_r)
+    )
 
 
 def embedding_loss(z: Tensor, z_teacher: Tensor, kind: str = "mse") -> Tensor:
@@ -325,7 +360,9 @@ def embedding_loss(z: Tensor, z_teacher: Tensor, kind: str = "mse") -> Tensor:
     1 - cosine, the distance by which faces are compared.
     """
     z, z_teacher = z.float(), z_teacher.detach().float()
-    return F.mse_loss(z, z_teacher) if kind == "mse" else 1 - F.cosine_similarity(z, z_teacher).mean()
+    return (
+        F.mse_loss(z, z_teacher) if kind == "mse" else 1 - F.cosine_similarity(z, z_teacher).mean()
+    )
 
 
 MARGINS: dict[str, type[Margin]] = {
@@ -335,7 +372,9 @@ MARGINS: dict[str, type[Margin]] = {
 METRICS = ("triplet", "center", "circle")
 
 
-def build_margin(name: str, *, margin: float | None = None, scale: float | None = None, **options: float) -> Margin:
+def build_margin(
+    name: str, *, margin: float | None = None, scale: float | None = None, **options: float
+) -> Margin:
     """A margin by its name in ``MARGINS``, with the published m and s where they are None."""
     if name not in MARGINS:
         raise ConfigError(f"loss: got {name!r}, expected one of {', '.join([*MARGINS, *METRICS])}")

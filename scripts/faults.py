@@ -23,26 +23,38 @@ from typing import Any
 
 import nbformat
 
-from btnet_core.backbones import BackboneConfig, build_backbone, read_safetensors, save_backbone
-from btnet_core.results import environment
+from btnet_core.models.backbone import (
+    BackboneConfig,
+    build_backbone,
+    read_safetensors,
+    save_backbone,
+)
 from btnet_core.training import methods
+from btnet_paper.results import environment
 
 FACES = "synthetic:identities=24,images=6,seed=0"
 TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
-QUICK = {"batch": 12, "epochs": 6, "warmup_epochs": 0.0, "lr": 1.0, "checkpoint_seconds": 0.5, "precision": "fp32"}
+QUICK = {
+    "batch": 12,
+    "epochs": 6,
+    "warmup_epochs": 0.0,
+    "lr": 1.0,
+    "checkpoint_seconds": 0.5,
+    "precision": "fp32",
+}
 FIRST = """
 from btnet_core.training import methods
 from btnet_core.training.config import TrainConfig
-from btnet_core.training.run import train_in_subprocess
+from btnet_core.training.launch import train_in_subprocess
 from pathlib import Path
 config = TrainConfig.from_json(Path("config.json").read_text())
 metrics = train_in_subprocess(config, Path(run_dir) / "models" / "phi_mr", device="cpu")
 """
 SECOND = """
 from pathlib import Path
-from btnet_core import results
-from btnet_core.backbones import load_backbone
-from btnet_core.btnet import weights_digest
+from btnet_paper import results
+from btnet_core.models.backbone import load_backbone
+from btnet_core.models.btnet import weights_digest
 digest = weights_digest(load_backbone(Path(run_dir) / "models" / "phi_mr" / "trunk.safetensors"))
 results.record(Path(run_dir), "second", {"digest": digest}, config={}, data="", kernel="", seed=0, seconds=0.0)
 """
@@ -57,14 +69,28 @@ def prepare_adapt(place: Path) -> list[str]:
     save_backbone(build_backbone(TINY), place / "trunk.safetensors")
     changes = [f"--set={name}={value}" for name, value in QUICK.items() if name != "warmup_epochs"]
     faces = ["--faces", FACES, "--hold-out", "25", "--resolutions", "14", "7"]
-    return ["adapt", "--trunk", "trunk.safetensors", *faces, "--out", "out", "--device", "cpu", *changes]
+    return [
+        "adapt",
+        "--trunk",
+        "trunk.safetensors",
+        *faces,
+        "--out",
+        "out",
+        "--device",
+        "cpu",
+        *changes,
+    ]
 
 
 def prepare_reproduce(place: Path) -> list[str]:
     (place / "notebooks").mkdir()
-    (place / "notebooks" / "config.json").write_text(methods.phi_mr(FACES, backbone=TINY, **QUICK).to_json())
+    (place / "notebooks" / "config.json").write_text(
+        methods.phi_mr(FACES, backbone=TINY, **QUICK).to_json()
+    )
     for stem, source, depends in (("01_first", FIRST, []), ("02_second", SECOND, ["01"])):
-        parameters = nbformat.v4.new_code_cell('scale = "demo"\nrun_dir = ""', metadata={"tags": ["parameters"]})
+        parameters = nbformat.v4.new_code_cell(
+            'scale = "demo"\nrun_dir = ""', metadata={"tags": ["parameters"]}
+        )
         notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(source)])
         notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
                              "btnet": {"depends": depends}}  # fmt: skip
@@ -80,11 +106,15 @@ def outcome(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*.safetensors")):
         state, _ = read_safetensors(path)
-        found[str(path.relative_to(out))] = {name: tensor.numpy().tobytes() for name, tensor in state.items()}
+        found[str(path.relative_to(out))] = {
+            name: tensor.numpy().tobytes() for name, tensor in state.items()
+        }
     for path in sorted(out.rglob("results/*.json")):
         values = json.loads(path.read_text())
         values = values.get("values", values)
-        found[str(path.relative_to(out))] = {k: v for k, v in values.items() if k not in ("seconds", "environment")}
+        found[str(path.relative_to(out))] = {
+            k: v for k, v in values.items() if k not in ("seconds", "environment")
+        }
     return found
 
 
@@ -92,7 +122,11 @@ def start(command: list[str], place: Path, log: Path) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as sink:
         return subprocess.Popen(
-            [sys.executable, "-m", "btnet_core", *command], cwd=place, env=env, stdout=sink, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "btnet_tools", *command],
+            cwd=place,
+            env=env,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
         )
 
 
@@ -113,7 +147,9 @@ def torture(kind: str, kills: int, dice: random.Random, folder: Path) -> dict[st
         place.mkdir(parents=True)
     command, began = KINDS[kind](whole), time.monotonic()
     if start(command, whole, folder / "log").wait():
-        raise SystemExit(f"{kind}: the undisturbed run failed:\n{(folder / 'log').read_text()[-3000:]}")
+        raise SystemExit(
+            f"{kind}: the undisturbed run failed:\n{(folder / 'log').read_text()[-3000:]}"
+        )
     seconds, moments, phases = time.monotonic() - began, list[float](), Counter[str]()
     command = KINDS[kind](cut)
     for trunk in whole.glob("trunk.safetensors"):  # the input of adapt, with random weights
@@ -137,7 +173,10 @@ def torture(kind: str, kills: int, dice: random.Random, folder: Path) -> dict[st
     expected = outcome(whole / "out")
     ends = [cut / "out", *cut.glob("ended_*")]
     different = [
-        f"{end.name}/{name}" for end in ends for name, value in expected.items() if outcome(end).get(name) != value
+        f"{end.name}/{name}"
+        for end in ends
+        for name, value in expected.items()
+        if outcome(end).get(name) != value
     ]
     return {
         "kills": moments,
@@ -150,7 +189,9 @@ def torture(kind: str, kills: int, dice: random.Random, folder: Path) -> dict[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=8, help="of each command (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS))
@@ -166,7 +207,10 @@ def main() -> int:
                 print(f"{kind}: {len(seen['kills'])} kills at {seen['kills']} s ({seen['phases']}), {seen['ends']} ends, {seen['compared']} files "
                       f"compared, different: {seen['different'] or 'none'}", flush=True)  # fmt: skip
     if options.out:
-        report = {"command": f"python scripts/faults.py --kills {options.kills} --seed {options.seed}", "kinds": kinds}
+        report = {
+            "command": f"python scripts/faults.py --kills {options.kills} --seed {options.seed}",
+            "kinds": kinds,
+        }
         options.out.write_text(json.dumps({**report, **environment()}, indent=1) + "\n")
     return int(any(seen.get("failed") or seen.get("different") for seen in kinds.values()))
 

@@ -26,7 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HARMFUL = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect", "os.remove", "shutil.rmtree")
+HARMFUL = (
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "socket.connect",
+    "os.remove",
+    "shutil.rmtree",
+)
 MAT = ["gallery_set", "gallery_ids"]
 COUNTS = re.compile(r"#(\d+)\s+\w+\s+cov: (\d+)")
 
@@ -48,7 +56,7 @@ def split(data: bytes, count: int) -> list[bytes]:
 
 def mat_reader(place: Path) -> Callable[[bytes], Any]:
     """What matfile.py does in its process of its own, where errors of any kind end well."""
-    from btnet_core.datasets import matfile
+    from btnet_core.data import matfile
 
     def read(data: bytes) -> None:
         (place / "in.mat").write_bytes(data)
@@ -63,9 +71,15 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
     import torch
 
     from btnet_core import images
-    from btnet_core.backbones import BackboneConfig, build_backbone, load_backbone, save_backbone
-    from btnet_core.datasets import ijbc, recordio, survface, verification
-    from btnet_core.datasets.faces import list_file
+    from btnet_core.data import ijbc, recordio, survface
+    from btnet_core.data import pairs as verification
+    from btnet_core.data.faces import list_file
+    from btnet_core.models.backbone import (
+        BackboneConfig,
+        build_backbone,
+        load_backbone,
+        save_backbone,
+    )
     from btnet_core.training import checkpoint
     from btnet_core.training.config import TrainConfig
 
@@ -93,7 +107,10 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
         for i in range(min(4, faces.count)):
             images.decode(faces.image(i), where=faces.where(i))
 
-    found["recordio"] = ([joined(idx, rec), joined(b"0\t0\n", rec)], lambda data: read_records(*split(data, 2)))
+    found["recordio"] = (
+        [joined(idx, rec), joined(b"0\t0\n", rec)],
+        lambda data: read_records(*split(data, 2)),
+    )
     found["idx"] = ([idx, b"0\t0\n1\t60\n"], lambda data: read_records(data, rec))
 
     # verification sets: a pickle
@@ -106,7 +123,10 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
     for protocol in (0, 2, 4, 5):
         arrays = [np.frombuffer(picture, np.uint8) for picture in pictures]
         bins.append(pickle.dumps((arrays, [True]), protocol=protocol))
-    found["bin"] = (bins, lambda data: verification.read_bin(keep(place / "in.bin", data)).images([0]))
+    found["bin"] = (
+        bins,
+        lambda data: verification.read_bin(keep(place / "in.bin", data)).images([0]),
+    )
 
     # SurvFace's .mat lists
     survface.write_layout(place / "surv", [(1, face), (2, face)], [(1, face)], [(0, face)])
@@ -148,11 +168,17 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
     trunk = build_backbone(BackboneConfig(name="iresnet18", width=0.0625, embedding=4))
     save_backbone(trunk, place / "trunk.safetensors")
     buffer = io.BytesIO()
-    torch.save({"dw_conv1.conv.weight": torch.zeros(2), "linear7.conv.weight": torch.zeros(1, 1, 7, 6)}, buffer)
+    torch.save(
+        {"dw_conv1.conv.weight": torch.zeros(2), "linear7.conv.weight": torch.zeros(1, 1, 7, 6)},
+        buffer,
+    )
     run = folder("run")
     (run / "checkpoint").mkdir()
     checkpoint.save_state(run, {"step": 3, "network": {"a": torch.zeros(4)}})
-    state, record = (run / checkpoint.STATE).read_bytes(), b'{"config": {}, "inputs": {}, "metrics": {}}'
+    state, record = (
+        (run / checkpoint.STATE).read_bytes(),
+        b'{"config": {}, "inputs": {}, "metrics": {}}',
+    )
     config = TrainConfig(data="x").to_json().encode()
     # A header alone: the numbers behind it are not parsed, and would fill the fuzzer's inputs.
     header = (place / "trunk.safetensors").read_bytes()
@@ -219,7 +245,9 @@ def fuzz_one(name: str, corpus: Path, seconds: int) -> None:
     if not again:
         import torch
 
-        atheris.instrument_func(torch._weights_only_unpickler.Unpickler.load)  # all of torch would take minutes
+        atheris.instrument_func(
+            torch._weights_only_unpickler.Unpickler.load
+        )  # all of torch would take minutes
     with atheris.instrument_imports(include=["btnet_core", "PIL", "scipy"]):
         from btnet_core.errors import BTNetError
 
@@ -244,20 +272,35 @@ def fuzz_one(name: str, corpus: Path, seconds: int) -> None:
             read(data)
 
     sys.addaudithook(harm)
-    limits = [f"-max_total_time={seconds}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=65536", "-verbosity=1"]
+    limits = [
+        f"-max_total_time={seconds}",
+        "-timeout=10",
+        "-rss_limit_mb=2048",
+        "-max_len=65536",
+        "-verbosity=1",
+    ]
     atheris.Setup([sys.argv[0], *limits, f"-artifact_prefix={corpus}/found_", str(corpus)], one)
     atheris.Fuzz()
 
 
 def run(name: str, seconds: int, folder: Path) -> dict[str, Any]:
     """Fuzz a parser in another process for ``seconds``, or until it has found something."""
-    from btnet_core.datasets import matfile
+    from btnet_core.data import matfile
 
     corpus, began = folder / name, time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     executions, coverage, contained, found = 0, 0, 0, list[str]()
     while not found and (left := round(seconds - (time.monotonic() - began))) > 0:
-        command = [sys.executable, __file__, "--one", name, "--corpus", str(corpus), "--seconds", str(left)]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            name,
+            "--corpus",
+            str(corpus),
+            "--seconds",
+            str(left),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         counts = COUNTS.findall(done.stderr)
         if not counts:
@@ -282,15 +325,22 @@ def run(name: str, seconds: int, folder: Path) -> dict[str, Any]:
 
 def added(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Two runs on one corpus as one row."""
-    return {key: max(old[key], new[key]) if key in ("coverage", "corpus") else old[key] + new[key] for key in new}
+    return {
+        key: max(old[key], new[key]) if key in ("coverage", "corpus") else old[key] + new[key]
+        for key in new
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=int, default=600, help="of each parser (default: 600)")
     parser.add_argument("--parsers", default=",".join(PARSERS), help="default: %(default)s")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--corpus", type=Path, help="where inputs are kept (default: a temporary folder)")
+    parser.add_argument(
+        "--corpus", type=Path, help="where inputs are kept (default: a temporary folder)"
+    )
     parser.add_argument("--one", choices=PARSERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -298,7 +348,7 @@ def main() -> int:
         return 0
     from importlib.metadata import version
 
-    from btnet_core.results import environment
+    from btnet_paper.results import environment
 
     found = 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -306,7 +356,9 @@ def main() -> int:
             row = run(name, options.seconds, options.corpus or Path(temporary))
             found += row["found"]
             if options.out:
-                known = json.loads(options.out.read_text())["parsers"] if options.out.is_file() else {}
+                known = (
+                    json.loads(options.out.read_text())["parsers"] if options.out.is_file() else {}
+                )
                 if options.corpus and name in known:
                     row = added(known[name], row)
                 about = {

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from btnet_core import bench, published, results, summary
+from btnet_paper import published, results, summary
+from btnet_tools import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 Records = dict[tuple[str, str], dict[str, Any]]
@@ -39,7 +40,11 @@ def show(value: Any) -> str:
 
 def made(records: Records, notebook: str) -> dict[str, dict[str, Any]]:
     """The records of a notebook by scale."""
-    return {scale: records[scale, notebook] for scale in summary.scales(records) if (scale, notebook) in records}
+    return {
+        scale: records[scale, notebook]
+        for scale in summary.scales(records)
+        if (scale, notebook) in records
+    }
 
 
 def table1(records: Records) -> str:
@@ -52,7 +57,8 @@ def table1(records: Records) -> str:
         blocks[f"ours, scale {scale}"] = accuracies(record)
         if scale == "lfw" and "phi_bt" in accuracy:
             blocks["the same, folds 6 to 10 (settings were chosen on 1 to 5)"] = {
-                name: {s: cell["second_half"] for s, cell in row.items()} for name, row in accuracy.items()
+                name: {s: cell["second_half"] for s, cell in row.items()}
+                for name, row in accuracy.items()
             }
     blocks["the paper, six sets"] = {
         name: {s: cell.replace(" (-)", "") for s, cell in row.items()}
@@ -67,7 +73,10 @@ def centred(records: Records) -> str:
     for scale, record in made(records, "05_verification").items():
         if "-" in scale or "centred" not in record["values"]:
             continue
-        for title, key in ((f"scale {scale}", "accuracy"), (f"scale {scale}, folds 6 to 10", "second_half")):
+        for title, key in (
+            (f"scale {scale}", "accuracy"),
+            (f"scale {scale}, folds 6 to 10", "second_half"),
+        ):
             blocks[title] = {
                 f"{name}, {'as it is' if rows is record['values']['accuracy'] else f'mean at {of}'}":
                 {s: cell[key] for s, cell in rows[name].items()}
@@ -80,11 +89,17 @@ def centred(records: Records) -> str:
 
 def variants(records: Records) -> str:
     """Table 1 of the variants of a scale (lfw-mr, …), gains in brackets."""
-    found = {scale: record for scale, record in made(records, "05_verification").items() if "-" in scale}
+    found = {
+        scale: record for scale, record in made(records, "05_verification").items() if "-" in scale
+    }
     later = "phi_bt, folds 6 to 10"
     blocks = {
         f"scale {scale}": accuracies(record)
-        | {later: {s: cell["second_half"] for s, cell in record["values"]["accuracy"]["phi_bt"].items()}}
+        | {
+            later: {
+                s: cell["second_half"] for s, cell in record["values"]["accuracy"]["phi_bt"].items()
+            }
+        }
         for scale, record in found.items()
     }
     return markdown(settings(blocks), blocks)
@@ -93,7 +108,9 @@ def variants(records: Records) -> str:
 def accuracies(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rows of a record of notebook 05."""
     accuracy = record["values"]["accuracy"]
-    rows = {name: {s: cell["accuracy"] for s, cell in row.items()} for name, row in accuracy.items()}
+    rows = {
+        name: {s: cell["accuracy"] for s, cell in row.items()} for name, row in accuracy.items()
+    }
     return short(summary.with_gains("table1", rows))
 
 
@@ -105,7 +122,9 @@ def settings(blocks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]
 
 def short(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Accuracies with one digit; gains as they are, without brackets where undefined."""
-    cut = lambda cell: re.sub(r"^(\d+\.\d+)", lambda m: f"{float(m[1]):.1f}", str(cell)).replace(" (-)", "")  # noqa: E731
+    cut = lambda cell: re.sub(r"^(\d+\.\d+)", lambda m: f"{float(m[1]):.1f}", str(cell)).replace(
+        " (-)", ""
+    )
     return {name: {column: cut(cell) for column, cell in row.items()} for name, row in rows.items()}
 
 
@@ -128,20 +147,33 @@ def ablations(records: Records) -> str:
     found = made(records, "07_ablations")
     columns = list[str]()
     parts = {"Table 3": "table3", "Table 4: influence loss": "table4", "one switch away": "beyond"}
-    blocks: dict[str, dict[str, dict[str, Any]]] = {title: {} for title in (*parts, "Figure 7: where the branch ends")}
+    blocks: dict[str, dict[str, dict[str, Any]]] = {
+        title: {} for title in (*parts, "Figure 7: where the branch ends")
+    }
     for scale, record in [*found.items(), ("paper", None)]:
         r = "14" if record is None else record["values"]["figure7"][0]["setting"].split("&")[1]
         names = {setting: f"{scale}: {setting}" for setting in (f"112&{r}", f"{r}&{r}")}
         columns += names.values()
         for title, part in parts.items():
-            rows = record["values"][part] if record else published.table(part) if part != "beyond" else {}
+            rows = (
+                record["values"][part]
+                if record
+                else published.table(part)
+                if part != "beyond"
+                else {}
+            )
             for name, row in rows.items():
                 blocks[title].setdefault(name, {}).update(
                     {column: row[s] if record else f"{row[s]:.2f}" for s, column in names.items()}
                 )
         for point in record["values"]["figure7"] if record else ():
-            name = f"{scale}, {point['couple_at']}: {point['stored']:,} parameters" + " (the rule)" * point["standard"]
-            blocks["Figure 7: where the branch ends"].setdefault(name, {})[names[point["setting"]]] = point["accuracy"]
+            name = (
+                f"{scale}, {point['couple_at']}: {point['stored']:,} parameters"
+                + " (the rule)" * point["standard"]
+            )
+            blocks["Figure 7: where the branch ends"].setdefault(name, {})[
+                names[point["setting"]]
+            ] = point["accuracy"]
     return markdown(columns, blocks)
 
 
@@ -182,14 +214,26 @@ def standins(records: Records) -> str:
                 + "."
             )
     for (scale, name), record in records.items():
-        of_seeds = list(record["values"].get("selection", {}).values()) if name.endswith("_seeds") else []
+        of_seeds = (
+            list(record["values"].get("selection", {}).values()) if name.endswith("_seeds") else []
+        )
         if of_seeds:
             means = {n: statistics.mean(row[n] for row in of_seeds) for n in of_seeds[0]}
             spread = {n: statistics.stdev(row[n] for row in of_seeds) for n in means}
             for what, fits in (("models and stand-ins", False), ("the same, lengths fitted", True)):
-                order = sorted((n for n in means if n.endswith(summary.FITTED) is fits), key=lambda name: -means[name])
-                shown = (f"{n.removesuffix(summary.FITTED)} {means[n]:.1f} ± {spread[n]:.1f}" for n in order)
-                lines += [f"- Scale `{scale}`, {len(of_seeds)} seeds of {what}: {', '.join(shown)}."] if order else []
+                order = sorted(
+                    (n for n in means if n.endswith(summary.FITTED) is fits),
+                    key=lambda name: -means[name],
+                )
+                shown = (
+                    f"{n.removesuffix(summary.FITTED)} {means[n]:.1f} ± {spread[n]:.1f}"
+                    for n in order
+                )
+                lines += (
+                    [f"- Scale `{scale}`, {len(of_seeds)} seeds of {what}: {', '.join(shown)}."]
+                    if order
+                    else []
+                )
     columns = ["112&7", "112&14", "112&28", "7&7", "14&14", "28&28", "112&112"]
     blocks = {
         f"scale {scale}: {title}": record["values"][key]
@@ -206,7 +250,10 @@ def inference_ms(_: Records) -> str:
     """docs/fast.md: milliseconds of each mode by route, with onnxruntime's fp32 over them in brackets."""
     ms = {name: batches["32"] for name, batches in inference()["times"]["ms"].items()}
     base = ms["onnxruntime"]
-    rows = {name: {f"{r} px": f"{v:.1f} (x {base[r] / v:.1f})" for r, v in row.items()} for name, row in ms.items()}
+    rows = {
+        name: {f"{r} px": f"{v:.1f} (x {base[r] / v:.1f})" for r, v in row.items()}
+        for name, row in ms.items()
+    }
     return markdown([f"{r} px" for r in base], {"": rows})
 
 
@@ -218,7 +265,10 @@ def inference_roof(_: Records) -> str:
         | {f"{r} px": f"{100 * at['of_peak']:.0f} %" for r, at in by_batch["32"].items()}
         for mode, by_batch in times["roofline"].items()
     }
-    return markdown(next(iter(rows.values())), {"": rows}) + f"\n\nMemory: {times['peaks']['bandwidth']:.0f} GB/s."
+    return (
+        markdown(next(iter(rows.values())), {"": rows})
+        + f"\n\nMemory: {times['peaks']['bandwidth']:.0f} GB/s."
+    )
 
 
 def inference_accuracy(_: Records) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from btnet_core.results import environment
+from btnet_paper.results import environment
 
 DIFFERENT, GROWTH = 1000, 256
 
@@ -52,7 +52,8 @@ def spoil(data: bytes, kind: int) -> bytes:
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
     )
 
 
@@ -81,13 +82,19 @@ def make(folder: Path, images: int, seed: int = 0) -> set[str]:
 def resident(pid: int) -> float:
     """Memory of a process in MB; 0 when it has ended."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return (
+            int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            * os.sysconf("SC_PAGE_SIZE")
+            / 2**20
+        )
     except (OSError, IndexError):
         return 0.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a folder with a BTNet")
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--out", type=Path)
@@ -95,10 +102,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         broken = make(folder, options.images)
-        command = [sys.executable, "-m", "btnet_core", "embed", str(folder / "faces"), "--model", options.model]
+        command = [
+            sys.executable,
+            "-m",
+            "btnet_tools",
+            "embed",
+            str(folder / "faces"),
+            "--model",
+            options.model,
+        ]
         began, memory = time.monotonic(), [(0.0, 0.0)]
         with (folder / "said").open("wb") as said:
-            process = subprocess.Popen([*command, "--out", str(folder / "out.npz"), "--keep-going"], stderr=said)
+            process = subprocess.Popen(
+                [*command, "--out", str(folder / "out.npz"), "--keep-going"], stderr=said
+            )
             while process.poll() is None:
                 memory.append((time.monotonic() - began, resident(process.pid)))
                 time.sleep(1)
@@ -106,8 +123,14 @@ def main() -> int:
         if process.returncode not in (0, 1):
             raise SystemExit((folder / "said").read_text()[-3000:])
         with np.load(folder / "out.npz") as table:
-            failed, names, rows = set(table["failed"].tolist()), set(table["names"].tolist()), table["embeddings"]
-        printed = sum(line.startswith("left out ") for line in (folder / "said").read_text().splitlines())
+            failed, names, rows = (
+                set(table["failed"].tolist()),
+                set(table["names"].tolist()),
+                table["embeddings"],
+            )
+        printed = sum(
+            line.startswith("left out ") for line in (folder / "said").read_text().splitlines()
+        )
     early = max(mb for at, mb in memory if at < 0.2 * seconds)
     late = max(mb for _, mb in memory)
     step = max(1, len(memory) // 60)
@@ -117,7 +140,11 @@ def main() -> int:
         "images_per_second": round(options.images / seconds, 1), "memory_mb": {"first_fifth": round(early), "peak": round(late)},
         "memory_over_time": [[round(at, 1), round(mb)] for at, mb in memory[::step]],
     }  # fmt: skip
-    print(json.dumps({key: value for key, value in report.items() if key != "memory_over_time"}, indent=1))
+    print(
+        json.dumps(
+            {key: value for key, value in report.items() if key != "memory_over_time"}, indent=1
+        )
+    )
     if options.out:
         options.out.write_text(json.dumps({**report, **environment()}, indent=1) + "\n")
     complete = failed == broken and len(names) == options.images - len(broken) and report["finite"]

@@ -17,15 +17,23 @@ import torch
 def btnet_data() -> Path:
     """The folder of real faces named by BTNET_DATA; skips where it is unset."""
     if not os.environ.get("BTNET_DATA"):
-        pytest.skip("BTNET_DATA is unset: this test needs the real faces described in data/README.md")
+        pytest.skip(
+            "BTNET_DATA is unset: this test needs the real faces described in data/README.md"
+        )
     return Path(os.environ["BTNET_DATA"])
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A Playwright browser: Chromium of the system."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[test]'")
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="no playwright: pip install -e '.[test]'"
+    )
+    executable = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if executable is None:
         pytest.skip("no Chromium: apt-get install chromium")
     quiet = ("no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking", "disable-sync",

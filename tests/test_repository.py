@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from btnet_core.notebooks import load_notebooks
+from btnet_paper.notebooks import load_notebooks
 
 try:
     import tomllib
@@ -43,7 +43,11 @@ def test_environment_yml_is_pyprojects_list() -> None:
 
 def test_constraints_pin_what_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
     for line in lines:
         assert re.fullmatch(r'[a-z0-9-]+==[\w.]+( ; python_version (<|>=) "3\.11")?', line), line
     assert {"torch==2.14.1", "torchvision==0.29.1"} <= set(lines)
@@ -57,13 +61,19 @@ def test_notebook_has_the_agreed_shape(path: Path) -> None:
     cells = json.loads(path.read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     sources = ["".join(cell["source"]) for cell in code]
-    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code), "outputs are not stripped"
-    tagged = [index for index, cell in enumerate(code) if "parameters" in cell["metadata"].get("tags", [])]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code), (
+        "outputs are not stripped"
+    )
+    tagged = [
+        index for index, cell in enumerate(code) if "parameters" in cell["metadata"].get("tags", [])
+    ]
     assert tagged == [0]
     for statement in ast.parse(sources[0]).body:
         assert isinstance(statement, ast.Assign)
         ast.literal_eval(statement.value)
-    assert {"scale", "run_dir", "seed", "device"} <= {s.targets[0].id for s in ast.parse(sources[0]).body}
+    assert {"scale", "run_dir", "seed", "device"} <= {
+        s.targets[0].id for s in ast.parse(sources[0]).body
+    }
     assert sum(len(source.splitlines()) for source in sources) <= 150
     assert max(len(source.splitlines()) for source in sources) <= 24
     assert not re.search(r"sys\.path|^!|^%pip|class ", "\n".join(sources), re.MULTILINE)
@@ -75,10 +85,16 @@ def test_notebooks_run_after_those_they_depend_on() -> None:
     assert order[:5] == ["01", "02", "03", "04", "00"]  # the tour wants a trained network
     assert order[5:] == sorted(order[5:])
     for notebook in load_notebooks(ROOT / "notebooks"):
-        assert all(order.index(one) < order.index(notebook.name[:2]) for one in notebook.depends if one in order)
+        assert all(
+            order.index(one) < order.index(notebook.name[:2])
+            for one in notebook.depends
+            if one in order
+        )
 
 
-def test_gpu_tests_skip_without_a_gpu_and_are_an_error_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_tests_skip_without_a_gpu_and_are_an_error_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import torch
     from conftest import pytest_collection_modifyitems
 
@@ -86,11 +102,15 @@ def test_gpu_tests_skip_without_a_gpu_and_are_an_error_when_asked_for(monkeypatc
     marks: list[pytest.MarkDecorator] = []
     item = SimpleNamespace(keywords={"gpu": True}, add_marker=marks.append)
     for asked in ("", "not gpu", "not slow"):
-        pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name, asked=asked: asked), [item])
+        pytest_collection_modifyitems(
+            SimpleNamespace(getoption=lambda name, asked=asked: asked), [item]
+        )
     assert [mark.name for mark in marks] == ["skip"] * 3
     for asked in ("gpu", "gpu and not slow", "slow or gpu"):
         with pytest.raises(pytest.UsageError, match="no CUDA device"):
-            pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name, asked=asked: asked), [item])
+            pytest_collection_modifyitems(
+                SimpleNamespace(getoption=lambda name, asked=asked: asked), [item]
+            )
 
 
 def test_committed_figures_are_linked_and_exist() -> None:
@@ -109,5 +129,7 @@ def test_the_readmes_commands_exist() -> None:
 
 
 def test_the_readmes_numbers_are_the_recorded_ones() -> None:
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "readme.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "readme.py", "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

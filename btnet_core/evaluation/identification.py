@@ -18,7 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btnet_core.errors import DataError
-from btnet_core.evaluation.verification import CANONICAL, Embedder, check_resolutions, strictest_needed
+from btnet_core.evaluation.verification import (
+    CANONICAL,
+    Embedder,
+    check_resolutions,
+    strictest_needed,
+)
 from btnet_core.images import Resize, resize
 
 STRATEGIES = tuple(product(("avg", "min", "max"), ("floor", "near", "ceil")))  # Table 2's order
@@ -36,14 +41,18 @@ class Search:
     lowest: float  # smallest N-th best score of a mated probe: where the authors' grid may begin; else inf
 
 
-def prototypes(features: Tensor, labels: Any, *, normalised: bool = False) -> tuple[np.ndarray, Tensor]:
+def prototypes(
+    features: Tensor, labels: Any, *, normalised: bool = False
+) -> tuple[np.ndarray, Tensor]:
     """One gallery entry an identity: sorted labels (K,) and the mean (K, D) of its images' un-normalised features.
 
     Images of one identity may come from different branches (reproduction-notes 23); option: unit features first.
     """
     unique, inverse, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
     features = F.normalize(features.float()) if normalised else features.float()
-    sums = features.new_zeros(len(unique), features.shape[1]).index_add_(0, torch.from_numpy(inverse), features)
+    sums = features.new_zeros(len(unique), features.shape[1]).index_add_(
+        0, torch.from_numpy(inverse), features
+    )
     return unique, sums / torch.from_numpy(counts)[:, None]
 
 
@@ -56,13 +65,19 @@ def mate_rows(gallery_labels: Any, probe_labels: Any) -> np.ndarray:
     gallery, probe = np.asarray(gallery_labels), np.asarray(probe_labels)
     order = np.argsort(gallery)
     if (twice := gallery[order][1:][np.diff(gallery[order]) == 0]).size:
-        raise DataError(f"gallery: label {twice[0]} has more than one entry; expected one an identity")
+        raise DataError(
+            f"gallery: label {twice[0]} has more than one entry; expected one an identity"
+        )
     place = order[np.minimum(np.searchsorted(gallery, probe, sorter=order), len(gallery) - 1)]
     return np.where(gallery[place] == probe, place, -1)
 
 
 def score_chunks(
-    probes: Tensor, rows: np.ndarray, gallery: Tensor, device: torch.device | str = "cpu", chunk: int = CHUNK
+    probes: Tensor,
+    rows: np.ndarray,
+    gallery: Tensor,
+    device: torch.device | str = "cpu",
+    chunk: int = CHUNK,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Cosines of ``probes[rows]`` (n, D) with ``gallery`` (K, D), a block of rows at a time, in one reused buffer."""
     unit = F.normalize(gallery.to(device).float()).T
@@ -90,16 +105,22 @@ def search(
         best[part] = scores.amax(1).cpu()
     for part, scores in score_chunks(probes, mated, gallery, device, chunk):
         if lowest_rank:
-            lowest = min(lowest, scores.topk(min(lowest_rank, scores.shape[1]), 1).values[:, -1].min().item())
+            lowest = min(
+                lowest, scores.topk(min(lowest_rank, scores.shape[1]), 1).values[:, -1].min().item()
+            )
         mate = scores.gather(1, torch.from_numpy(mates[mated[part]])[:, None].to(scores.device))
         score[part] = mate[:, 0].cpu()
-        rank[part] = scores.ge_(mate).sum(1).cpu()  # 0 and 1 in place: float sums are exact up to 2^24 entries
+        rank[part] = (
+            scores.ge_(mate).sum(1).cpu()
+        )  # 0 and 1 in place: float sums are exact up to 2^24 entries
     if not (np.isfinite(best).all() and np.isfinite(score).all()):
         raise DataError("probes or gallery: features hold values that are not finite")
     return Search(score, rank, best, lowest)
 
 
-def open_set(found: Search, fpir: Sequence[float] = FPIR, rank: int = 20, *, authors: bool = False) -> dict[str, Any]:
+def open_set(
+    found: Search, fpir: Sequence[float] = FPIR, rank: int = 20, *, authors: bool = False
+) -> dict[str, Any]:
     """{"auc", "tpir": {"0.3": …}, "fpir" (reached), "thresholds", "ranks": {"1": …}}, in % but for the thresholds.
 
     The AUC is the exact area under (FPIR, TPIR-N): P(mate within rank N and above an unmated probe's best), equal
@@ -107,7 +128,9 @@ def open_set(found: Search, fpir: Sequence[float] = FPIR, rank: int = 20, *, aut
     the one of nearest FPIR, and the trapezoidal area over that grid (reproduction-notes 21, 22).
     """
     if not len(found.mate) or not len(found.unmated):
-        raise DataError(f"open set: got {len(found.mate)} mated and {len(found.unmated)} unmated probes, need both")
+        raise DataError(
+            f"open set: got {len(found.mate)} mated and {len(found.unmated)} unmated probes, need both"
+        )
     hit, false = np.sort(np.where(found.rank <= rank, found.mate, -np.inf)), np.sort(found.unmated)
 
     def above(values: np.ndarray, thresholds: Any) -> np.ndarray:
@@ -116,12 +139,19 @@ def open_set(found: Search, fpir: Sequence[float] = FPIR, rank: int = 20, *, aut
     if authors:
         grid = np.linspace(min(found.lowest, false[0]), false[-1], 1000)
         chosen = [float(grid[np.argmin(np.abs(above(false, grid) - target))]) for target in fpir]
-        area = -np.sum(np.diff(above(false, grid)) * (above(hit, grid)[1:] + above(hit, grid)[:-1])) / 2
+        area = (
+            -np.sum(np.diff(above(false, grid)) * (above(hit, grid)[1:] + above(hit, grid)[:-1]))
+            / 2
+        )
     else:
         chosen = [strictest_needed(false, target) for target in fpir]
-        area = np.mean([np.searchsorted(false, hit, side) for side in ("left", "right")]) / len(false)
+        area = np.mean([np.searchsorted(false, hit, side) for side in ("left", "right")]) / len(
+            false
+        )
     # A threshold of -inf would let mates of rank > N pass; the lowest finite number does not.
-    thresholds = {str(f): max(t, float(np.finfo(float).min)) for f, t in zip(fpir, chosen, strict=True)}
+    thresholds = {
+        str(f): max(t, float(np.finfo(float).min)) for f, t in zip(fpir, chosen, strict=True)
+    }
     return {
         "auc": 100 * float(area), "thresholds": thresholds,
         "tpir": {f: 100 * float(above(hit, t)) for f, t in thresholds.items()},
@@ -160,7 +190,10 @@ def native_embedder(
             return keep[key]
         target, parts = (rows, round(rows * size[1] / size[0])), []
         for start in range(0, len(indices), batch_size):
-            faces = [resize(crop(image(int(i))), target, how) for i in indices[start : start + batch_size]]
+            faces = [
+                resize(crop(image(int(i))), target, how)
+                for i in indices[start : start + batch_size]
+            ]
             parts.append(embedder(torch.stack(faces), rows).float().cpu())
         z = torch.cat(parts)
         if keep is not None:
@@ -182,29 +215,50 @@ def evaluate_strategies(
     ``lengths[r]``, where given (``verification.fitted_lengths``). ``branches``: % of the images
     per branch; ``scale``: mean factors by which width and height are resized (reproduction-notes 17).
     """
-    from btnet_core.btnet import select_branch
+    from btnet_core.models.btnet import select_branch
 
-    (w, h), labels, in_gallery = np.asarray(sizes).T, np.asarray(labels), np.asarray(in_gallery, bool)
+    (w, h), labels, in_gallery = (
+        np.asarray(sizes).T,
+        np.asarray(labels),
+        np.asarray(in_gallery, bool),
+    )
     chosen = {
         f"{indicator}+{rounding}": np.asarray(
-            select_branch(w, h, indicator=indicator, rounding=rounding, resolutions=tuple(resolutions))
+            select_branch(
+                w, h, indicator=indicator, rounding=rounding, resolutions=tuple(resolutions)
+            )
         )
         for indicator, rounding in strategies
     }
-    sent = {r: np.flatnonzero(np.any([row == r for row in chosen.values()], axis=0)) for r in sorted(resolutions)}
+    sent = {
+        r: np.flatnonzero(np.any([row == r for row in chosen.values()], axis=0))
+        for r in sorted(resolutions)
+    }
     cache = {r: embed(indices, r) for r, indices in sent.items() if len(indices)}
     if lengths is not None:
         check_resolutions("lengths", lengths, cache)
         cache = {r: lengths[r] * z for r, z in cache.items()}
     reports = {}
     for name, row in chosen.items():
-        features = next(iter(cache.values())).new_empty(len(row), next(iter(cache.values())).shape[1])
+        features = next(iter(cache.values())).new_empty(
+            len(row), next(iter(cache.values())).shape[1]
+        )
         for r in np.unique(row).tolist():
             mine = np.flatnonzero(row == r)
-            features[torch.from_numpy(mine)] = cache[r][torch.from_numpy(np.searchsorted(sent[r], mine))]
+            features[torch.from_numpy(mine)] = cache[r][
+                torch.from_numpy(np.searchsorted(sent[r], mine))
+            ]
         report = identify(
-            features[in_gallery], labels[in_gallery], features[~in_gallery], labels[~in_gallery], **options
+            features[in_gallery],
+            labels[in_gallery],
+            features[~in_gallery],
+            labels[~in_gallery],
+            **options,
         )
         share = {str(r): 100 * float(np.mean(row == r)) for r in sorted(resolutions)}
-        reports[name] = {**report, "branches": share, "scale": [float(np.mean(row / w)), float(np.mean(row / h))]}
+        reports[name] = {
+            **report,
+            "branches": share,
+            "scale": [float(np.mean(row / w)), float(np.mean(row / h))],
+        }
     return reports

@@ -41,26 +41,41 @@ class TemplateSet:
     first: Any  # (P,) template ids
     second: Any  # (P,)
     same: Any  # (P,) bool
-    galleries: Mapping[str, tuple[Any, Any]]  # "G1", "G2" -> (template ids, subjects), one template a subject
+    galleries: Mapping[
+        str, tuple[Any, Any]
+    ]  # "G1", "G2" -> (template ids, subjects), one template a subject
     probes: tuple[Any, Any]  # (template ids, subjects)
 
 
-def aggregate(features: Tensor, template: Any, media: Any, score: Any = None) -> tuple[np.ndarray, Tensor]:
+def aggregate(
+    features: Tensor, template: Any, media: Any, score: Any = None
+) -> tuple[np.ndarray, Tensor]:
     """Sorted template ids (T,) and their features (T, D): sum over media of the mean of score * image feature.
 
     Neither image features nor the result are normalised; cosines normalise it.
     """
     template, media = np.asarray(template), np.asarray(media)
-    if not len(features) == len(template) == len(media) == len(template if score is None else score):
-        raise DataError(f"templates: got {len(features)} features, {len(template)} template and {len(media)} media ids")
+    if (
+        not len(features)
+        == len(template)
+        == len(media)
+        == len(template if score is None else score)
+    ):
+        raise DataError(
+            f"templates: got {len(features)} features, {len(template)} template and {len(media)} media ids"
+        )
     ids, row = np.unique(template, return_inverse=True)
     _, medium = np.unique(media, return_inverse=True)
     medium = row * (medium.max() + 1) + medium  # a medium that two templates share counts in each
     _, medium, counts = np.unique(medium, return_inverse=True, return_counts=True)
-    weight = torch.from_numpy((1.0 if score is None else np.asarray(score, np.float64)) / counts[medium])
+    weight = torch.from_numpy(
+        (1.0 if score is None else np.asarray(score, np.float64)) / counts[medium]
+    )
     result = torch.zeros(len(ids), features.shape[1])
     for part in torch.arange(len(features)).split(65536):  # never a second copy of all features
-        result.index_add_(0, torch.from_numpy(row)[part], features[part].float() * weight[part, None].float())
+        result.index_add_(
+            0, torch.from_numpy(row)[part], features[part].float() * weight[part, None].float()
+        )
     return ids, result
 
 
@@ -69,13 +84,20 @@ def rows_of(ids: np.ndarray, wanted: Any, what: str) -> np.ndarray:
     wanted = np.asarray(wanted)
     rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
     if (missing := np.flatnonzero(ids[rows] != wanted)).size:
-        raise DataError(f"{what}: template {wanted[missing[0]]} (and {missing.size - 1} more) has no images")
+        raise DataError(
+            f"{what}: template {wanted[missing[0]]} (and {missing.size - 1} more) has no images"
+        )
     return rows
 
 
 @torch.inference_mode()
 def pair_scores(
-    features: Tensor, first: np.ndarray, second: np.ndarray, *, device: torch.device | str = "cpu", chunk: int = 8192
+    features: Tensor,
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    device: torch.device | str = "cpu",
+    chunk: int = 8192,
 ) -> np.ndarray:
     """(P,) float32 cosines of rows ``first`` and ``second`` of (T, D) features, ``chunk`` pairs at a time."""
     unit, result = F.normalize(features.to(device).float()), np.empty(len(first), np.float32)
@@ -98,9 +120,14 @@ def identify_templates(
     reports = {}
     for name, (templates, subjects) in galleries.items():
         gallery = features[torch.from_numpy(rows_of(ids, templates, f"gallery {name}"))]
-        found = search(features[torch.from_numpy(rows)], gallery, mate_rows(subjects, probes[1]), device=device)
+        found = search(
+            features[torch.from_numpy(rows)], gallery, mate_rows(subjects, probes[1]), device=device
+        )
         reports[name] = open_set(found, [fpir], rank)
-    return {"tpir": float(np.mean([report["tpir"][str(fpir)] for report in reports.values()])), **reports}
+    return {
+        "tpir": float(np.mean([report["tpir"][str(fpir)] for report in reports.values()])),
+        **reports,
+    }
 
 
 @torch.inference_mode()
@@ -113,19 +140,31 @@ def identify_merged(
     The threshold is the ceil(fpir * probes)-th highest of all negative pairs; the rate is the share of probes whose
     mate scores above it. ``false_rate`` is the number of higher negative pairs per probe.
     """
-    gallery = np.concatenate([rows_of(ids, templates, name) for name, (templates, _) in galleries.items()])
-    mates = mate_rows(np.concatenate([np.asarray(subjects) for _, subjects in galleries.values()]), probes[1])
+    gallery = np.concatenate(
+        [rows_of(ids, templates, name) for name, (templates, _) in galleries.items()]
+    )
+    mates = mate_rows(
+        np.concatenate([np.asarray(subjects) for _, subjects in galleries.values()]), probes[1]
+    )
     rows = rows_of(ids, probes[0], "probes")
     if (mates < 0).any():
-        raise DataError(f"probes: {np.sum(mates < 0)} have no mate in any gallery; the authors' protocol needs one")
-    count, mate, top = math.ceil(fpir * len(rows)), np.empty(len(rows)), torch.empty(0, device=device)
+        raise DataError(
+            f"probes: {np.sum(mates < 0)} have no mate in any gallery; the authors' protocol needs one"
+        )
+    count, mate, top = (
+        math.ceil(fpir * len(rows)),
+        np.empty(len(rows)),
+        torch.empty(0, device=device),
+    )
     for part, scores in score_chunks(features, rows, features[torch.from_numpy(gallery)], device):
         own = torch.from_numpy(mates[part])[:, None].to(scores.device)
         mate[part] = scores.gather(1, own)[:, 0].cpu()
         pool = torch.cat([top, scores.scatter_(1, own, -2.0).flatten()])
         top = pool.topk(min(count, len(pool))).values
     threshold = top[-1].item()
-    return OperatingPoint(float(np.mean(mate > threshold)), float((top > threshold).sum()) / len(rows), threshold)
+    return OperatingPoint(
+        float(np.mean(mate > threshold)), float((top > threshold).sum()) / len(rows), threshold
+    )
 
 
 def evaluate_templates(
@@ -142,14 +181,22 @@ def evaluate_templates(
     """
 
     def report(features: Tensor) -> dict[str, Any]:
-        ids, templates = aggregate(features, data.template, data.media, data.score if weighted else None)
+        ids, templates = aggregate(
+            features, data.template, data.media, data.score if weighted else None
+        )
         first, second = (rows_of(ids, side, "pairs") for side in (data.first, data.second))
-        point = tar_at_far(pair_scores(templates, first, second, device=device), data.same, far, authors=authors)
+        point = tar_at_far(
+            pair_scores(templates, first, second, device=device), data.same, far, authors=authors
+        )
         row = {"tar": 100 * point.rate, "far": 100 * point.false_rate, "threshold": point.threshold}
         if authors:
-            merged = identify_merged(templates, ids, data.galleries, data.probes, fpir=fpir, device=device)
+            merged = identify_merged(
+                templates, ids, data.galleries, data.probes, fpir=fpir, device=device
+            )
             return {**row, "tpir": 100 * merged.rate, "identification": merged._asdict()}
-        found = identify_templates(templates, ids, data.galleries, data.probes, fpir=fpir, rank=rank, device=device)
+        found = identify_templates(
+            templates, ids, data.galleries, data.probes, fpir=fpir, rank=rank, device=device
+        )
         return {**row, "tpir": found["tpir"], "identification": found}
 
     if lengths is not None:
@@ -163,10 +210,16 @@ def evaluate_templates(
                 z = embed_images(embedder, images, len(data.template), r, device=device, **options)
                 cache[r, flip] = F.normalize(z) if normalised else z
         one, two = cache[r1, False], cache[r2, True]
-        later = {(a, False) for a, _ in order[place + 1 :]} | {(b, True) for _, b in order[place + 1 :]}
+        later = {(a, False) for a, _ in order[place + 1 :]} | {
+            (b, True) for _, b in order[place + 1 :]
+        }
         cache = {key: value for key, value in cache.items() if key in later}  # IJB-C: 1 GB each
         row = report(one + two)
         if lengths is not None:
-            row["fitted"] = dict(row) if r1 == r2 else report(torch.add(one * lengths[r1], two, alpha=lengths[r2]))
+            row["fitted"] = (
+                dict(row)
+                if r1 == r2
+                else report(torch.add(one * lengths[r1], two, alpha=lengths[r2]))
+            )
         reports[f"{r1}&{r2}"] = row
     return {f"{r1}&{r2}": reports[f"{r1}&{r2}"] for r1, r2 in settings}

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from btnet_core.backbones import read_safetensors, write_safetensors
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.images import Resize, resize
+from btnet_core.models.backbone import read_safetensors, write_safetensors
 
 CANONICAL = 112  # S, rows and columns
 TABLE1_SETTINGS = ((112, 7), (112, 14), (112, 28), (7, 7), (14, 14), (28, 28), (112, 112))
@@ -63,7 +63,9 @@ def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
     """
     similarity, same = check_scores(similarity, same)
     if not 2 <= folds <= len(same):
-        raise ConfigError(f"folds: got {folds} for {len(same)} pairs, expected 2 to the number of pairs")
+        raise ConfigError(
+            f"folds: got {folds} for {len(same)} pairs, expected 2 to the number of pairs"
+        )
     sizes = np.array([len(block) for block in np.array_split(same, folds)])
     order = np.argsort(similarity)
     value, label, fold = similarity[order], same[order], np.repeat(np.arange(folds), sizes)[order]
@@ -78,7 +80,10 @@ def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
     thresholds = np.array([_between(value, fold != k, int(i)) for k, i in enumerate(best)])
     accuracies = correct[np.arange(folds), np.searchsorted(value, thresholds, "right")] / sizes
     return TenFold(
-        float(accuracies.mean()), float(accuracies.std()), tuple(accuracies.tolist()), tuple(thresholds.tolist())
+        float(accuracies.mean()),
+        float(accuracies.std()),
+        tuple(accuracies.tolist()),
+        tuple(thresholds.tolist()),
     )
 
 
@@ -98,7 +103,9 @@ def roc(similarity: Any, same: Any) -> Roc:
     similarity, same = check_scores(similarity, same, both=True)
     order = np.argsort(-similarity)
     value, label = similarity[order], same[order]
-    last = np.append(np.flatnonzero(value[1:] != value[:-1]), len(value) - 1)  # of each run of equal scores
+    last = np.append(
+        np.flatnonzero(value[1:] != value[:-1]), len(value) - 1
+    )  # of each run of equal scores
     accepted, true = np.append(0, last + 1), np.append(0, np.cumsum(label)[last])
     thresholds = np.append(value[last], np.nextafter(value[-1], -np.inf))
     return Roc((accepted - true) / np.sum(~label), true / np.sum(label), thresholds)
@@ -122,14 +129,18 @@ def tar_at_far(similarity: Any, same: Any, far: float, *, authors: bool = False)
         return OperatingPoint(float(curve.tpr[k]), float(curve.fpr[k]), float(curve.thresholds[k]))
     threshold = strictest_needed(similarity[~same], far)
     accepted = similarity > threshold
-    return OperatingPoint(float(np.mean(accepted[same])), float(np.mean(accepted[~same])), threshold)
+    return OperatingPoint(
+        float(np.mean(accepted[same])), float(np.mean(accepted[~same])), threshold
+    )
 
 
 def strictest_needed(negatives: np.ndarray, share: float) -> float:
     """The smallest t for which at most ``share`` of ``negatives`` lie strictly above t (-inf if all may)."""
     if not 0 <= share <= 1:
         raise ConfigError(f"false accept share: got {share}, expected 0 to 1")
-    allowed = min(int(share * len(negatives)) + 1, len(negatives))  # + 1: 0.29 * 100 is 28.999… in floats
+    allowed = min(
+        int(share * len(negatives)) + 1, len(negatives)
+    )  # + 1: 0.29 * 100 is 28.999… in floats
     allowed -= allowed / len(negatives) > share
     if allowed == len(negatives):
         return float("-inf")
@@ -141,11 +152,17 @@ def check_scores(similarity: Any, same: Any, both: bool = False) -> tuple[np.nda
     """(P,) float64 and (P,) bool arrays, or DataError; ``both``: same and different pairs must occur."""
     similarity, same = np.asarray(similarity, np.float64), np.asarray(same).astype(bool)
     if similarity.ndim != 1 or similarity.shape != same.shape or not len(same):
-        raise DataError(f"similarity, same: got {similarity.shape} and {same.shape}, expected twice (P,), P >= 1")
+        raise DataError(
+            f"similarity, same: got {similarity.shape} and {same.shape}, expected twice (P,), P >= 1"
+        )
     if not np.isfinite(similarity).all():
-        raise DataError(f"similarity: {np.sum(~np.isfinite(similarity))} of {len(same)} values are not finite")
+        raise DataError(
+            f"similarity: {np.sum(~np.isfinite(similarity))} of {len(same)} values are not finite"
+        )
     if both and same.all() == same.any():
-        raise DataError(f"same: all {len(same)} pairs are {'same' if same[0] else 'different'}; both are needed")
+        raise DataError(
+            f"same: all {len(same)} pairs are {'same' if same[0] else 'different'}; both are needed"
+        )
     return similarity, same
 
 
@@ -160,7 +177,9 @@ def embed_images(
     """
     parts = []
     for start in range(0, count, batch_size):
-        pixels = resize(images(np.arange(start, min(start + batch_size, count))).to(device), CANONICAL, how)
+        pixels = resize(
+            images(np.arange(start, min(start + batch_size, count))).to(device), CANONICAL, how
+        )
         z = embedder(pixels, r).float()
         parts.append((z if mirror is None else z + embedder(pixels.flip(-1), mirror).float()).cpu())
     return torch.cat(parts)
@@ -179,13 +198,22 @@ def unit_embeddings(
     for r in sorted(set(resolutions), reverse=True):
         path = None
         if keep is not None and hasattr(embedder, "fingerprint"):
-            facts = (embedder.fingerprint(r), pairs.checksum, flip, (options.get("how") or Resize()).name)
-            path = Path(keep) / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.safetensors"
+            facts = (
+                embedder.fingerprint(r),
+                pairs.checksum,
+                flip,
+                (options.get("how") or Resize()).name,
+            )
+            path = (
+                Path(keep) / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.safetensors"
+            )
             if path.is_file():
                 unit[r] = read_safetensors(path)[0]["unit"]
                 continue
         faces = faces if faces is not None else pairs.images(np.arange(pairs.num_images))  # once
-        z = embed_images(embedder, faces.__getitem__, len(faces), r, mirror=r if flip else None, **options)
+        z = embed_images(
+            embedder, faces.__getitem__, len(faces), r, mirror=r if flip else None, **options
+        )
         unit[r] = F.normalize(z)
         if path is not None:
             write_safetensors(path, {"unit": unit[r]}, {"r": str(r)})
@@ -201,7 +229,10 @@ def centres(
     subtracts it. Take training faces. ``options`` are those of ``unit_embeddings``.
     """
     sample = _spread(faces, count)
-    return {r: unit.mean(0) for r, unit in unit_embeddings(embedder, sample, resolutions, **options).items()}
+    return {
+        r: unit.mean(0)
+        for r, unit in unit_embeddings(embedder, sample, resolutions, **options).items()
+    }
 
 
 def fitted_lengths(
@@ -215,7 +246,9 @@ def fitted_lengths(
     ``embed_images``.
     """
     sample = _spread(faces, count)
-    embed = lambda r: embed_images(embedder, sample.images, sample.num_images, r, **options).double()  # noqa: E731
+    embed = lambda r: embed_images(
+        embedder, sample.images, sample.num_images, r, **options
+    ).double()
     reference = embed(CANONICAL)
     factors = {CANONICAL: 1.0}
     for r in set(resolutions) - {CANONICAL}:
@@ -253,7 +286,9 @@ def pair_similarities(
     if centre is not None:
         check_resolutions("centre", centre, unit)
         unit = {r: F.normalize(z - centre[r]) for r, z in unit.items()}
-    first, second = (torch.as_tensor(np.asarray(side), dtype=torch.int64) for side in (pairs.first, pairs.second))
+    first, second = (
+        torch.as_tensor(np.asarray(side), dtype=torch.int64) for side in (pairs.first, pairs.second)
+    )
     return {(a, b): (unit[a][first] * unit[b][second]).sum(1).double().numpy() for a, b in settings}
 
 
@@ -268,16 +303,28 @@ def evaluate_pairs(
     """
     if cross not in ("both", "authors"):
         raise ConfigError(f"cross: got {cross!r}, expected 'both' or 'authors'")
-    ways = {(a, b): list(dict.fromkeys([(a, b), (b, a)])) if cross == "both" else [(a, b)] for a, b in settings}
-    scores = pair_similarities(embedder, pairs, list({way: 0 for group in ways.values() for way in group}), **options)
+    ways = {
+        (a, b): list(dict.fromkeys([(a, b), (b, a)])) if cross == "both" else [(a, b)]
+        for a, b in settings
+    }
+    scores = pair_similarities(
+        embedder, pairs, list({way: 0 for group in ways.values() for way in group}), **options
+    )
     report = {}
     for (a, b), group in ways.items():
         done = []
         for way in group:
             fit = ten_fold_accuracy(scores[way], pairs.same, folds)
-            row = {"accuracy": fit.mean, "std": fit.std, "folds": fit.accuracies, "auc": auc(scores[way], pairs.same)}
+            row = {
+                "accuracy": fit.mean,
+                "std": fit.std,
+                "folds": fit.accuracies,
+                "auc": auc(scores[way], pairs.same),
+            }
             percent = {name: (100 * np.asarray(value)).tolist() for name, value in row.items()}
-            done.append({"first": way[0], "second": way[1], **percent, "thresholds": list(fit.thresholds)})
+            done.append(
+                {"first": way[0], "second": way[1], **percent, "thresholds": list(fit.thresholds)}
+            )
         mean = np.mean([row["folds"] for row in done], axis=0)
         report[f"{a}&{b}"] = {
             "accuracy": float(mean.mean()), "std": float(mean.std()), "folds": mean.tolist(),
@@ -298,7 +345,9 @@ def summarise(reports: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[st
             "accuracy": float(np.mean([row["accuracy"] for row in sets])),
             "std": float(np.mean([row["std"] for row in sets])),
             "sets": [row["accuracy"] for row in sets],
-            "second_half": float(np.mean([np.mean(row["folds"][len(row["folds"]) // 2 :]) for row in sets])),
+            "second_half": float(
+                np.mean([np.mean(row["folds"][len(row["folds"]) // 2 :]) for row in sets])
+            ),
         }
         for setting, sets in rows.items()
     }

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from btnet_core.backbones import load_torch
 from btnet_core.errors import CheckpointError, TrainingError
+from btnet_core.models.backbone import load_torch
 from btnet_core.training import distributed
 
 FORMAT = 1
@@ -27,7 +27,11 @@ HOLDER = "running.pid"
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "format": str(FORMAT)}
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "format": str(FORMAT),
+    }
 
 
 def write_atomically(path: Path, write) -> None:
@@ -54,7 +58,9 @@ def unwritten(path: Path, error: Exception, good: Path) -> TrainingError:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     full = full or "No space left" in str(error) or "file write failed" in str(error)
     kept = f"; the last good one is kept in {good}" if good.exists() else ""
-    return TrainingError(f"{path}: cannot be written ({'the disk is full' if full else error}){kept}")
+    return TrainingError(
+        f"{path}: cannot be written ({'the disk is full' if full else error}){kept}"
+    )
 
 
 def save_state(out: Path, state: dict[str, Any]) -> None:
@@ -79,7 +85,9 @@ def load_state(out: Path) -> dict[str, Any] | None:
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
-        raise CheckpointError(f"{path}: format {found}, expected {FORMAT}: of another version; --fresh starts over")
+        raise CheckpointError(
+            f"{path}: format {found}, expected {FORMAT}: of another version; --fresh starts over"
+        )
     return state
 
 
@@ -96,7 +104,9 @@ def check_room(out: Path, needed: int) -> None:
         probe.unlink()
         free = shutil.disk_usage(out).free
     except OSError as error:
-        raise TrainingError(f"{out}: cannot be written ({error.strerror or error}); choose another folder") from error
+        raise TrainingError(
+            f"{out}: cannot be written ({error.strerror or error}); choose another folder"
+        ) from error
     if free < 2 * needed + 2**20:
         raise TrainingError(
             f"{out}: {free / 1e6:.0f} MB free, checkpoints need {2 * needed / 1e6:.0f} MB (the last good and the next)"
@@ -124,7 +134,11 @@ def read_record(out: Path) -> dict[str, Any] | None:
         record = json.loads((out / RECORD).read_text())
     except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and {"config", "inputs", "metrics"} <= record.keys() else None
+    return (
+        record
+        if isinstance(record, dict) and {"config", "inputs", "metrics"} <= record.keys()
+        else None
+    )
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from btnet_core.backbones import read_safetensors, write_safetensors
 from btnet_core.errors import CheckpointError, ConfigError
 from btnet_core.losses import Margin
+from btnet_core.models.backbone import read_safetensors, write_safetensors
 from btnet_core.training import distributed
 
 
@@ -31,7 +31,9 @@ class Classifier(nn.Module):
         seed: of the draws, which differ from process to process.
     """
 
-    def __init__(self, weight: Tensor, margin: Margin, *, sample_rate: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self, weight: Tensor, margin: Margin, *, sample_rate: float = 1.0, seed: int = 0
+    ) -> None:
         super().__init__()
         self.num_classes = len(weight)
         self.first, count = shard(self.num_classes)
@@ -52,7 +54,9 @@ class Classifier(nn.Module):
             cosine = F.normalize(everyone) @ F.normalize(weight.to(z.dtype)).T
             target = self._target(cosine, column)
             norms = everyone.norm(dim=1) if self.margin.needs_norms else None
-            loss = distributed.sharded_cross_entropy(self.margin(cosine, column, target, norms), column)
+            loss = distributed.sharded_cross_entropy(
+                self.margin(cosine, column, target, norms), column
+            )
             own = self.margin.penalty(z.norm(dim=1))
             return loss if own is None else loss + self._share(own.sum() / len(everyone))
 
@@ -68,7 +72,9 @@ class Classifier(nn.Module):
         wanted = round(count * self.sample_rate)
         if self.sample_rate == 1 or not self.training:
             return self.weight, column
-        generator = torch.Generator().manual_seed(hash((self.seed, self.step, distributed.rank())) % 2**63)
+        generator = torch.Generator().manual_seed(
+            hash((self.seed, self.step, distributed.rank())) % 2**63
+        )
         priority = torch.rand(count, generator=generator).to(labels.device)
         present = torch.unique(column[column >= 0])
         priority[present] = 2.0  # every class of the batch takes part, however many there are
@@ -126,7 +132,9 @@ def load_classifier(path: str | Path, num_classes: int, dim: int) -> Tensor:
     weight = state.get("weight")
     if weight is None or tuple(weight.shape) != (num_classes, dim):
         found = "no tensor 'weight'" if weight is None else f"{tuple(weight.shape)}"
-        raise CheckpointError(f"{path}: got {found}, the data and trunk need a classifier ({num_classes}, {dim})")
+        raise CheckpointError(
+            f"{path}: got {found}, the data and trunk need a classifier ({num_classes}, {dim})"
+        )
     return weight
 
 

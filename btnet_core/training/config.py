@@ -6,13 +6,15 @@ import dataclasses
 import json
 from dataclasses import asdict, dataclass, field, fields
 
-from btnet_core.backbones import BackboneConfig
-from btnet_core.btnet import BN_MODES
 from btnet_core.errors import ConfigError
 from btnet_core.images import Resize
 from btnet_core.losses import MARGINS, METRICS
+from btnet_core.models.backbone import BackboneConfig
+from btnet_core.models.btnet import BN_MODES
 
-REFERENCE_BATCH = 512  # images for which `lr` is stated (128 on each of four GPUs, A.2, reproduction-notes 9)
+REFERENCE_BATCH = (
+    512  # images for which `lr` is stated (128 on each of four GPUs, A.2, reproduction-notes 9)
+)
 CHOICES = {
     "bn": BN_MODES,
     "loss": (*MARGINS, *METRICS),
@@ -39,13 +41,17 @@ class TrainConfig:
     backbone: BackboneConfig | None = None  # None: the one inside `init`, else IResNet-50 (4.1)
     init: str = ""  # file of the pretrained trunk; "": random weights
     resolution: int = 0  # r in rows of pixels; 0: the trunk itself
-    couple_at: str = ""  # unit where the branch ends; "": the layer of resolution r (3.2; Figure 7 moves it)
+    couple_at: str = (
+        ""  # unit where the branch ends; "": the layer of resolution r (3.2; Figure 7 moves it)
+    )
     fix_trunk: bool = True  # T_r's convolutions stay (Section 5); False: the whole route learns
     bn: str = "all"  # what of T_r's batch norms moves (3.4, reproduction-notes 5)
     btnet: str = ""  # folder of the BTNet that receives the branch; "": <out>/btnet
 
     # inputs
-    sizes: tuple[int, ...] = (112,)  # rows in pixels to which a trunk's inputs are shrunk and scaled back (4.1)
+    sizes: tuple[int, ...] = (
+        112,
+    )  # rows in pixels to which a trunk's inputs are shrunk and scaled back (4.1)
     size_weights: tuple[float, ...] = ()  # their probabilities; (): equal
     resize: Resize = field(default_factory=Resize)  # reproduction-notes 12
     flip: bool = True  # horizontal, probability 1/2, before down-sampling (A.2)
@@ -60,16 +66,24 @@ class TrainConfig:
     distillation: str = "mean"  # of Eq. 2, see losses.branch_loss (reproduction-notes 2)
     embedding_weight: float = 0.0  # 1 in the authors' code (reproduction-notes 1)
     embedding: str = "mse"  # how it is measured, see losses.embedding_loss
-    embedding_mirrored: bool = False  # the teacher's embedding is that of the face plus its mirror image's, as in 1:1
-    classifier: str = "fresh"  # kappa starts "fresh", as "class_means" of the embeddings, or from this file
+    embedding_mirrored: bool = (
+        False  # the teacher's embedding is that of the face plus its mirror image's, as in 1:1
+    )
+    classifier: str = (
+        "fresh"  # kappa starts "fresh", as "class_means" of the embeddings, or from this file
+    )
     fix_classifier: bool = False  # BCT: kappa* does not learn (3.3)
     sample_rate: float = 1.0  # share of the negative classes used each step (PartialFC); 1: all
 
     # optimiser
     epochs: int = 25  # A.2; 10 for branches
     batch: int = 512  # images of all processes together (reproduction-notes 9)
-    per_identity: int = 1  # images of one identity that follow each other (triplet, circle need 2 or more)
-    lr: float = 0.2  # at REFERENCE_BATCH images, scaled linearly with `batch` (A.2; 0.02 for branches)
+    per_identity: int = (
+        1  # images of one identity that follow each other (triplet, circle need 2 or more)
+    )
+    lr: float = (
+        0.2  # at REFERENCE_BATCH images, scaled linearly with `batch` (A.2; 0.02 for branches)
+    )
     warmup_epochs: float = 2.0  # linear from 0 (A.2; 0 for branches)
     momentum: float = 0.9  # reproduction-notes 10
     weight_decay: float = 5e-4  # reproduction-notes 10
@@ -93,30 +107,50 @@ class TrainConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        positive = ("epochs", "batch", "per_identity", "lr", "clip_norm", "sample_rate", "checkpoint_seconds")
+                raise ConfigError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                )
+        positive = (
+            "epochs",
+            "batch",
+            "per_identity",
+            "lr",
+            "clip_norm",
+            "sample_rate",
+            "checkpoint_seconds",
+        )
         at_least_0 = ("resolution", "warmup_epochs", "momentum", "weight_decay", "influence_weight", "branch_weight",
                       "embedding_weight", "shift", "workers", "validate_epochs")  # fmt: skip
         for name in (*positive, *at_least_0):
             value = getattr(self, name)
             if not (value > 0 if name in positive else value >= 0):
-                raise ConfigError(f"{name}: got {value}, expected {'> 0' if name in positive else '>= 0'}")
+                raise ConfigError(
+                    f"{name}: got {value}, expected {'> 0' if name in positive else '>= 0'}"
+                )
         if self.sample_rate > 1 or self.momentum >= 1 or self.warmup_epochs >= self.epochs:
             raise ConfigError("expected sample_rate <= 1, momentum < 1 and warmup_epochs < epochs")
         if not self.sizes or min(self.sizes) < 1:
             raise ConfigError(f"sizes: got {self.sizes}, expected one or more, each >= 1")
         weights = self.size_weights
         if weights and (len(weights) != len(self.sizes) or min(weights) < 0 or sum(weights) <= 0):
-            raise ConfigError(f"size_weights: got {weights}, expected {len(self.sizes)} numbers >= 0, not all 0")
+            raise ConfigError(
+                f"size_weights: got {weights}, expected {len(self.sizes)} numbers >= 0, not all 0"
+            )
         distils = self.branch_weight > 0
         if distils and not self.init:
             raise ConfigError("branch_weight > 0: distillation needs a pretrained trunk in `init`")
         if distils and not self.resolution:
-            raise ConfigError("branch_weight > 0: distillation belongs to a branch, set `resolution`")
+            raise ConfigError(
+                "branch_weight > 0: distillation belongs to a branch, set `resolution`"
+            )
         if not distils and not self.influence_weight:
-            raise ConfigError("influence_weight and branch_weight are both 0: nothing to learn from")
+            raise ConfigError(
+                "influence_weight and branch_weight are both 0: nothing to learn from"
+            )
         if self.influence_weight and self.fix_classifier and self.classifier == "fresh":
-            raise ConfigError("fix_classifier: a fresh classifier holds nothing to be compatible with")
+            raise ConfigError(
+                "fix_classifier: a fresh classifier holds nothing to be compatible with"
+            )
         if not self.resolution and (self.couple_at or self.shift):
             raise ConfigError("couple_at, shift: of a branch alone, set `resolution`")
 
@@ -155,7 +189,9 @@ class TrainConfig:
             values = json.loads(text)
             unknown = values.keys() - {f.name for f in fields(cls)}
             if unknown:
-                raise ConfigError(f"unknown fields {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
+                raise ConfigError(
+                    f"unknown fields {sorted(unknown)}; known: {[f.name for f in fields(cls)]}"
+                )
             if values.get("backbone") is not None:
                 values["backbone"] = BackboneConfig(**values["backbone"])
             if "resize" in values:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from btnet_core.embedders import resolve_device
 from btnet_core.errors import ConfigError
+from btnet_core.evaluation.embedders import resolve_device
 
 
 def start(device: str = "auto") -> torch.device:
@@ -26,7 +26,9 @@ def start(device: str = "auto") -> torch.device:
         if chosen.type == "cuda":
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
+        )
     elif dist.is_initialized() and chosen.type == "cuda":
         chosen = torch.device("cuda", torch.cuda.current_device())
     return chosen

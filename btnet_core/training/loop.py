@@ -19,20 +19,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from btnet_core.backbones import read_safetensors, save_backbone, write_safetensors
-from btnet_core.btnet import BTNet, Route, weights_digest
-from btnet_core.datasets.faces import PairSet, open_faces, open_pairs
-from btnet_core.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
+from btnet_core.data.faces import PairSet, open_faces, open_pairs
 from btnet_core.errors import CheckpointError, ConfigError, TrainingError
+from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
 from btnet_core.evaluation.verification import evaluate_pairs
+from btnet_core.models.backbone import read_safetensors, save_backbone, write_safetensors
+from btnet_core.models.btnet import BTNet, Route, weights_digest
 from btnet_core.training import checkpoint, distributed
+from btnet_core.training.batches import Batch, TeacherCache, cache_place
 from btnet_core.training.classifier import save_classifier
 from btnet_core.training.config import TrainConfig
-from btnet_core.training.data import Batch, TeacherCache, cache_place
-from btnet_core.training.problem import Run, describe, prepare
 from btnet_core.training.progress import Progress
+from btnet_core.training.step import Run, describe, prepare
 
-MACHINE = frozenset({"workers", "checkpoint_seconds", "cache", "cache_dir"})  # settings that change no result
+MACHINE = frozenset(
+    {"workers", "checkpoint_seconds", "cache", "cache_dir"}
+)  # settings that change no result
 
 
 def fit(run: Run, progress: Progress) -> None:
@@ -57,8 +59,13 @@ def fit(run: Run, progress: Progress) -> None:
                 run.optimiser.step()
             run.step += 1
             if run.scaler.enabled:
-                progress.extra = {"loss_scale": run.scaler.scale, "skipped_steps": run.scaler.skipped}
-            progress.step(run.step, {k: v for k, v in values.items() if k != "stop"}, lr, config.batch)
+                progress.extra = {
+                    "loss_scale": run.scaler.scale,
+                    "skipped_steps": run.scaler.skipped,
+                }
+            progress.step(
+                run.step, {k: v for k, v in values.items() if k != "stop"}, lr, config.batch
+            )
             ended = run.step % steps == 0
             if (
                 ended
@@ -99,7 +106,9 @@ def _values(parts: dict[str, Tensor], norm: Tensor, stop: threading.Event) -> di
     """Loss parts of the whole batch, gradient norm and whether any process was asked to stop; one synchronisation."""
     names = [*parts, "norm", "stop"]
     n = distributed.world()
-    mine = [value.detach().float() / (n if name == "influence" else 1) for name, value in parts.items()]
+    mine = [
+        value.detach().float() / (n if name == "influence" else 1) for name, value in parts.items()
+    ]
     mine += [norm.float() / n, norm.new_tensor(float(stop.is_set()))]
     values = dict(zip(names, distributed.all_sum(torch.stack(mine)).tolist(), strict=True))
     return {"loss": sum(values[name] for name in parts), **values}
@@ -129,7 +138,9 @@ def _due(run: Run, saved: float) -> bool:
     due = time.monotonic() - saved >= run.config.checkpoint_seconds
     if distributed.world() == 1:
         return due
-    return bool(distributed.all_sum(torch.tensor(float(due), device=run.device)).item())  # all at the same step
+    return bool(
+        distributed.all_sum(torch.tensor(float(due), device=run.device)).item()
+    )  # all at the same step
 
 
 @contextmanager
@@ -157,7 +168,12 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 def train(
-    config: TrainConfig, out: Path | str, *, device: str = "auto", fresh: bool = False, show: str = "auto"
+    config: TrainConfig,
+    out: Path | str,
+    *,
+    device: str = "auto",
+    fresh: bool = False,
+    show: str = "auto",
 ) -> dict[str, Any]:
     """Train what ``config`` says in folder ``out``; go on from its checkpoint; return at once if it is finished.
 
@@ -194,7 +210,9 @@ def train(
             raise checkpoint.unwritten(out, error, out / checkpoint.STATE) from error
 
 
-def _train(config: TrainConfig, out: Path, device: torch.device, identity: dict[str, Any], show: str) -> dict[str, Any]:
+def _train(
+    config: TrainConfig, out: Path, device: torch.device, identity: dict[str, Any], show: str
+) -> dict[str, Any]:
     run = prepare(config, out, device)
     folder = btnet_folder(run)
     numbers = sum(tensor.numel() for tensor in run.network.state_dict().values())
@@ -206,7 +224,13 @@ def _train(config: TrainConfig, out: Path, device: torch.device, identity: dict[
         run.restore(state)
     show = show if distributed.rank() == 0 else "none"
     progress = Progress(
-        out, config.name, run.total, run.step, run.sampler.steps, show=show, speak=distributed.rank() == 0
+        out,
+        config.name,
+        run.total,
+        run.step,
+        run.sampler.steps,
+        show=show,
+        speak=distributed.rank() == 0,
     )
     progress.say(describe(run))
     try:
@@ -220,8 +244,15 @@ def _train(config: TrainConfig, out: Path, device: torch.device, identity: dict[
 
 def _inputs(config: TrainConfig) -> dict[str, str]:
     """Digests of what the configuration names: a finished run is only that of the same inputs."""
-    files = [path for path in (config.init, config.classifier) if path not in ("", "fresh", "class_means")]
-    return {"data": open_faces(config.data).checksum, **{path: checkpoint.fingerprint(path) for path in files}}
+    files = [
+        path
+        for path in (config.init, config.classifier)
+        if path not in ("", "fresh", "class_means")
+    ]
+    return {
+        "data": open_faces(config.data).checksum,
+        **{path: checkpoint.fingerprint(path) for path in files},
+    }
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -235,12 +266,18 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
 def _changed(old: dict[str, Any], new: dict[str, Any], free: frozenset[str]) -> list[str]:
     """The fields that differ, but for those in ``free``."""
     keys = (old.keys() | new.keys()) - free
-    return [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+    return [
+        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
     """Going on from a checkpoint is only allowed where the result is what the configuration says."""
-    changed = _changed(old, new, MACHINE | {"validation", "validation_resolutions", "validate_epochs", "name"})
+    changed = _changed(
+        old, new, MACHINE | {"validation", "validation_resolutions", "validate_epochs", "name"}
+    )
     if changed:
         raise ConfigError(
             f"{out}: its checkpoint is of another configuration ({'; '.join(sorted(changed))}); "
@@ -264,7 +301,9 @@ def _fill_cache(run: Run, progress: Progress) -> None:
     folder /= hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     progress.say(f"{config.name}: {text}")
     if place != "off":
-        run.cache = TeacherCache(run.pixels, count, run.branch_rows, folder if place == "memmap" else None, run.device)
+        run.cache = TeacherCache(
+            run.pixels, count, run.branch_rows, folder if place == "memmap" else None, run.device
+        )
 
 
 def btnet_folder(run: Run) -> Path | None:
@@ -279,7 +318,9 @@ def btnet_folder(run: Run) -> Path | None:
     if (folder / "trunk.safetensors").is_file():
         _, metadata = read_safetensors(folder / "trunk.safetensors")
         if metadata.get("digest") != weights_digest(run.trunk):
-            raise CheckpointError(f"{folder}: holds a BTNet with another trunk than {run.config.init or 'this one'}")
+            raise CheckpointError(
+                f"{folder}: holds a BTNet with another trunk than {run.config.init or 'this one'}"
+            )
     return folder
 
 
@@ -291,10 +332,18 @@ def validate(run: Run, progress: Progress) -> None:
     distributed.average_statistics(run.network)
     if distributed.rank() == 0:
         size = run.trunk.config.size[0]
-        resolutions = (size, config.resolution) if config.resolution else config.validation_resolutions
-        settings = list(dict.fromkeys([(size, r) for r in resolutions] + [(r, r) for r in resolutions]))
+        resolutions = (
+            (size, config.resolution) if config.resolution else config.validation_resolutions
+        )
+        settings = list(
+            dict.fromkeys([(size, r) for r in resolutions] + [(r, r) for r in resolutions])
+        )
         embedder = _embedder(run)
-        row: dict[str, Any] = {"step": run.step, "epoch": run.step / run.sampler.steps, "accuracy": {}}
+        row: dict[str, Any] = {
+            "step": run.step,
+            "epoch": run.step / run.sampler.steps,
+            "accuracy": {},
+        }
         for spec in config.validation:
             report = evaluate_pairs(embedder, _pairs(spec), settings, how=config.resize)
             row["accuracy"][spec] = {name: value["accuracy"] for name, value in report.items()}
@@ -325,12 +374,16 @@ def _embedder(run: Run) -> Embedder:
     return BranchEmbedder(btnet, **options)
 
 
-def _finish(run: Run, progress: Progress, identity: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+def _finish(
+    run: Run, progress: Progress, identity: dict[str, Any], folder: Path | None
+) -> dict[str, Any]:
     """Write the weights and the record; returns the metrics."""
     config, out = run.config, run.out
     distributed.average_statistics(run.network)
     kappa = run.kappa.whole() if run.kappa is not None else None
-    metrics = {key: value for key, value in progress.row.items() if key not in ("step", "epoch", "seconds")}
+    metrics = {
+        key: value for key, value in progress.row.items() if key not in ("step", "epoch", "seconds")
+    }
     seconds = time.monotonic() - run.began
     metrics |= {"steps": run.total, "seconds": seconds, "images_per_second": run.total * config.batch / seconds,
                 "parameters": sum(p.numel() for p in run.trainable.values()), "skipped_steps": run.scaler.skipped,
@@ -340,7 +393,9 @@ def _finish(run: Run, progress: Progress, identity: dict[str, Any], folder: Path
     if folder is not None:
         btnet = BTNet(run.trunk, ())
         btnet.routes[str(config.resolution)] = run.network
-        btnet.save(folder, only=config.resolution if (folder / "trunk.safetensors").is_file() else None)
+        btnet.save(
+            folder, only=config.resolution if (folder / "trunk.safetensors").is_file() else None
+        )
     elif isinstance(run.network, Route):
         facts = {"r": str(config.resolution), "couple_at": run.network.couple_at}
         write_safetensors(out / "route.safetensors", run.network.state_dict(), facts)
@@ -349,5 +404,7 @@ def _finish(run: Run, progress: Progress, identity: dict[str, Any], folder: Path
     if kappa is not None:
         save_classifier(out / "classifier.safetensors", kappa)
     shutil.rmtree(out / "cache", ignore_errors=True)
-    checkpoint.write_record(out, {**identity, "versions": checkpoint.versions(), "metrics": metrics})
+    checkpoint.write_record(
+        out, {**identity, "versions": checkpoint.versions(), "metrics": metrics}
+    )
     return metrics

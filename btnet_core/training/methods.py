@@ -8,14 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from btnet_core.backbones import Backbone, load_backbone, load_strictly, read_safetensors
-from btnet_core.btnet import BTNet, Route, coupling_layer
-from btnet_core.embedders import BranchEmbedder, Embedder, MultiModelEmbedder
 from btnet_core.errors import CheckpointError
+from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, MultiModelEmbedder
 from btnet_core.images import Resize
-from btnet_core.scales import Scale, get_scale
+from btnet_core.models.backbone import Backbone, load_backbone, load_strictly, read_safetensors
+from btnet_core.models.btnet import BTNet, Route, coupling_layer
 from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
+from btnet_paper.scales import Scale, get_scale
 
 PYRAMID = (112, 56, 28, 14, 7)  # 112 / 2^i, i = 0..4
 MR_VARIANTS: dict[str, dict[str, Any]] = {  # reproduction-notes 11
@@ -23,7 +23,9 @@ MR_VARIANTS: dict[str, dict[str, Any]] = {  # reproduction-notes 11
     "v2": {"sizes": PYRAMID, "size_weights": (0.3, 0.25, 0.2, 0.15, 0.1)},
     "v3": {"sizes": tuple(range(4, 113))},
 }
-EMBEDDING_WEIGHT = 60.0  # of 1 - cosine to the teacher's embedding, times lambda_branch; chosen at the scale lfw
+EMBEDDING_WEIGHT = (
+    60.0  # of 1 - cosine to the teacher's embedding, times lambda_branch; chosen at the scale lfw
+)
 BRANCH = {"lr": 0.02, "warmup_epochs": 0.0, "epochs": 10}  # A.2, reproduction-notes 20
 ADAPT = get_scale("lfw")  # whose recipe for branches, chosen on real faces, `btnet adapt` takes
 
@@ -44,7 +46,9 @@ def phi_mr(data: str, variant: str = "v1", **changes: Any) -> TrainConfig:
     return TrainConfig(**{"name": name, "data": data, **MR_VARIANTS[variant], **changes})
 
 
-def phi_bt(data: str, r: int, trunk: str, kappa: str = "class_means", **changes: Any) -> TrainConfig:
+def phi_bt(
+    data: str, r: int, trunk: str, kappa: str = "class_means", **changes: Any
+) -> TrainConfig:
     """BTNet's branch r: branch and batch norms learn from Eq. 3 with kappa* fixed and T_r's convolutions fixed."""
     values = {"name": f"phi_bt_{r}", "data": data, "resolution": r, "init": trunk, "classifier": kappa,
               "fix_classifier": True, "branch_weight": 0.5, **BRANCH}  # fmt: skip
@@ -60,7 +64,11 @@ def adapted(data: str, r: int, trunk: str, kappa: str = "", **changes: Any) -> T
     """The branch that ``btnet adapt`` gives a recogniser: phi_bt, or from distillation alone where there is no kappa."""
     epochs = ADAPT.epochs.get(r, max(ADAPT.epochs.values()))
     values = {"name": f"branch_{r}", **ADAPT.branch, "epochs": epochs, **changes}
-    return phi_bt(data, r, trunk, kappa, **values) if kappa else distillation_only(data, r, trunk, **values)
+    return (
+        phi_bt(data, r, trunk, kappa, **values)
+        if kappa
+        else distillation_only(data, r, trunk, **values)
+    )
 
 
 def full_finetuning(data: str, r: int, trunk: str, kappa: str, **changes: Any) -> TrainConfig:
@@ -92,9 +100,17 @@ def table3(data: str, row: str, trunk: str, kappa: str, r: int = 14, **changes: 
     return phi_bt(data, r, trunk, kappa, **{"name": f"table3_{row}", **steps[row], **changes})
 
 
-def figure7(data: str, r: int, couple_at: str, trunk: str, kappa: str, **changes: Any) -> TrainConfig:
+def figure7(
+    data: str, r: int, couple_at: str, trunk: str, kappa: str, **changes: Any
+) -> TrainConfig:
     """Figure 7's allocation: phi_bt whose branch ends at the unit ``couple_at``."""
-    return phi_bt(data, r, trunk, kappa, **{"name": f"figure7_{r}_{couple_at}", "couple_at": couple_at, **changes})
+    return phi_bt(
+        data,
+        r,
+        trunk,
+        kappa,
+        **{"name": f"figure7_{r}_{couple_at}", "couple_at": couple_at, **changes},
+    )
 
 
 def load_route(trunk: Backbone, path: Path | str) -> BTNet:
@@ -122,12 +138,16 @@ def load_run(trunk: Backbone, folder: Path, **options: Any) -> Embedder:
     """
     if (folder / "route.safetensors").is_file():
         return BranchEmbedder(load_route(trunk, folder / "route.safetensors"), **options)
-    if (folder / "trunk.safetensors").is_file():  # fine-tuned for r; larger faces keep the trunk it came from
+    if (
+        folder / "trunk.safetensors"
+    ).is_file():  # fine-tuned for r; larger faces keep the trunk it came from
         record = checkpoint.read_record(folder)
         if record is None:
             raise CheckpointError(f"{folder}: its training has not been finished")
         own = load_backbone(folder / "trunk.safetensors")
-        return MultiModelEmbedder({trunk.config.size[0]: trunk, record["config"]["sizes"][0]: own}, **options)
+        return MultiModelEmbedder(
+            {trunk.config.size[0]: trunk, record["config"]["sizes"][0]: own}, **options
+        )
     return BranchEmbedder(BTNet.load(folder / "btnet"), **options)
 
 
@@ -140,7 +160,9 @@ def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]
     fresh: dict[str, Any] = {"backbone": scale.backbone, "seed": seed}
     start = fresh
     if scale.from_hr:
-        trunk, kappa = (str(models / "phi_hr" / f"{part}.safetensors") for part in ("trunk", "classifier"))
+        trunk, kappa = (
+            str(models / "phi_hr" / f"{part}.safetensors") for part in ("trunk", "classifier")
+        )
         start = {
             "backbone": None,
             "init": trunk,
@@ -151,10 +173,16 @@ def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]
     runs = [] if scale.pretrained else [phi_hr(scale.faces, **fresh, **scale.hr)]
     runs += [phi_mr(scale.faces, variant, **start, **scale.trunk) for variant in scale.variants]
     if scale.specialists:
-        runs += [phi_mm(scale.faces, r, **start, **scale.specialist) for r in scale.resolutions if r < 56]
+        runs += [
+            phi_mm(scale.faces, r, **start, **scale.specialist) for r in scale.resolutions if r < 56
+        ]
     trunk, kappa = kept(scale, models, scale.teacher)
     for r in scale.resolutions:
-        changes: dict[str, Any] = {"btnet": str(models / "phi_bt"), "seed": seed, "validation": scale.pairs}
+        changes: dict[str, Any] = {
+            "btnet": str(models / "phi_bt"),
+            "seed": seed,
+            "validation": scale.pairs,
+        }
         changes |= scale.branch
         if scale.pretrained and r < 56:  # gigabytes at 56
             changes["cache_dir"] = str(models / "teacher")
@@ -189,7 +217,9 @@ def ablations(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, dict[st
     both = {**cosine, "embedding_mirrored": True}
     names = [name for name, _ in network.units()]
     ends = names.index(coupling_layer(network, r))
-    allocations = dict.fromkeys(names[i] for i in (0, ends // 2, ends, (ends + len(names)) // 2, len(names) - 1))
+    allocations = dict.fromkeys(
+        names[i] for i in (0, ends // 2, ends, (ends + len(names)) // 2, len(names) - 1)
+    )
     steps = {"Scratch": "scratch", "Pretraining": "pretraining", "Pretraining + BCT": "bct",
              "Pretraining + BCT + Fix Trunk": "fix_trunk",
              "Pretraining + BCT + Fix Trunk + Branch Distillation": "distillation"}  # fmt: skip

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-LINE_SECONDS, LIVE_SECONDS = 10.0, 0.5  # between plain lines; between updates of the bar and of LIVE
+LINE_SECONDS, LIVE_SECONDS = (
+    10.0,
+    0.5,
+)  # between plain lines; between updates of the bar and of LIVE
 LIVE = "progress.json"  # where the run stands now, for whoever watches it from another process
 STEP = "{name}: step "  # how a plain line about progress begins
 
@@ -28,7 +31,9 @@ def watched() -> bool:
 
     runner = psutil.Process().parent()
     words = " ".join(runner.cmdline()) if runner is not None else ""
-    return "BTNET_REPRODUCE" not in os.environ and not re.search("papermill|nbconvert|jupyter-execute", words)
+    return "BTNET_REPRODUCE" not in os.environ and not re.search(
+        "papermill|nbconvert|jupyter-execute", words
+    )
 
 
 class Progress:
@@ -39,7 +44,15 @@ class Progress:
     """
 
     def __init__(
-        self, out: Path, name: str, total: int, start: int, steps: int, *, show: str = "auto", speak: bool = True
+        self,
+        out: Path,
+        name: str,
+        total: int,
+        start: int,
+        steps: int,
+        *,
+        show: str = "auto",
+        speak: bool = True,
     ) -> None:
         self.out, self.name, self.total, self.steps, self.speak = out, name, total, steps, speak
         self.every = max(1, min(steps // 10, 100))  # steps between rows of metrics.jsonl
@@ -50,7 +63,11 @@ class Progress:
         self.extra: dict[str, float] = {}
         self.count = self.images = 0
         show = ("bar" if watched() else "lines") if show == "auto" else show
-        self.bar = tqdm(total=total, initial=start, desc=name, unit="step") if show == "bar" and speak else None
+        self.bar = (
+            tqdm(total=total, initial=start, desc=name, unit="step")
+            if show == "bar" and speak
+            else None
+        )
         self.lines = show == "lines" and speak
         self.file = self.board = None
         if speak:
@@ -82,15 +99,25 @@ class Progress:
     def _show(self, row: dict[str, Any], now: float) -> None:
         """The row as the bar's text, as a line if the last is long ago, and in LIVE."""
         step, self.shown = row["step"], now
-        text = " ".join(f"{key} {row[key]:.4g}" for key in row if key not in ("step", "epoch", "seconds"))
+        text = " ".join(
+            f"{key} {row[key]:.4g}" for key in row if key not in ("step", "epoch", "seconds")
+        )
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         elif self.lines and (now - self.told >= LINE_SECONDS or step == self.total):
-            self.told, left = now, (self.total - step) * (now - self.began) / max(1, step - self.start)
+            self.told, left = (
+                now,
+                (self.total - step) * (now - self.began) / max(1, step - self.start),
+            )
             begin = STEP.format(name=self.name)
-            print(f"{begin}{step}/{self.total} epoch {row['epoch']:.2f} {text} left {left:.0f} s", flush=True)
+            print(
+                f"{begin}{step}/{self.total} epoch {row['epoch']:.2f} {text} left {left:.0f} s",
+                flush=True,
+            )
         temporary = self.out / f".{LIVE}"
-        temporary.write_text(json.dumps({"start": self.start, "total": self.total, "text": text, **row}))
+        temporary.write_text(
+            json.dumps({"start": self.start, "total": self.total, "text": text, **row})
+        )
         with suppress(PermissionError):  # Windows, while somebody reads it
             temporary.replace(self.out / LIVE)
 

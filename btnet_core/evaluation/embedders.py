@@ -1,0 +1,179 @@
+"""The compared methods as one kind of callable: ``embedder(pixels, r) -> (B, D)`` (paper 4.1).
+
+Each takes faces of canonical size, shrinks them to r itself and embeds them in its own way: the baselines scale back
+up to S, BTNet goes through the branch. Pixels are RGB ``(B, 3, S, S)`` in [0, 255]; embeddings are not normalised.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from btnet_core.errors import ConfigError
+from btnet_core.images import Resize, degrade, resize, scaled_size
+from btnet_core.models.backbone import Backbone, load_backbone
+from btnet_core.models.btnet import BTNet, Route, weights_digest
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU; anything else is torch's own name for a device."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device: got {device!r} ({error})") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {device!r} was asked for, but torch sees no CUDA device")
+    return resolved
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """True where bfloat16 matrix products have hardware: recent GPUs, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
+    """Autocast for ``precision`` "fp32", "bf16", "fp16" or "auto" (bf16 where it is fast)."""
+    if precision == "auto":
+        precision = "bf16" if fast_bf16(device) else "fp32"
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+class Embedder(ABC):
+    """Base: batching, inference mode, autocast, channels_last. Subclasses embed one batch in ``_embed``."""
+
+    def __init__(self, *modules: nn.Module, how: Resize | None, device: str = "auto", precision: str = "auto",
+                 batch_size: int = 128) -> None:  # fmt: skip
+        self.device, self.how = resolve_device(device), how or Resize()
+        self.precision, self.batch_size = precision, batch_size
+        for module in modules:
+            module.to(self.device, memory_format=torch.channels_last).eval()
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor, r: int) -> Tensor:
+        """``(B, 3, S, S)`` pixels shrunk to resolution r -> ``(B, D)`` float32 on the CPU."""
+        with autocast(self.device, self.precision):
+            batches = [
+                self._embed(batch.to(self.device), r) for batch in pixels.split(self.batch_size)
+            ]
+        return torch.cat(batches).float().cpu()
+
+    @abstractmethod
+    def _embed(self, pixels: Tensor, r: int) -> Tensor:
+        """One batch on the device -> embeddings of any float dtype."""
+
+    @abstractmethod
+    def network(self, r: int) -> nn.Module:
+        """What embeds faces of r."""
+
+    def covered(self, settings: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those settings (r1, r2) for which it has a network at both resolutions."""
+        return [pair for pair in settings if all(self._has(r) for r in pair)]
+
+    def _has(self, r: int) -> bool:
+        try:
+            self.network(r)
+        except ConfigError:
+            return False
+        return True
+
+    def fingerprint(self, r: int) -> str:
+        """Equal for two embedders that give the same embeddings at r: weights, resize and precision."""
+        network = self.network(r)
+        route = f"route {r}" if isinstance(network, Route) else f"from {r} px"
+        return (
+            f"{weights_digest(network)} {route} {self.how.name} {self.precision} {self.device.type}"
+        )
+
+
+class UpsamplingEmbedder(Embedder):
+    """phi_hr, phi_mr: shrink to r, scale back up to S, embed with the trunk."""
+
+    def __init__(self, backbone: Backbone, *, how: Resize | None = None, **options) -> None:
+        super().__init__(backbone, how=how, **options)
+        self.backbone = backbone
+
+    def network(self, r: int) -> nn.Module:
+        return self.backbone
+
+    def _embed(self, pixels: Tensor, r: int) -> Tensor:
+        faces = degrade(self.backbone.crop(pixels), r, self.how)
+        return self.backbone(
+            self.backbone.normalise(faces).contiguous(memory_format=torch.channels_last)
+        )
+
+
+class MultiModelEmbedder(Embedder):
+    """phi_mm: as UpsamplingEmbedder, with a model of its own for each resolution."""
+
+    def __init__(
+        self, backbones: dict[int, Backbone], *, how: Resize | None = None, **options
+    ) -> None:
+        super().__init__(*backbones.values(), how=how, **options)
+        self.single = {
+            r: UpsamplingEmbedder(backbone, how=how, **options) for r, backbone in backbones.items()
+        }
+
+    def network(self, r: int) -> nn.Module:
+        if r not in self.single:
+            raise ConfigError(f"resolution {r}: phi_mm has models for {sorted(self.single)}")
+        return self.single[r].backbone
+
+    def _embed(self, pixels: Tensor, r: int) -> Tensor:
+        self.network(r)
+        return self.single[r]._embed(pixels, r)
+
+
+class BranchEmbedder(Embedder):
+    """phi_bt: shrink to r and embed through the branch of r."""
+
+    def __init__(self, btnet: BTNet, *, how: Resize | None = None, **options) -> None:
+        super().__init__(btnet, how=how, **options)
+        self.btnet = btnet
+
+    def network(self, r: int) -> nn.Module:
+        return self.btnet.route(r)
+
+    def fingerprint(self, r: int) -> str:
+        return " ".join(filter(None, (super().fingerprint(r), self.btnet.mode)))
+
+    def _embed(self, pixels: Tensor, r: int) -> Tensor:
+        trunk = self.btnet.trunk
+        faces = resize(trunk.crop(pixels), scaled_size(r, trunk.config.size), self.how)
+        return self.btnet(trunk.normalise(faces).contiguous(memory_format=torch.channels_last), r)
+
+
+def load_methods(models: Path | str, **options) -> dict[str, Embedder]:
+    """The trained methods found under ``models``, by name, in the order of Table 1; absent ones are left out.
+
+    phi_mm's model for canonical size is phi_hr, as in the paper. ``options`` are those of every Embedder.
+    """
+    models = Path(models)
+    trunks = {path.parent.name: path for path in sorted(models.glob("phi_*/trunk.safetensors"))}
+    found: dict[str, Embedder] = {}
+    if "phi_hr" in trunks:
+        hr = load_backbone(trunks["phi_hr"])
+        found["phi_hr"] = UpsamplingEmbedder(hr, **options)
+        mm = {
+            int(name.removeprefix("phi_mm_")): path
+            for name, path in trunks.items()
+            if name.startswith("phi_mm_")
+        }
+        if mm:
+            experts = {hr.config.size[0]: hr} | {r: load_backbone(path) for r, path in mm.items()}
+            found["phi_mm"] = MultiModelEmbedder(experts, **options)
+    for name in ("phi_mr", "phi_mr_v2", "phi_mr_v3"):
+        if name in trunks:
+            found[name] = UpsamplingEmbedder(load_backbone(trunks[name]), **options)
+    for name in sorted(name for name in trunks if name.startswith("phi_bt")):
+        found[name] = BranchEmbedder(BTNet.load(models / name), **options)
+    return found

@@ -1,0 +1,103 @@
+"""Where data is, what it sums to, and the strict reader of the integer tables that several formats hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from btnet_core.errors import DataError
+
+SAMPLED_ABOVE = 2**30  # bytes; larger data gets the sampled checksum
+_BLOCK, _BLOCKS = 2**20, 64
+
+
+def data_root() -> Path:
+    """The folder that holds the data: environment variable BTNET_DATA, or the repository's ``data/``."""
+    return Path(os.environ.get("BTNET_DATA") or Path(__file__).resolve().parents[1] / "data")
+
+
+def find(path: str | Path) -> Path:
+    """``path`` itself when absolute; otherwise under :func:`data_root` if it is there, else as given."""
+    path = Path(path).expanduser()
+    inside = data_root() / path
+    return inside if not path.is_absolute() and inside.exists() else path
+
+
+@lru_cache(maxsize=4096)
+def _file_sha256(path: str, size: int, mtime_ns: int, sampled: bool) -> str:
+    digest = hashlib.sha256(str(size).encode() if sampled else b"")
+    with open(path, "rb") as file:
+        if sampled:
+            for position in np.linspace(0, max(0, size - _BLOCK), _BLOCKS).astype(int):
+                file.seek(position)
+                digest.update(file.read(_BLOCK))
+        else:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def checksum(paths: Sequence[str | Path]) -> str:
+    """``sha256:…`` of files, the same wherever they lie: of one file's bytes, or of (name, digest) lines of several.
+
+    Above 1 GiB in total it is ``sampled-sha256:…``: names, sizes, and 64 blocks of 1 MiB spread evenly over each
+    file, or over 64 files spread evenly over the list when there are more. Kept in memory by path, size and time.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    if not paths:
+        return "sha256:" + hashlib.sha256(b"").hexdigest()
+    files = [Path(path) for path in paths]
+    try:
+        stats = [file.stat() for file in files]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    sampled = sum(stat.st_size for stat in stats) > SAMPLED_ABOVE
+    read = set(range(len(files)))
+    if sampled and len(files) > _BLOCKS:
+        read = set(np.linspace(0, len(files) - 1, _BLOCKS).astype(int).tolist())
+    digests = {
+        i: _file_sha256(str(files[i]), stats[i].st_size, stats[i].st_mtime_ns, sampled)
+        for i in read
+    }
+    prefix = "sampled-sha256:" if sampled else "sha256:"
+    if len(files) == 1:
+        return prefix + digests[0]
+    base = os.path.commonpath([file.parent for file in files])
+    lines = (
+        f"{file.relative_to(base).as_posix()} {stat.st_size} {digests.get(i, '')}\n"
+        for i, (file, stat) in enumerate(zip(files, stats, strict=True))
+    )
+    return prefix + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def integer_table(text: bytes, columns: int, *, where: str) -> np.ndarray:
+    """Rows of ``columns`` non-negative integers separated by blanks or tabs, as int64 ``(rows, columns)``.
+
+    Raises:
+        DataError: a line that is anything else; the message names ``where`` and the line.
+    """
+    text = text if not text or text.endswith(b"\n") else text + b"\n"
+    rows = re.compile(
+        rb"(?:[0-9]{1,18}" + rb"[ \t]+[0-9]{1,18}" * (columns - 1) + rb"[ \t]*\r?\n)*"
+    )
+    tables, start = [np.empty((0, columns), np.int64)], 0
+    while start < len(
+        text
+    ):  # in blocks of whole lines: the regular expression keeps a state per line
+        stop = text.find(b"\n", min(start + _BLOCK, len(text) - 1)) + 1
+        match = rows.match(text, start, stop)
+        if match is None or match.end() != stop:
+            good = match.end() if match else start
+            number, line = text.count(b"\n", 0, good) + 1, text[good : good + 80].split(b"\n")[0]
+            raise DataError(f"{where}, line {number}: got {line!r}, expected {columns} integers")
+        tables.append(np.fromstring(text[start:stop], dtype=np.int64, sep=" ").reshape(-1, columns))
+        start = stop
+    return np.concatenate(tables)

@@ -1,0 +1,1 @@
+"""What the notebooks need: scales, figures, tables, the runner."""

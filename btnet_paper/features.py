@@ -1,0 +1,62 @@
+"""Feature maps inside the compared methods (Figures 4 and 9), and how alike two of them are.
+
+Stage k is the layer where the trunk first has 56, 28, 14 and 7 rows: where the branch of that resolution would join.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, MultiModelEmbedder
+from btnet_core.models.backbone import Backbone
+from btnet_core.models.btnet import Route, coupling_layer
+
+
+def network(embedder: Embedder, r: int) -> tuple[Backbone, nn.Module]:
+    """(trunk, the network that a face of resolution ``r`` passes through) of any of the methods."""
+    if isinstance(embedder, BranchEmbedder):
+        return embedder.btnet.trunk, embedder.btnet.route(r)
+    single = embedder.single[r] if isinstance(embedder, MultiModelEmbedder) else embedder
+    return single.backbone, single.backbone  # type: ignore[attr-defined]  # UpsamplingEmbedder's
+
+
+def stages(trunk: Backbone) -> tuple[int, ...]:
+    """Rows of the trunk's feature pyramid below its canonical size, e.g. (56, 28, 14, 7)."""
+    return tuple(
+        sorted(
+            {rows for rows in trunk.resolutions().values() if rows < trunk.config.size[0]},
+            reverse=True,
+        )
+    )
+
+
+def stage_features(embedder: Embedder, pixels: Tensor, r: int) -> list[Tensor]:
+    """Output ``(B, C_k, h, w)`` of each stage for ``(B, 3, S, S)`` faces of resolution ``r``; float32, on the CPU."""
+    trunk, net = network(embedder, r)
+    parts = [net.branch, net.shared] if isinstance(net, Route) else [trunk.body]
+    units = {name: unit for part in parts for name, unit in part.named_children()}
+    found: dict[str, list[Tensor]] = {coupling_layer(trunk, rows): [] for rows in stages(trunk)}
+    hooks = [
+        units[name].register_forward_hook(lambda _, __, z, kept=kept: kept.append(z.float().cpu()))
+        for name, kept in found.items()
+    ]
+    try:
+        embedder(pixels, r)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(kept) for kept in found.values()]
+
+
+def alike(z_r: Tensor, z_s: Tensor) -> Tensor:
+    """Cosine ``(B,)`` of each face's maps ``(B, C, h, w)`` and ``(B, C, h', w')``; the larger is averaged down first."""
+    rows, columns = min(z_r.shape[2:], z_s.shape[2:])
+    a, b = (F.adaptive_avg_pool2d(z, (rows, columns)).flatten(1) for z in (z_r, z_s))
+    return F.cosine_similarity(a, b)
+
+
+def strength(z: Tensor) -> Tensor:
+    """What a picture of maps ``(B, C, h, w)`` shows: their root mean square over channels ``(B, h, w)``."""
+    return z.square().mean(1).sqrt()

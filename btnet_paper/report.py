@@ -1,0 +1,269 @@
+"""One HTML file of a run: summary, figures, tables beside the paper's, then every executed notebook.
+
+nbconvert makes it with the template in `templates/report`. Nothing is loaded from anywhere: pictures are embedded,
+equations become MathML, there is no script, and a content security policy forbids the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from jinja2 import pass_context
+from latex2mathml.converter import convert
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from pygments.formatters import HtmlFormatter
+from traitlets.config import Config
+
+from btnet_core.errors import DataError, ReproduceError
+from btnet_paper import plots, published, results, summary
+from btnet_paper.notebooks import load_notebooks
+from btnet_paper.runner import State
+from btnet_paper.scales import get_scale
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+SHOWN = [
+    "text/html",
+    "text/markdown",
+    "image/svg+xml",
+    "image/png",
+    "image/jpeg",
+    "text/plain",
+]  # no script, no widget
+
+
+def report(
+    scale: str = "demo",
+    *,
+    runs: str | Path = "runs",
+    out: str | Path | None = None,
+    notebooks: str | Path | None = None,
+) -> Path:
+    """Write the report of `runs/<scale>`, by default to its report.html; return the path.
+
+    `notebooks`: folder of the source notebooks (default: the repository's), of which those not run are named as missing.
+    Raises ReproduceError where nothing has been run, and DataError naming a result, notebook or figure that is
+    damaged, or missing although the run's state lists it.
+    """
+    run_dir = (Path(runs) / scale).resolve()
+    state = State(run_dir).notebooks
+    executed = {path.stem: _read(path) for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
+    if not executed:
+        raise ReproduceError(
+            f"no notebooks in {run_dir / 'notebooks'}: run btnet reproduce --scale {scale} first"
+        )
+    for name in (name for entry in state.values() for name in entry.get("outputs", ())):
+        if not name.startswith("models/") and not (run_dir / name).is_file():
+            raise DataError(
+                f"{run_dir / name} is missing although its notebook has run; run it again with --fresh"
+            )
+    ran = _ran(scale, executed, notebooks)
+    document = nbformat.v4.new_notebook(
+        metadata={"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    )
+    document.cells = [
+        cell
+        for stem, line in ran.items()
+        for cell in _cells(stem, executed.get(stem), line["state"])
+    ]
+    resources = {
+        "metadata": {"path": str(run_dir), "name": f"BTNet, reproduced: scale {scale}"},
+        "scale": scale,
+        "claim": get_scale(scale).claim,
+        "about": results.environment(),
+        "highlight": HtmlFormatter().get_style_defs(".highlight"),
+        "front": _front(scale, run_dir, ran),
+        "figures": _figures(run_dir, state),
+        "ran": list(ran),
+        "toc": [],  # filled by Renderer
+    }
+    body, _ = Exporter().from_notebook_node(document, resources)
+    for folder in (
+        f"{results.ROOT}{os.sep}",
+        f"{run_dir.parent.parent}{os.sep}",
+    ):  # no path of one machine
+        body = body.replace(folder, "")
+    path = Path(out) if out else run_dir / "report.html"
+    results.write_atomically(path, body.encode())
+    return path
+
+
+class Renderer(IPythonRenderer):
+    """Markdown with equations as MathML, anchors unique in the report, and links that stay inside it."""
+
+    def __init__(self, resources: Any, section: str, **options: Any) -> None:
+        super().__init__(
+            escape=False, embed_images=True, path=resources["metadata"]["path"], **options
+        )
+        self.toc, self.ran, self.section = resources["toc"], resources["ran"], section
+
+    def heading(self, text: str, level: int, **attrs: Any) -> str:
+        """One level down, since the report's title is above them; a notebook's title has its name as the anchor."""
+        slug = re.sub(r"\W+", "-", re.sub("<[^>]+>", "", text)).strip("-").lower()
+        anchor = self.section if level == 1 else f"{self.section}-{slug}"
+        taken = sum(entry["slug"] == anchor for entry in self.toc)
+        self.toc.append({"slug": anchor, "level": level, "text": text})
+        anchor = self.toc[-1]["anchor"] = f"{anchor}--{taken + 1}" if taken else anchor
+        link = f'<a class="anchor" href="#{anchor}" aria-label="link to this section">#</a>'
+        return f'<h{level + 1} id="{anchor}">{text} {link}</h{level + 1}>\n'
+
+    def block_math(self, body: str) -> str:
+        """An equation of its own, its number at the right; where \\qquad stands between two, a narrow page may break."""
+        tag = re.search(r"\\tag\{([^}]*)\}", body)
+        number = f'<span class="tag">({html.escape(tag[1])})</span>' if tag else ""
+        body = body.replace(tag[0], "") if tag else body
+        parts = body.split(r"\qquad")
+        whole = all(
+            p.count("{") == p.count("}") and p.count(r"\begin") == p.count(r"\end") for p in parts
+        )
+        drawn = "".join(mathml(part, "block") for part in (parts if whole else [body]))
+        return f'<div class="equation">{drawn}{number}</div>'
+
+    def inline_math(self, body: str) -> str:
+        return mathml(body, "inline")
+
+    def latex_environment(self, name: str, body: str) -> str:
+        return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
+
+    def image(self, text: str, url: str, title: str | None = None) -> str:
+        """Embedded, or where that cannot be (another place, no file) told."""
+        picture = super().image(text, url, title)
+        return (
+            picture
+            if 'src="data:' in picture
+            else f"<em>[picture not here: {text or html.escape(url)}]</em>"
+        )
+
+    def link(self, text: str, url: str, title: str | None = None) -> str:
+        """A link to a notebook leads to its section; one to another file of the repository is only named."""
+        stem = Path(url.partition("#")[0]).stem
+        url = f"#{stem}" if stem in self.ran else url
+        return super().link(text, url, title) if re.match("https?:|#", url) else text
+
+
+def mathml(latex: str, display: str) -> str:
+    """LaTeX as MathML, or as it stands where it is not understood."""
+    try:
+        return convert(latex, display=display)
+    except Exception:  # the converter raises many kinds
+        return f"<code>{html.escape(latex)}</code>"
+
+
+class Exporter(HTMLExporter):
+    """nbconvert's HTML through this package's template and renderer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}),
+            preprocessors=["nbconvert.preprocessors.CoalesceStreamsPreprocessor"],
+            template_name="report",
+            extra_template_basedirs=[str(Path(__file__).parent / "templates")],
+        )
+
+    @pass_context
+    def markdown2html(self, context: Any, source: str) -> str:
+        cell = context["cell"]
+        renderer = Renderer(
+            context["resources"], cell.metadata.section, attachments=cell.get("attachments", {})
+        )
+        return MarkdownWithMath(renderer=renderer).render(source)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # nbformat's, json's and its validator's own kinds
+        raise DataError(
+            f"{path} is not a notebook ({type(error).__name__}: {error}); run it again"
+        ) from None
+
+
+def _cells(stem: str, notebook: Any, state: str) -> list[Any]:
+    """A notebook's cells, made fit to stand beside others': ids and sections of their own, pictures described."""
+    missing = nbformat.v4.new_markdown_cell(
+        f"# {stem[:2]} · {stem[3:].replace('_', ' ')}\n\n{state}", id="missing"
+    )
+    cells, heading = [], stem
+    for cell in notebook.cells if notebook else [missing]:
+        if cell.cell_type == "markdown":
+            if re.search(
+                r"!\[[^]]*\]\(\.\./figures/", cell.source
+            ):  # the committed figures; this run's own are above
+                continue
+            heading = next(iter(re.findall(r"^#+ (.+)$", cell.source, re.M)), heading)
+        cell.id = f"{stem}-{cell.id}"[:64]
+        cell.metadata = cell.metadata | {"section": stem, "alt": cell.metadata.get("alt", heading)}
+        if outputs := cell.get("outputs"):  # of a live widget its still picture, if it has one
+            cell.outputs = [
+                o
+                for o in outputs
+                if WIDGET not in o.get("data", ()) or o.data.keys() - {WIDGET, "text/plain"}
+            ]
+        cells.append(cell)
+    return cells
+
+
+def _ran(
+    scale: str, executed: dict[str, Any], notebooks: str | Path | None
+) -> dict[str, dict[str, Any]]:
+    """For every notebook of the repository or the run: whether, when and for how long it ran."""
+    try:
+        known = [notebook.name for notebook in load_notebooks(notebooks)]
+    except ReproduceError:  # installed without the repository
+        known = []
+    lines = {}
+    for stem in sorted({*known, *executed}):
+        about = executed[stem].metadata.get("papermill", {}) if stem in executed else {}
+        ended, seconds = about.get("end_time"), about.get("duration")
+        state = "executed" if ended and not about.get("exception") else "NOT FINISHED"
+        if stem not in executed:
+            state = f"MISSING: btnet reproduce --scale {scale} --only {stem[:2]}"
+        ended = ended[:16].replace("T", " ") if ended else None
+        lines[stem] = {
+            "state": state,
+            "minutes": seconds / 60 if seconds else None,
+            "ended, UTC": ended,
+        }
+    return lines
+
+
+def _front(scale: str, run_dir: Path, ran: dict[str, Any]) -> dict[str, Any]:
+    """The tables before the notebooks, as HTML."""
+    records = summary.everything(run_dir)
+    return {
+        "ran": plots.table(ran, {}, source=f"scale {scale}", digits=1),
+        "claims": plots.table(
+            summary.compare_claims(records), {}, source="for how many settings, or by how much"
+        ),
+        "coverage": plots.table(
+            summary.coverage(records), {}, source="recorded of the paper's figures and numbers"
+        ),
+        "tables": {
+            published.title(table): summary.show(table, records) for table in summary.TABLES
+        },
+    }
+
+
+def _figures(run_dir: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The run's figures, the paper's first, each with the notebook that made it."""
+    made_by = {name: stem for stem, entry in state.items() for name in entry.get("outputs", ())}
+    found = []
+    for path in sorted(
+        (run_dir / "figures").glob("*.png"), key=lambda path: (path.name[:6] != "figure", path.name)
+    ):
+        if re.fullmatch(r"table\d", path.stem):  # shown as a table of its own
+            continue
+        data, name = (
+            path.read_bytes(),
+            re.sub(r"^(figure|table)(\d)", r"\1 \2:", path.stem.replace("_", " ")),
+        )
+        found.append({"name": name.capitalize(), "notebook": made_by.get(f"figures/{path.name}"),
+                      "wide": int.from_bytes(data[16:20], "big") > 1000,  # where a PNG has its width
+                      "data": base64.b64encode(data).decode()})  # fmt: skip
+    return found

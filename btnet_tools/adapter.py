@@ -1,0 +1,131 @@
+"""A recogniser of your own as a trunk: one small class says what its units and its head are (docs/own-recogniser.md)."""
+
+from __future__ import annotations
+
+import runpy
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from btnet_core.errors import ConfigError
+from btnet_core.models.backbone import ADAPTERS, Backbone, BackboneConfig, load_strictly
+
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d)
+
+
+class Layer(nn.Sequential):
+    """Any module as a unit of the body."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.stride = 1  # the trunk's resolutions are measured, see Adapter.resolutions
+
+    def abandon_stride(self) -> list[str]:
+        """Strided convolutions keep their weights at stride 1, strided pooling becomes the identity."""
+        for parent in list(self.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Conv2d) and child.stride != (1, 1):
+                    child.stride, child.padding = (1, 1), "same"
+                elif isinstance(child, POOLS) and child.stride not in (1, (1, 1)):
+                    setattr(parent, name, nn.Identity())
+        return []
+
+
+class Adapter(Backbone):
+    """Subclass, set the five facts, and write ``build`` and ``split``; the class is then known by its name.
+
+    ``state`` are weights with the names that ``build()``'s network has, ``where`` their file.
+
+    Raises:
+        ConfigError: ``split`` computes something else than the network, or the facts do not fit.
+        CheckpointError: ``state`` does not fit the network.
+    """
+
+    size = (112, 112)  # canonical rows, columns in pixels
+    embedding = 512  # D
+    mean, std = 127.5, 127.5  # normalised = (pixels - mean) / std, RGB
+
+    def build(self) -> nn.Module:
+        """The network with any weights: normalised ``(B, 3, H, W)`` -> embeddings ``(B, D)``."""
+        raise ConfigError(f"{type(self).__name__}: an Adapter needs its own method build()")
+
+    def split(self, network: nn.Module) -> tuple[dict[str, nn.Module], nn.Module]:
+        """Its layers in the order in which they run, by name, and the head: last feature map -> embedding."""
+        raise ConfigError(f"{type(self).__name__}: an Adapter needs its own method split()")
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        ADAPTERS[cls.__name__] = cls
+
+    def __init__(self, state: dict[str, Tensor] | None = None, where: str = "") -> None:
+        network = self.build()
+        if state is not None:
+            load_strictly(network, state, where)
+        config = BackboneConfig(
+            name=type(self).__name__,
+            size=self.size,
+            embedding=self.embedding,
+            mean=self.mean,
+            std=self.std,
+        )
+        body, head = self.split(network)
+        super().__init__(
+            OrderedDict((k.replace(".", "_"), Layer(unit)) for k, unit in body.items()),
+            head,
+            config,
+        )
+        self._measure(network.eval())
+
+    @torch.no_grad()
+    def _measure(self, network: nn.Module) -> None:
+        name = type(self).__name__
+        self.eval()
+        x = torch.rand(2, 3, *self.config.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        try:
+            expected, maps = network(x), OrderedDict(self.features(x))
+            z = self.head(maps[next(reversed(maps))])
+        except Exception as error:  # whatever the user's own modules raise
+            raise ConfigError(
+                f"{name}: does not run on {tuple(x.shape)} ({type(error).__name__}: {error})"
+            ) from error
+        if not isinstance(expected, Tensor) or tuple(z.shape) != (2, self.embedding):
+            raise ConfigError(
+                f"{name}: gives {tuple(z.shape)}, expected embeddings (2, {self.embedding})"
+            )
+        if z.shape != expected.shape or not torch.allclose(z, expected, rtol=1e-3, atol=1e-4):
+            raise ConfigError(
+                f"{name}: the units and head of split() compute something else than build()'s network"
+            )
+        self._rows = OrderedDict((unit, value.shape[-2]) for unit, value in maps.items())
+        self.train()
+
+    def resolutions(self) -> OrderedDict[str, int]:
+        """Rows of each unit's output for an input of canonical size, as measured."""
+        return OrderedDict(self._rows)
+
+
+def find_adapter(spec: str) -> type[Backbone]:
+    """Run ``FILE.py`` and return its Adapter class; ``FILE.py:Class`` where it has several.
+
+    Raises:
+        ConfigError: the file cannot be run, or does not hold exactly one such class.
+    """
+    place, _, name = spec.partition(".py:")
+    try:
+        found = runpy.run_path(f"{place}.py" if name else spec)
+    except Exception as error:  # whatever the user's file raises
+        raise ConfigError(
+            f"--adapter {spec}: cannot be run ({type(error).__name__}: {error})"
+        ) from error
+    classes = {
+        k: v
+        for k, v in found.items()
+        if isinstance(v, type) and issubclass(v, Adapter) and v is not Adapter
+    }
+    mine = [classes[name]] if name in classes else list(classes.values())
+    if len(mine) != 1:
+        raise ConfigError(
+            f"--adapter {spec}: holds Adapter classes {sorted(classes)}, expected one (FILE.py:Class)"
+        )
+    return mine[0]

@@ -1,0 +1,214 @@
+"""Open-set identification against brute force over the full score matrix, with ties, and against scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from torch.nn import functional as F
+
+from btnet_core.errors import ConfigError, DataError
+from btnet_core.evaluation import identification as idn
+from btnet_core.models.btnet import select_branch
+
+
+def coarse(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Rows of four +-1, or of one +-1 and zeros: cosines are multiples of 1/2, exact in float32; ties abound."""
+    signs = 2.0 * torch.randint(0, 2, (count, 4), generator=generator) - 1
+    single = torch.randint(0, 2, (count, 1), generator=generator).bool()
+    return torch.where(
+        single & (torch.arange(4) != torch.randint(0, 4, (count, 1), generator=generator)),
+        0.0,
+        signs,
+    )
+
+
+def brute(scores: np.ndarray, mates: np.ndarray, fpir: float, rank: int) -> tuple[float, float]:
+    """TPIR and the FPIR reached: every threshold tried, in the words of the definition."""
+    unmated = scores[mates < 0].max(1)
+    mated = scores[mates >= 0]
+    own = mated[np.arange(len(mated)), mates[mates >= 0]]
+    ranks = (mated >= own[:, None]).sum(1)
+    candidates = np.unique(np.append(scores, [-2.0]))
+    t = min(t for t in candidates if np.mean(unmated > t) <= fpir)
+    return 100 * np.mean((ranks <= rank) & (own > t)), 100 * np.mean(unmated > t)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 12),
+    st.sampled_from([1, 2, 3, 20]),
+    st.sampled_from([0.0, 0.1, 0.3, 1.0]),
+)
+def test_open_set_is_the_definition(seed: int, entries: int, rank: int, fpir: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gallery, probes = coarse(entries, generator), coarse(40, generator)
+    mates = np.where(
+        np.arange(40) % 3 == 0, -1, torch.randint(0, entries, (40,), generator=generator).numpy()
+    )
+    found = idn.search(probes, gallery, mates, chunk=7 * entries)
+    report = idn.open_set(found, [fpir], rank)
+    scores = (F.normalize(probes) @ F.normalize(gallery).T).double().numpy()
+    tpir, reached = brute(scores, mates, fpir, rank)
+    assert report["tpir"][str(fpir)] == pytest.approx(tpir)
+    assert report["fpir"][str(fpir)] == pytest.approx(reached)
+    hit = np.where(found.rank <= rank, found.mate, -9.0)
+    labels = np.repeat([1, 0], [len(hit), len(found.unmated)])
+    # Mates of too low a rank sit below everything; scikit-learn's area is then the area under TPIR-N.
+    assert report["auc"] == pytest.approx(
+        100 * roc_auc_score(labels, np.append(hit, found.unmated))
+    )
+
+
+def test_by_hand() -> None:
+    found = idn.Search(
+        mate=np.array([0.9, 0.8, 0.7, 0.2]), rank=np.array([1, 25, 2, 1]), unmated=np.array([0.75, 0.5, 0.3, 0.1]),
+        lowest=-0.1,
+    )  # fmt: skip
+    report = idn.open_set(found, (0.25, 0.5))
+    assert report["thresholds"] == {"0.25": 0.5, "0.5": 0.3}
+    assert report["tpir"] == {"0.25": 50.0, "0.5": 50.0}  # 0.9 and 0.7; 0.8 is at rank 25
+    assert report["fpir"] == {"0.25": 25.0, "0.5": 50.0}
+    assert report["auc"] == pytest.approx(
+        100 * (4 + 3 + 1) / 16
+    )  # unmated probes below 0.9, 0.7 and 0.2
+    assert report["ranks"] == {"1": 50.0, "5": 75.0, "10": 75.0, "20": 75.0}
+    assert idn.open_set(found, (1.0,))["tpir"] == {"1.0": 75.0}  # never counts the mate at rank 25
+
+
+def test_ties_count_against_the_mate() -> None:
+    """A collapsed model, all embeddings equal, must not be found to identify anyone."""
+    probes, gallery = torch.ones(6, 4), torch.ones(5, 4)
+    found = idn.search(probes, gallery, np.array([0, 1, 2, -1, -1, -1]))
+    assert found.rank.tolist() == [5, 5, 5]
+    report = idn.open_set(found, (0.1,), rank=20)
+    assert report["tpir"] == {"0.1": 0.0}
+    assert report["auc"] == 50.0
+
+
+def test_authors_grid() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gallery, probes = (
+        torch.randn(30, 8, generator=generator),
+        torch.randn(200, 8, generator=generator),
+    )
+    mates = np.where(np.arange(200) < 80, -1, np.arange(200) % 30)
+    probes += 1.5 * gallery[mates] * torch.from_numpy(mates >= 0)[:, None]
+    scores = F.normalize(probes) @ F.normalize(gallery).T
+    top, place = scores[80:].topk(20, 1)
+    unmated = scores[:80].amax(1)
+    grid = np.linspace(min(top.min().item(), unmated.min().item()), unmated.max().item(), 1000)
+    correct = place == torch.from_numpy(mates[80:])[:, None]
+    dir_ = np.array([(correct & (top > t)).sum().item() / 120 for t in grid])
+    far = np.array([(unmated > t).float().mean().item() for t in grid])
+    found = idn.search(probes, gallery, mates, lowest_rank=20)
+    report = idn.open_set(found, (0.3, 0.1), authors=True)
+    for target in (0.3, 0.1):
+        assert report["tpir"][str(target)] == pytest.approx(
+            100 * dir_[np.argmin(np.abs(far - target))]
+        )
+    assert report["auc"] == pytest.approx(100 * np.trapezoid(dir_[::-1], far[::-1]))
+    assert idn.open_set(found, (0.3, 0.1))["auc"] != pytest.approx(report["auc"], abs=1e-6)
+
+
+def test_prototypes_mean_of_unnormalised_features() -> None:
+    features = torch.tensor([[1.0, 0.0], [0.0, 3.0], [2.0, 2.0]])
+    labels, entries = idn.prototypes(features, [7, 7, 3])
+    assert labels.tolist() == [3, 7]
+    assert torch.equal(entries, torch.tensor([[2.0, 2.0], [0.5, 1.5]]))
+    _, unit = idn.prototypes(features, [7, 7, 3], normalised=True)
+    assert torch.allclose(unit[1], torch.tensor([0.5, 0.5]))
+
+
+def test_mate_rows() -> None:
+    assert idn.mate_rows([9, 4, 6], [4, 9, 5, -1, 6, 10]).tolist() == [1, 0, -1, -1, 2, -1]
+    with pytest.raises(DataError, match="label 4 has more than one entry"):
+        idn.mate_rows([4, 9, 4], [4])
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(DataError, match="0 unmated probes"):
+        idn.open_set(idn.search(torch.eye(2), torch.eye(2), np.array([0, 1])))
+    with pytest.raises(DataError, match="not finite"):
+        idn.search(torch.full((2, 2), torch.nan), torch.eye(2), np.array([0, -1]))
+
+
+def test_strategies_embed_each_image_once_and_match_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(6, 60, (90, 2))
+    in_gallery = np.arange(90) < 30
+    labels = np.where(np.arange(90) < 60, np.arange(90) % 15, -1)
+    base = torch.from_numpy(rng.normal(size=(90, 6))).float()
+    turn = {r: torch.from_numpy(rng.normal(size=(6, 6))).float() for r in (7, 14, 28, 112)}
+    calls: list[tuple[int, int]] = []
+
+    def embed(indices: np.ndarray, r: int) -> torch.Tensor:
+        calls.extend((int(i), r) for i in indices)
+        return base[torch.from_numpy(indices)] @ turn[r]
+
+    reports = idn.evaluate_strategies(embed, sizes, labels, in_gallery, fpir=(0.3,), rank=5)
+    assert len(reports) == 9
+    assert len(calls) == len(set(calls))
+    for name, report in reports.items():
+        indicator, rounding = name.split("+")
+        r = [
+            select_branch(int(w), int(h), indicator=indicator, rounding=rounding) for w, h in sizes
+        ]
+        z = torch.stack([base[i] @ turn[r[i]] for i in range(90)])
+        expected = idn.identify(
+            z[in_gallery],
+            labels[in_gallery],
+            z[~in_gallery],
+            labels[~in_gallery],
+            fpir=(0.3,),
+            rank=5,
+        )
+        assert report["auc"] == pytest.approx(expected["auc"])
+        for key in ("tpir", "fpir", "ranks", "thresholds"):
+            assert report[key] == pytest.approx(expected[key]), key
+        assert report["branches"] == {
+            str(k): pytest.approx(100 * r.count(k) / 90) for k in (7, 14, 28, 112)
+        }
+        assert report["scale"][0] == pytest.approx(np.mean(np.array(r) / sizes[:, 0]))
+    assert len({report["auc"] for report in reports.values()}) > 5
+
+    lengths = {7: 0.2, 14: 0.5, 28: 0.8, 112: 1.0}
+    scaled = idn.evaluate_strategies(
+        embed, sizes, labels, in_gallery, fpir=(0.3,), rank=5, lengths=lengths
+    )
+    by_hand = idn.evaluate_strategies(
+        lambda i, r: lengths[r] * embed(i, r), sizes, labels, in_gallery, fpir=(0.3,), rank=5
+    )
+    assert scaled == by_hand != reports
+    with pytest.raises(
+        ConfigError, match=r"lengths: has resolutions \[7, 14, 28\], needs \[112\], too"
+    ):
+        idn.evaluate_strategies(
+            embed, sizes, labels, in_gallery, lengths={7: 0.2, 14: 0.5, 28: 0.8}
+        )
+
+
+@pytest.mark.parametrize(("upsample", "rows"), [(False, 14), (True, 112)])
+def test_native_embedder_resizes_once(upsample: bool, rows: int) -> None:
+    images = [torch.full((3, 9 + i, 7 + i), 10 * i, dtype=torch.uint8) for i in range(5)]
+    seen: list[tuple[tuple[int, ...], int]] = []
+
+    def embedder(pixels: torch.Tensor, r: int) -> torch.Tensor:
+        seen.append((tuple(pixels.shape), r))
+        return pixels.mean((2, 3))
+
+    embed = idn.native_embedder(embedder, images.__getitem__, upsample=upsample, batch_size=2)
+    assert embed(np.array([4, 0, 2]), 14)[:, 0].tolist() == [40.0, 0.0, 20.0]
+    assert seen == [((2, 3, rows, rows), rows), ((1, 3, rows, rows), rows)]
+
+    once = idn.native_embedder(
+        embedder, images.__getitem__, upsample=upsample, batch_size=2, keep={}
+    )
+    first, calls = once(np.array([4, 0, 2]), 14), len(seen)
+    assert torch.equal(once(np.array([4, 0, 2]), 14), first)
+    assert len(seen) == calls
+    assert once(np.array([0, 4, 2]), 14)[:, 0].tolist() == [0.0, 40.0, 20.0]

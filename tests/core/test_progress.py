@@ -1,0 +1,230 @@
+"""What a run tells: rows, lines by time, the live file, TensorBoard; the bar, Ctrl-C and death of a real kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btnet_core.errors import TrainingError
+from btnet_core.models.backbone import BackboneConfig
+from btnet_core.training import checkpoint, methods, progress
+from btnet_core.training.launch import train_in_subprocess
+from btnet_core.training.loop import train
+from btnet_core.training.progress import LIVE, Progress, read_metrics
+
+FACES = "synthetic:identities=6,images=6,seed=0"
+TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
+LONG = methods.phi_hr(FACES, backbone=TINY, batch=12, epochs=3000, warmup_epochs=0.0, lr=0.1)
+
+
+def told(
+    out: Path, seconds_a_step: float, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> Progress:
+    """400 steps of two epochs, as slow as wanted, on a clock of our own."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    shown = Progress(out, "phi", 400, 0, 200, show="lines", **options)
+    for step in range(1, 401):
+        clock[0] += seconds_a_step
+        shown.step(step, {"loss": float(step)}, 0.1, 32)
+    shown.close()
+    return shown
+
+
+def test_rows_hold_means_and_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told(tmp_path, 0.5, monkeypatch)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(20, 401, 20))
+    assert rows[0]["loss"] == pytest.approx(10.5)
+    assert rows[3]["images_per_second"] == pytest.approx(64)
+    assert {"epoch", "lr", "memory_gb", "seconds"} <= rows[0].keys()
+
+
+def test_plain_lines_are_throttled_by_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    told(tmp_path, 0.01, monkeypatch)  # four seconds: only the end is told
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    told(
+        tmp_path, 6.0, monkeypatch
+    )  # slower than a line each ten seconds: not only when a row ends
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 200
+    assert "step 2/400 epoch 0.01 loss 1.5 lr 0.1 images_per_second 5.333" in lines[0]
+    assert lines[0].endswith("left 2388 s")
+
+
+def test_a_watcher_sees_where_the_run_stands_between_rows(tmp_path: Path) -> None:
+    shown = Progress(tmp_path, "phi", 10_000, 40, 1000, show="none")
+    shown.shown -= 1
+    shown.step(41, {"loss": 2.0}, 0.1, 32)
+    live = json.loads((tmp_path / LIVE).read_text())
+    assert (live["step"], live["start"], live["total"], live["loss"]) == (41, 40, 10_000, 2.0)
+    assert "loss 2" in live["text"]
+    assert not read_metrics(tmp_path)
+    shown.close()
+
+
+def test_tensorboard_receives_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert (folder, purge_step) == (str(tmp_path / "tensorboard"), 1)
+
+        def add_scalar(self, *arguments: Any) -> None:
+            seen.append(arguments)
+
+        def close(self) -> None:
+            seen.append(("closed", 0, 0))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    shown = Progress(tmp_path, "phi", 2, 0, 1, show="none")
+    shown.step(1, {"loss": 3.0}, 0.1, 32)
+    shown.write({"step": 1, "validation": {"pairs": {"112&14": 90.0}, "mean": 90.0}})
+    shown.close()
+    assert ("loss", 3.0, 1) in seen
+    assert ("mean", 90.0, 1) in seen
+    assert seen[-1][0] == "closed"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with (
+        checkpoint.alone(tmp_path),
+        pytest.raises(TrainingError, match=f"process {os.getpid()} trains there"),
+    ):
+        train(LONG.replace(epochs=1), tmp_path, device="cpu", show="none")
+    assert checkpoint.holder(tmp_path) == 0
+
+
+# ---- a real kernel ----
+
+
+@pytest.fixture
+def kernel() -> Iterator[Any]:
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import KernelManager
+
+    class ThisPython(KernelManager):
+        kernel_spec = KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        )
+
+    manager = ThisPython()
+    manager.start_kernel(stderr=sys.__stderr__)
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def wait(reached: Callable[[], Any], seconds: float = 90) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := reached()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def at(out: Path, key: str = "step") -> int:
+    try:
+        return json.loads((out / LIVE).read_text())[key]
+    except (OSError, ValueError):
+        return -1
+
+
+def run_until(
+    client: Any, code: str, done: Callable[[], Any], act: Callable[[], Any]
+) -> tuple[dict, list[dict]]:
+    """Execute a cell, ``act`` once it is ``done`` far enough; its reply and what it displayed."""
+    asked, messages = client.execute(code), []
+    wait(done)
+    act()
+    while True:
+        message = client.get_iopub_msg(timeout=60)
+        if message["parent_header"].get("msg_id") == asked:
+            messages.append(message)
+            if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
+                break
+    while (reply := client.get_shell_msg(timeout=60))["parent_header"].get("msg_id") != asked:
+        pass
+    return reply["content"], messages
+
+
+@pytest.mark.notebook
+@pytest.mark.skipif(os.name != "posix", reason="interrupts a kernel with a signal")
+def test_bar_interrupt_and_death_of_a_kernel(
+    kernel: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    manager, client = kernel
+    cell = (
+        "from btnet_core.training.config import TrainConfig\n"
+        "from btnet_core.training.launch import train_in_subprocess\n"
+        f"train_in_subprocess(TrainConfig.from_json({LONG.to_json()!r}), {str(tmp_path)!r}, device='cpu')\n"
+    )
+    reply, shown = run_until(client, cell, lambda: at(tmp_path) > 3, manager.interrupt_kernel)
+    assert reply["ename"] == "KeyboardInterrupt"
+    assert checkpoint.holder(tmp_path) == 0  # it has stopped
+    saved = checkpoint.load_state(tmp_path)["step"]
+    assert saved > 3
+    text = "".join(message["content"].get("text", "") for message in shown)
+    assert "parameters learn" in text
+    assert f"stopped at step {saved}, checkpoint saved" in text
+    assert "phi_hr: step" not in text  # that is what the bar is for
+    states = [
+        message["content"]["data"].get("state", {})
+        for message in shown
+        if "comm" in message["msg_type"]
+    ]
+    assert (
+        max(
+            state.get("value", 0)
+            for state in states
+            if isinstance(state.get("value", 0), (int, float))
+        )
+        > 0
+    )
+    assert any("images_per_second" in str(state.get("value")) for state in states)
+
+    # Under papermill, by reproduce or by itself: no bar.
+    check = (
+        "import os, psutil\nfrom btnet_core.training.progress import watched\nseen = [watched()]\n"
+    )
+    check += "os.environ['BTNET_REPRODUCE'] = '1'; seen.append(watched()); del os.environ['BTNET_REPRODUCE']\n"
+    check += "class Runner:\n    def cmdline(self):\n        return ['python', '-m', 'papermill']\n"
+    check += "psutil.Process.parent = lambda self: Runner()\nseen.append(watched())\nprint(seen)\n"
+    _, shown = run_until(client, check, lambda: True, lambda: None)
+    assert "[True, False, False]" in "".join(
+        message["content"].get("text", "") for message in shown
+    )
+
+    # Again: it goes on. The kernel dies: the training does not. Called again, it is watched, and can be stopped.
+    client.execute(cell)
+    wait(lambda: at(tmp_path, "start") == saved and at(tmp_path) > saved)
+    os.kill(
+        manager.provisioner.pid, signal.SIGKILL
+    )  # shutdown_kernel would interrupt it first, and so the training
+    manager.shutdown_kernel(now=True)
+    here = at(tmp_path)
+    wait(lambda: at(tmp_path) > here)
+    pid = checkpoint.holder(tmp_path)
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        train_in_subprocess(LONG, tmp_path, device="cpu")
+    assert f"process {pid} is training here" in capsys.readouterr().out
+    assert checkpoint.holder(tmp_path) == 0
+    assert checkpoint.load_state(tmp_path)["step"] > here

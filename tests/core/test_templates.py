@@ -1,0 +1,198 @@
+"""Template aggregation and the IJB-C protocols against loops written from their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_curve
+from torch.nn import functional as F
+
+from btnet_core.errors import ConfigError, DataError
+from btnet_core.evaluation import templates as tp
+
+
+def loop_aggregate(features, template, media, score):
+    result = {}
+    for t in np.unique(template):
+        parts = []
+        for m in np.unique(media[template == t]):
+            rows = np.flatnonzero((template == t) & (media == m))
+            parts.append(np.mean(features[rows] * score[rows, None], axis=0))
+        result[t] = np.sum(parts, axis=0)
+    return np.array(list(result)), np.stack(list(result.values()))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_aggregate_is_the_definition(weighted: bool) -> None:
+    rng = np.random.default_rng(0)
+    features, score = rng.normal(size=(200, 5)), rng.random(200)
+    template, media = (
+        rng.choice([3, 40, 7, 1000], 200),
+        rng.integers(-3, 12, 200),
+    )  # media ids recur across templates
+    ids, result = tp.aggregate(
+        torch.from_numpy(features), template, media, score if weighted else None
+    )
+    expected_ids, expected = loop_aggregate(
+        features, template, media, score if weighted else np.ones(200)
+    )
+    assert ids.tolist() == expected_ids.tolist() == [3, 7, 40, 1000]
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_aggregate_by_hand() -> None:
+    # One template: a video of two frames (mean 2, 0) and a still (0, 3) of half the score.
+    features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
+    _, result = tp.aggregate(features, [5, 5, 5], [1, 1, 2], [1.0, 1.0, 0.5])
+    assert torch.allclose(result, torch.tensor([[2.0, 1.5]]))
+    with pytest.raises(DataError, match="3 features, 2 template"):
+        tp.aggregate(features, [5, 5], [1, 1], None)
+
+
+def data(seed: int = 0):
+    """40 subjects; gallery G1 has 0..14, G2 15..29; five probes of each of 0..29."""
+    rng = np.random.default_rng(seed)
+    centre = rng.normal(size=(40, 6))
+    subject = np.concatenate([np.arange(40), np.repeat(np.arange(30), 5)])
+    ids = np.sort(rng.choice(5000, len(subject), replace=False))
+    features = torch.from_numpy(centre[subject] + 0.6 * rng.normal(size=(len(subject), 6))).float()
+    galleries = {"G1": (ids[:15], subject[:15]), "G2": (ids[15:30], subject[15:30])}
+    return features, ids, galleries, (ids[40:], subject[40:])
+
+
+def test_pair_scores_in_chunks() -> None:
+    features, *_ = data()
+    rng = np.random.default_rng(1)
+    first, second = rng.integers(0, len(features), (2, 1000))
+    expected = F.cosine_similarity(
+        features[torch.from_numpy(first)], features[torch.from_numpy(second)]
+    )
+    np.testing.assert_allclose(
+        tp.pair_scores(features, first, second, chunk=77), expected, atol=1e-6
+    )
+
+
+def test_identify_two_galleries() -> None:
+    features, ids, galleries, probes = data()
+    report = tp.identify_templates(features, ids, galleries, probes, fpir=0.1, rank=2)
+    unit, at = F.normalize(features).numpy(), {t: k for k, t in enumerate(ids)}
+    rates = []
+    for templates, subjects in galleries.values():
+        scores = unit[[at[t] for t in probes[0]]] @ unit[[at[t] for t in templates]].T
+        inside = np.isin(probes[1], subjects)
+        unmated = np.sort(scores[~inside].max(1))[::-1]
+        t = unmated[7]  # 75 unmated probes, 7 may score above
+        found = 0
+        for row, who in zip(scores[inside], probes[1][inside], strict=True):
+            own = row[list(subjects).index(who)]
+            found += own > t and np.sum(row >= own) <= 2
+        rates.append(100 * found / inside.sum())
+    assert [report["G1"]["tpir"]["0.1"], report["G2"]["tpir"]["0.1"]] == pytest.approx(rates)
+    assert report["tpir"] == pytest.approx(np.mean(rates))
+    assert 0 < report["tpir"] < 100
+    assert (report["G1"]["mated"], report["G1"]["unmated"]) == (75, 75)
+
+
+def test_identify_merged_as_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, ids, galleries, probes = data()
+    unit, at = F.normalize(features).numpy(), {t: k for k, t in enumerate(ids)}
+    scores = (
+        unit[[at[t] for t in probes[0]]]
+        @ unit[[at[t] for t in np.concatenate([g[0] for g in galleries.values()])]].T
+    )
+    subjects = np.concatenate([g[1] for g in galleries.values()])
+    mated = probes[1][:, None] == subjects[None]
+    negatives = np.sort(scores[~mated])[::-1]
+    threshold = negatives[math.ceil(0.1 * 150) - 1]
+    for chunk in (2**26, 17 * 30):
+        monkeypatch.setattr(tp.score_chunks, "__defaults__", ("cpu", chunk))
+        point = tp.identify_merged(features, ids, galleries, probes, fpir=0.1)
+        assert point.threshold == pytest.approx(threshold, abs=1e-6)
+        assert point.rate == pytest.approx(np.mean(scores[mated] > threshold))
+        assert point.false_rate == pytest.approx(14 / 150)
+    with pytest.raises(DataError, match="75 have no mate"):
+        tp.identify_merged(features, ids, {"G1": galleries["G1"]}, probes)
+
+
+def test_template_without_images_is_named() -> None:
+    with pytest.raises(DataError, match="pairs: template 4 \\(and 1 more\\) has no images"):
+        tp.rows_of(np.array([1, 3, 7]), [3, 4, 7, 9], "pairs")
+
+
+def template_set() -> tp.TemplateSet:
+    rng = np.random.default_rng(2)
+    subject = np.repeat(np.arange(12), 6)  # two templates of three images a subject
+    template = 100 + np.arange(72) // 3
+    colours = np.clip(rng.integers(60, 200, (12, 6))[subject] + rng.normal(0, 25, (72, 6)), 0, 255)
+    pixels = (
+        torch.from_numpy(colours).to(torch.uint8).reshape(72, 3, 1, 2).repeat_interleave(112, 2)
+    )
+    pixels = pixels.repeat_interleave(56, 3)
+    ids = np.arange(100, 124)
+    pairs = np.array([(a, b) for a in ids for b in ids if a < b])
+    return tp.TemplateSet(
+        name="hand", checksum="", images=lambda i: pixels[torch.as_tensor(i)], template=template,
+        media=np.arange(72) // 2, score=rng.random(72), first=pairs[:, 0], second=pairs[:, 1],
+        same=(pairs[:, 0] - 100) // 2 == (pairs[:, 1] - 100) // 2,
+        galleries={"G1": (ids[0:12:2], np.arange(6)), "G2": (ids[12::2], np.arange(6, 12))},
+        probes=(ids[1::2], np.arange(12)),
+    )  # fmt: skip
+
+
+def embedder(pixels: torch.Tensor, r: int) -> torch.Tensor:
+    left, right = pixels.float()[..., :56].mean((2, 3)), pixels.float()[..., 56:].mean((2, 3))
+    return torch.cat([left - 128, right - 128], 1) * (r / 112)
+
+
+def test_evaluate_templates_end_to_end() -> None:
+    sets = template_set()
+    report = tp.evaluate_templates(
+        embedder, sets, [(112, 28), (28, 28)], far=0.05, fpir=0.2, rank=3
+    )["112&28"]
+    pixels = sets.images(np.arange(72))
+    features = (embedder(pixels, 112) + embedder(pixels.flip(-1), 28)).numpy().astype(np.float64)
+    ids, result = loop_aggregate(features, sets.template, sets.media, sets.score)
+    unit = result / np.linalg.norm(result, axis=1, keepdims=True)
+    similarity = np.sum(unit[sets.first - 100] * unit[sets.second - 100], axis=1)
+    fpr, tpr, _ = roc_curve(sets.same, similarity, drop_intermediate=False)
+    assert report["tar"] == pytest.approx(100 * tpr[fpr <= 0.05].max())
+    assert 0 < report["tar"] < 100
+    assert report["far"] <= 5
+    expected = tp.identify_templates(
+        torch.from_numpy(result), ids, sets.galleries, sets.probes, fpir=0.2, rank=3
+    )
+    assert report["tpir"] == pytest.approx(expected["tpir"])
+    theirs = tp.evaluate_templates(embedder, sets, [(112, 28)], far=0.05, fpir=0.2, authors=True)[
+        "112&28"
+    ]
+    distance = np.abs(fpr - 0.05)
+    assert theirs["tar"] == pytest.approx(100 * tpr[distance == distance.min()].max())
+    assert set(theirs["identification"]) == {"rate", "false_rate", "threshold"}
+
+
+def test_lengths_and_unit_features_weigh_the_two_images() -> None:
+    sets, settings, options = (
+        template_set(),
+        [(112, 28), (28, 28)],
+        {"far": 0.05, "fpir": 0.2, "rank": 3},
+    )
+    weigh = lambda factor: lambda pixels, r: factor(r) * embedder(pixels, r)  # noqa: E731
+    report = tp.evaluate_templates(embedder, sets, settings, lengths={28: 9.0, 112: 1.0}, **options)
+    plain = tp.evaluate_templates(embedder, sets, settings, **options)
+    longer = tp.evaluate_templates(
+        weigh(lambda r: 9.0 if r == 28 else 1.0), sets, settings, **options
+    )
+    assert report["112&28"].pop("fitted") == longer["112&28"] != plain["112&28"]
+    assert report["28&28"].pop("fitted") == plain["28&28"]
+    assert report == plain
+    unit = tp.evaluate_templates(embedder, sets, settings, normalised=True, **options)
+    same = tp.evaluate_templates(
+        weigh(lambda r: 112 / r), sets, settings, normalised=True, **options
+    )
+    assert unit["112&28"]["threshold"] == pytest.approx(same["112&28"]["threshold"], abs=1e-5)
+    assert unit["112&28"]["threshold"] != pytest.approx(plain["112&28"]["threshold"], abs=1e-3)
+    with pytest.raises(ConfigError, match=r"lengths: has resolutions \[112\], needs \[28\], too"):
+        tp.evaluate_templates(embedder, sets, settings, lengths={112: 1.0})

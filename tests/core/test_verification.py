@@ -1,0 +1,314 @@
+"""Verification metrics against brute force and scikit-learn, on random scores with ties and on hand-made cases."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from btnet_core.errors import ConfigError, DataError
+from btnet_core.evaluation import verification as v
+
+
+def scores(seed: int, count: int, levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores with about count / levels ties each, both classes present."""
+    rng = np.random.default_rng(seed)
+    same = rng.random(count) < 0.5
+    same[:2] = True, False
+    return np.round(
+        rng.integers(0, levels, count) / levels + 0.2 * (same & (rng.random(count) < 0.5)), 6
+    ), same
+
+
+def brute_ten_fold(
+    similarity: np.ndarray, same: np.ndarray, folds: int
+) -> tuple[list[float], list[float]]:
+    """The definition, threshold by threshold."""
+    accuracies, chosen = [], []
+    for test in np.array_split(np.arange(len(same)), folds):
+        train = np.setdiff1d(np.arange(len(same)), test)
+        values = np.unique(similarity[train])
+        candidates = [
+            np.nextafter(values[0], -np.inf),
+            *((values[1:] + values[:-1]) / 2),
+            values[-1],
+        ]
+        best = max(candidates, key=lambda t: (np.sum((similarity[train] > t) == same[train]), t))
+        chosen.append(best)
+        accuracies.append(np.mean((similarity[test] > best) == same[test]))
+    return accuracies, chosen
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(20, 120),
+    st.sampled_from([1, 2, 5, 30, 1000]),
+    st.integers(2, 10),
+)
+def test_ten_fold_is_the_definition(seed: int, count: int, levels: int, folds: int) -> None:
+    similarity, same = scores(seed, count, levels)
+    result = v.ten_fold_accuracy(similarity, same, folds)
+    accuracies, chosen = brute_ten_fold(similarity, same, folds)
+    assert list(result.accuracies) == accuracies
+    np.testing.assert_allclose(result.thresholds, chosen, rtol=1e-12)
+    assert result.mean == np.mean(accuracies)
+    assert result.std == np.std(accuracies)
+
+
+def test_ten_fold_by_hand() -> None:
+    # Two folds. Fold 2 alone gives the threshold 0.5 (between 0.4 and 0.6); fold 1 has one mistake at it.
+    similarity = np.array([0.9, 0.45, 0.3, 0.1, 0.6, 0.8, 0.4, 0.2])
+    same = np.array([1, 1, 0, 0, 1, 1, 0, 0], bool)
+    result = v.ten_fold_accuracy(similarity, same, 2)
+    np.testing.assert_allclose(result.thresholds, [0.5, 0.375])
+    assert result.accuracies == (0.75, 0.75)  # 0.45 rejected in fold 1; 0.4 accepted in fold 2
+
+
+def test_of_several_best_thresholds_the_largest() -> None:
+    # Descending scores F T F T: rejecting all but the best T, or none above the first, both give 3 of 4.
+    result = v.ten_fold_accuracy([1.0, 2.0, 3.0, 4.0] * 2, [False, True, False, True] * 2, 2)
+    assert result.thresholds == (3.5, 3.5)
+
+
+def test_threshold_between_float_neighbours() -> None:
+    low = 0.5
+    high = float(np.nextafter(low, 1))
+    result = v.ten_fold_accuracy([low, high] * 2, [False, True] * 2, 2)
+    assert result.thresholds == (low, low)
+    assert result.mean == 1.0
+
+
+def test_all_or_none_accepted() -> None:
+    assert v.ten_fold_accuracy([1.0, 2.0] * 2, [False] * 4, 2).thresholds == (2.0, 2.0)
+    result = v.ten_fold_accuracy([1.0, 2.0] * 2, [True] * 4, 2)
+    assert result.thresholds == (np.nextafter(1.0, 0),) * 2
+    assert result.mean == 1.0
+
+
+def test_threshold_does_not_see_the_test_fold() -> None:
+    similarity, same = scores(3, 200, 50)
+    before = v.ten_fold_accuracy(similarity, same).thresholds[0]
+    similarity[:20] = np.linspace(-1, 2, 20)  # fold 0 only
+    assert v.ten_fold_accuracy(similarity, same).thresholds[0] == before
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 200), st.sampled_from([1, 3, 20, 1000]))
+def test_roc_and_auc_match_sklearn(seed: int, count: int, levels: int) -> None:
+    similarity, same = scores(seed, count, levels)
+    fpr, tpr, _ = roc_curve(same, similarity, drop_intermediate=False)
+    curve = v.roc(similarity, same)
+    np.testing.assert_allclose(curve.fpr, fpr)
+    np.testing.assert_allclose(curve.tpr, tpr)
+    for k, threshold in enumerate(curve.thresholds):
+        assert np.mean(similarity[same] > threshold) == curve.tpr[k]
+        assert np.mean(similarity[~same] > threshold) == curve.fpr[k]
+    assert v.auc(similarity, same) == pytest.approx(roc_auc_score(same, similarity))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(2, 200), st.sampled_from([1, 3, 20, 1000]),
+    st.sampled_from([0.0, 1e-4, 0.1, 0.29, 0.3, 0.5, 1.0]),
+)  # fmt: skip
+def test_tar_at_far_is_the_largest_admissible(
+    seed: int, count: int, levels: int, far: float
+) -> None:
+    similarity, same = scores(seed, count, levels)
+    fpr, tpr, _ = roc_curve(same, similarity, drop_intermediate=False)
+    point = v.tar_at_far(similarity, same, far)
+    assert point.rate == pytest.approx(tpr[fpr <= far].max())
+    assert point.false_rate <= far
+    assert np.mean(similarity[same] > point.threshold) == point.rate
+    nearest = v.tar_at_far(similarity, same, far, authors=True)
+    distance = np.abs(fpr - far)
+    assert nearest.rate == pytest.approx(tpr[distance == distance.min()].max())
+
+
+def test_strictest_needed_counts_shares_as_floats_do() -> None:
+    negatives = np.arange(100.0)
+    assert np.sum(negatives > v.strictest_needed(negatives, 0.29)) == 29  # 0.29 * 100 is 28.999…
+    tens = np.repeat(negatives[:10], 10)
+    assert np.sum(tens > v.strictest_needed(tens, 0.29)) == 20  # the third ten would make it 30
+    assert v.strictest_needed(negatives, 1.0) == -np.inf
+    assert v.strictest_needed(negatives, 0.0) == 99
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(DataError, match=r"\(3,\) and \(2,\)"):
+        v.ten_fold_accuracy([1.0, 2.0, 3.0], [True, False])
+    with pytest.raises(DataError, match="1 of 3 values are not finite"):
+        v.auc([1.0, np.nan, 3.0], [True, False, True])
+    with pytest.raises(DataError, match="all 2 pairs are different"):
+        v.tar_at_far([1.0, 2.0], [False, False], 0.1)
+    with pytest.raises(ConfigError, match="folds: got 10 for 3 pairs"):
+        v.ten_fold_accuracy([1.0, 2.0, 3.0], [True, False, True])
+    with pytest.raises(ConfigError, match=r"got 1\.5"):
+        v.tar_at_far([1.0, 2.0], [True, False], 1.5)
+
+
+class Counting:
+    """An embedder that knows nothing of faces: mean colours, turned by an angle that depends on r."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, int] = {}
+
+    def __call__(self, pixels: torch.Tensor, r: int) -> torch.Tensor:
+        assert pixels.shape[1:] == (3, 112, 112)
+        self.seen[r] = self.seen.get(r, 0) + len(pixels)
+        left, right = pixels.float()[..., :56].mean((2, 3)), pixels.float()[..., 56:].mean((2, 3))
+        return torch.cat([left * (1 + 0.5 * (r == 7)), right - 50 * (r == 7)], 1) - 100
+
+
+def pair_set(count: int = 40, images: int = 30, side: int = 112) -> SimpleNamespace:
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randint(0, 256, (images, 3, 1, 2), generator=generator, dtype=torch.uint8)
+    pixels = colours.repeat_interleave(side, 2).repeat_interleave(side // 2, 3)
+    index = torch.randint(0, images, (2, count), generator=generator)
+    same = torch.arange(count) % 2 == 0
+    return SimpleNamespace(
+        first=index[0],
+        second=index[1],
+        same=same,
+        num_images=images,
+        images=lambda i: pixels[torch.as_tensor(i)],
+    )
+
+
+def test_evaluate_pairs_against_one_pair_at_a_time() -> None:
+    pairs, embedder = pair_set(), Counting()
+
+    def unit(image: int, r: int) -> np.ndarray:
+        x = pairs.images([image])
+        z = (Counting()(x, r) + Counting()(x.flip(-1), r))[0].double().numpy()
+        return z / np.linalg.norm(z)
+
+    def accuracy(r1: int, r2: int) -> np.ndarray:
+        ends = zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
+        similarity = np.float32([unit(a, r1) @ unit(b, r2) for a, b in ends])
+        return 100 * np.array(v.ten_fold_accuracy(similarity, pairs.same).accuracies)
+
+    report = v.evaluate_pairs(embedder, pairs, [(112, 7), (7, 7)], batch_size=7)
+    assert embedder.seen == {
+        112: 2 * pairs.num_images,
+        7: 2 * pairs.num_images,
+    }  # each image once, and its mirror
+    both = (accuracy(112, 7) + accuracy(7, 112)) / 2
+    assert accuracy(112, 7).mean() != accuracy(7, 112).mean()
+    np.testing.assert_allclose(report["112&7"]["folds"], both)
+    assert report["112&7"]["accuracy"] == pytest.approx(both.mean())
+    assert report["112&7"]["std"] == pytest.approx(both.std())
+    assert [(way["first"], way["second"]) for way in report["112&7"]["directions"]] == [
+        (112, 7),
+        (7, 112),
+    ]
+    assert report["7&7"]["accuracy"] == pytest.approx(accuracy(7, 7).mean())
+    assert len(report["7&7"]["directions"]) == 1
+    theirs = v.evaluate_pairs(embedder, pairs, [(112, 7)], cross="authors")
+    assert theirs["112&7"]["accuracy"] == pytest.approx(accuracy(112, 7).mean())
+
+
+def test_centred_embeddings_lose_what_all_faces_of_a_resolution_share() -> None:
+    pairs, embedder = pair_set(), Counting()
+    faces = pair_set(images=9)
+    sized = type(
+        "Faces",
+        (),
+        {"images": staticmethod(faces.images), "checksum": "nine", "__len__": lambda self: 9},
+    )()
+    centre = v.centres(embedder, sized, [112, 7], count=3, flip=False)
+    assert embedder.seen == {112: 3, 7: 3}
+
+    def unit(pixels: torch.Tensor, r: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(Counting()(pixels, r))
+
+    chosen = faces.images([0, 4, 8])
+    assert torch.allclose(centre[7], unit(chosen, 7).mean(0))
+    first, second = pairs.images(pairs.first), pairs.images(pairs.second)
+    a, b = unit(first, 112) - centre[112], unit(second, 7) - centre[7]
+    wanted = torch.nn.functional.cosine_similarity(a, b).double().numpy()
+    scores = v.pair_similarities(embedder, pairs, [(112, 7)], centre=centre, flip=False)[112, 7]
+    np.testing.assert_allclose(scores, wanted, atol=1e-6)
+    plain = v.pair_similarities(embedder, pairs, [(112, 7)], flip=False)[112, 7]
+    assert np.abs(scores - plain).max() > 0.1
+    report = v.evaluate_pairs(embedder, pairs, [(112, 7)], centre=centre, flip=False)
+    assert (
+        report["112&7"]["auc"]
+        != v.evaluate_pairs(embedder, pairs, [(112, 7)], flip=False)["112&7"]["auc"]
+    )
+    with pytest.raises(ConfigError, match=r"centre: has resolutions \[7\], needs \[112\], too"):
+        v.evaluate_pairs(embedder, pairs, [(112, 7)], centre={7: centre[7]})
+
+
+def test_fitted_lengths_are_the_least_squares_factors() -> None:
+    faces = pair_set(images=9)
+    sized = type(
+        "Faces",
+        (),
+        {"images": staticmethod(faces.images), "checksum": "nine", "__len__": lambda self: 9},
+    )()
+    embedder = Counting()
+    factors = v.fitted_lengths(embedder, sized, [112, 7], count=3)
+    assert embedder.seen == {112: 3, 7: 3}
+    assert set(factors) == {112, 7}
+    assert factors[112] == 1.0
+    chosen = faces.images([0, 4, 8])
+    z, wanted = (Counting()(chosen, r).double().flatten() for r in (7, 112))
+    (best,) = np.linalg.lstsq(z[:, None].numpy(), wanted.numpy(), rcond=None)[0]
+    assert factors[7] == pytest.approx(best)
+    assert abs(best - 1) > 1e-2
+
+
+def test_evaluate_pairs_without_flip_and_other_sizes() -> None:
+    embedder = Counting()
+    v.evaluate_pairs(embedder, pair_set(side=56), [(112, 112)], flip=False)
+    assert embedder.seen == {112: 30}
+    with pytest.raises(ConfigError, match="cross: got 'one'"):
+        v.evaluate_pairs(embedder, pair_set(), [(112, 7)], cross="one")
+
+
+def test_kept_embeddings_are_read_by_every_method_with_the_same_network(
+    tmp_path, monkeypatch
+) -> None:
+    from btnet_core.data.faces import open_pairs
+    from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
+    from btnet_core.evaluation.verification import evaluate_pairs
+    from btnet_core.models.backbone import BackboneConfig, build_backbone
+    from btnet_core.models.btnet import BTNet
+
+    torch.manual_seed(0)
+    btnet = BTNet(
+        build_backbone(BackboneConfig(name="iresnet18", width=0.125, embedding=16)).eval(), (14,)
+    )
+    pairs = open_pairs("pairs:synthetic:identities=4,images=3,seed=0:count=20,seed=0")
+    hr, bt = UpsamplingEmbedder(btnet.trunk, device="cpu"), BranchEmbedder(btnet, device="cpu")
+    settings = [(112, 112), (112, 14), (14, 14)]
+    plain = {name: evaluate_pairs(one, pairs, settings) for name, one in (("hr", hr), ("bt", bt))}
+    assert evaluate_pairs(hr, pairs, settings, keep=tmp_path) == plain["hr"]
+    assert len(list(tmp_path.iterdir())) == 2
+    assert evaluate_pairs(bt, pairs, settings, keep=tmp_path) == plain["bt"]
+    assert (
+        len(list(tmp_path.iterdir())) == 3
+    )  # the trunk's at 112 are there already, its branch's are not phi_hr's
+    monkeypatch.setattr(type(bt), "__call__", lambda *_: pytest.fail("embedded again"))
+    assert evaluate_pairs(bt, pairs, settings, keep=tmp_path) == plain["bt"]
+    with torch.no_grad():
+        next(btnet.trunk.parameters()).add_(1e-3)
+    evaluate_pairs(hr, pairs, settings, keep=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5  # other weights, other embeddings
+
+
+def test_summary_over_sets_and_the_later_folds() -> None:
+    sets = [
+        {"112&7": {"accuracy": 55.0, "std": 4.0, "folds": [60.0, 50.0]}},
+        {"112&7": {"accuracy": 80.0, "std": 0.0, "folds": [80.0, 80.0]}},
+    ]
+    assert v.summarise(sets) == {
+        "112&7": {"accuracy": 67.5, "std": 2.0, "sets": [55.0, 80.0], "second_half": 65.0}
+    }

@@ -1,0 +1,181 @@
+"""In a real browser: notebook 10 in JupyterLab reacts to a slider, and a long cell shows its progress while it runs.
+
+Debian's chromium, driven by Playwright; skipped, saying so, where either is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+PATIENCE = 120_000  # ms for what a busy machine may take its time with
+READ_IMAGE = "async (image) => Array.from(new Uint8Array(await (await fetch(image.src)).arrayBuffer())).join()"
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A fresh page of laptop size; its uncaught errors fail the test."""
+    opened, errors = browser.new_page(viewport={"width": 1500, "height": 950}), []
+    opened.set_default_timeout(PATIENCE)
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    yield opened
+    opened.close()
+    assert not errors
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Path]]:
+    """JupyterLab on a free port: (address, token, folder it serves); settings of this user are neither read nor written."""
+    root = tmp_path_factory.mktemp("lab")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = (
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTERLAB_SETTINGS_DIR",
+        "JUPYTERLAB_WORKSPACES_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "IPYTHONDIR",
+    )
+    environment = os.environ | {place: str(root / ".jupyter" / place) for place in places}
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+    ]
+    command += [
+        "--IdentityProvider.token=secret",
+        "--LabApp.news_url=None",
+        "--ServerApp.port_retries=0",
+        f"--notebook-dir={root}",
+    ]
+    with (root / ".lab.log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE / 1000
+    try:
+        while True:
+            assert (server.poll(), time.monotonic() < deadline) == (None, True), (
+                root / ".lab.log"
+            ).read_text()
+            try:
+                urllib.request.urlopen(f"{address}/api", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address, "secret", root
+    finally:
+        server.terminate()  # and with it its kernels
+        server.wait(30)
+
+
+def run_all(page: Any, lab: tuple[str, str, Path], name: str) -> None:
+    """Open the notebook and choose Run > Run All Cells."""
+    (address, token, _), deadline = lab, time.monotonic() + PATIENCE / 1000
+    page.goto(f"{address}/lab/tree/{name}?token={token}")
+    while (
+        True
+    ):  # the page says "idle" before it has a kernel, and asks which one when cells are run then
+        kernels = [session["kernel"] for session in page.request.get(f"{address}/api/sessions?token={token}").json()
+                   if session["path"] == name]  # fmt: skip
+        if any(kernel["connections"] and kernel["execution_state"] == "idle" for kernel in kernels):
+            break
+        assert time.monotonic() < deadline, kernels
+        page.wait_for_timeout(200)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(
+        state="attached"
+    )
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def outputs(page: Any, kind: str) -> Any:
+    return page.locator(f".jp-OutputArea-output[data-mime-type='{kind}']")
+
+
+def test_a_slider_changes_the_picture(page: Any, lab: tuple[str, str, Path]) -> None:
+    content = json.loads((NOTEBOOKS / "10_explore.ipynb").read_text())
+    for cell in content["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            small = {"run_dir": str(lab[2] / "run"), "known": 4, "strangers": 6}
+            cell["source"] += [f"\n{name} = {value!r}" for name, value in small.items()]
+    (lab[2] / "10_explore.ipynb").write_text(json.dumps(content))
+    run_all(page, lab, "10_explore.ipynb")
+
+    image = page.locator("img.widget-image").first
+    image.scroll_into_view_if_needed()
+    before = image.evaluate(READ_IMAGE)
+    line = page.locator(".jp-OutputArea-output pre", has_text="answered in").first
+    assert "12 x 14 px, max + ceil: branch 14" in line.inner_text()
+    page.locator(".widget-slider", has_text="height (px)").locator(".noUi-handle").press(
+        "ArrowRight"
+    )
+    page.locator(
+        ".jp-OutputArea-output pre", has_text="13 x 15 px, max + ceil: branch 28 ·"
+    ).wait_for()
+    assert image.evaluate(READ_IMAGE) != before
+
+    page.locator(
+        ".jp-RenderedMarkdown", has_text="An answer takes"
+    ).last.wait_for()  # the last cell has run
+    assert outputs(page, "image/png").count() == 2
+    assert outputs(page, "application/vnd.jupyter.error").count() == 0
+    assert outputs(page, "application/vnd.jupyter.stderr").count() == 0
+
+
+def test_progress_shows_while_the_cell_runs(page: Any, lab: tuple[str, str, Path]) -> None:
+    """Training in its own process: what it says, and how far it is, can be read before it ends."""
+    import nbformat
+
+    root = lab[2]
+    (root / "training.py").write_text(
+        textwrap.dedent("""
+            import json, pathlib, sys, time
+            out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+            print("has begun", flush=True)
+            facts = {"start": 0, "total": 100, "step": 40, "text": "loss 1.5"}
+            (out / "progress.json").write_text(json.dumps(facts))
+            while not (out / "enough").exists():
+                time.sleep(0.1)
+            print("has ended", flush=True)
+        """)
+    )
+    code = f"""
+        import sys
+        from btnet_core.training import methods
+        from btnet_core.training.launch import train_in_subprocess
+        command = (sys.executable, {str(root / "training.py")!r})
+        train_in_subprocess(methods.phi_hr("synthetic:"), {str(root / "out")!r}, command=command)
+    """
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(code))])
+    notebook.metadata["kernelspec"] = {
+        "display_name": "Python 3",
+        "language": "python",
+        "name": "python3",
+    }
+    nbformat.write(notebook, root / "long.ipynb")
+    run_all(page, lab, "long.ipynb")
+    try:
+        page.locator(".jp-OutputArea-output", has_text="has begun").wait_for()
+        page.locator(".jp-OutputArea-output", has_text="40/100").wait_for()
+        assert page.locator(".jp-InputPrompt", has_text="[*]").count() == 1  # still running
+        assert page.locator(".jp-OutputArea-output", has_text="has ended").count() == 0
+    finally:
+        (root / "out" / "enough").touch()
+    page.locator(".jp-OutputArea-output", has_text="has ended").wait_for()

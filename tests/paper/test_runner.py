@@ -1,0 +1,292 @@
+"""The driver: order, checked parameters, failure with its place, resuming, what makes a notebook run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from btnet_core.errors import ReproduceError
+from btnet_paper import scales
+from btnet_paper.notebooks import code_checksum, convert, data_checksum
+from btnet_paper.runner import reproduce
+
+COUNT = """
+from pathlib import Path
+log = Path(run_dir) / "log.txt"
+log.parent.mkdir(parents=True, exist_ok=True)
+with log.open("a") as file:
+    file.write(f"{name} {value} {scale}\\n")
+"""
+
+
+def write(
+    folder: Path,
+    stem: str,
+    source: str = COUNT,
+    parameters: str = "",
+    depends: tuple[str, ...] = (),
+    **about: object,
+) -> None:
+    notebook = nbformat.v4.new_notebook()
+    first = f'scale = "demo"\nrun_dir = ""\nvalue = 1\nname = "{stem}"\n{parameters}'
+    notebook.cells = [
+        nbformat.v4.new_markdown_cell("# title"),
+        nbformat.v4.new_code_cell(first, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(source),
+    ]
+    notebook.metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+        "language_info": {"name": "python"},
+        "btnet": {"depends": list(depends), **about},
+    }
+    folder.mkdir(exist_ok=True)
+    nbformat.write(notebook, folder / f"{stem}.ipynb")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write(tmp_path / "nb", "01_first")
+    write(tmp_path / "nb", "02_second", depends=("01",))
+    return tmp_path
+
+
+def run(place: Path, **options) -> list[str]:
+    """Run, and return the lines the notebooks logged so far."""
+    options = {"notebooks": place / "nb", "runs": place / "runs", "data": "d"} | options
+    reproduce("demo", **options)
+    return (place / "runs" / "demo" / "log.txt").read_text().splitlines()
+
+
+pytestmark = pytest.mark.notebook
+
+
+def test_order_outputs_and_skipping_what_is_unchanged(
+    place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(place) == ["01_first 1 demo", "02_second 1 demo"]
+    executed = nbformat.read(place / "runs/demo/notebooks/01_first.ipynb", as_version=4)
+    assert any("injected-parameters" in cell.metadata.get("tags", []) for cell in executed.cells)
+    assert (place / "runs/demo/logs/01_first.log").is_file()
+    told = capsys.readouterr().out
+    assert "[1/2] 01_first" in told
+    assert str(place / "runs/demo/report.html") in told
+    assert (place / "runs/demo/report.html").is_file()
+    write(place / "nb", "03_sums_up", always=True)
+    assert run(place)[2:] == ["03_sums_up 1 demo"]
+    assert "unchanged" in capsys.readouterr().out
+    assert run(place)[3:] == ["03_sums_up 1 demo"]  # it reads what others may have recorded since
+    assert len(run(place, resume=False)) == 7
+
+
+def test_what_makes_a_notebook_run_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(place)
+    assert run(place, only=["02"], parameters={"value": "2"})[2:] == ["02_second 2 demo"]
+    write(place / "nb", "01_first", COUNT + "# changed\n")
+    assert run(place)[3:] == [
+        "01_first 1 demo",
+        "02_second 1 demo",
+    ]  # the second depends on the first
+    assert len(run(place, data="other")) == 7
+    monkeypatch.setattr("btnet_paper.runner.code_checksum", lambda: "other code")
+    assert len(run(place, data="other")) == 9
+    (place / "runs/demo/notebooks/02_second.ipynb").unlink()
+    assert run(place, data="other")[9:] == ["02_second 1 demo"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"valeu": "3"}, r"valeu.*value \(int, default 1\)"),
+        ({"value": "three"}, r"value is 'three', expected int.*name \(str"),
+        ({"run_dir": "x"}, "--runs"),
+    ],
+)
+def test_wrong_parameters_are_found_before_anything_runs(
+    place: Path, parameters: dict, message: str
+) -> None:
+    with pytest.raises(ReproduceError, match=message):
+        run(place, parameters=parameters)
+    assert not (place / "runs/demo/log.txt").exists()
+
+
+def test_a_parameter_goes_to_the_notebooks_that_know_it(place: Path) -> None:
+    write(place / "nb", "03_third", COUNT + "assert extra == 5", parameters="extra = 1\n")
+    assert len(run(place, parameters={"extra": "5"})) == 3
+
+
+def test_a_device_that_cannot_be(place: Path) -> None:
+    with pytest.raises(ReproduceError, match="tpu"):
+        run(place, device="tpu")
+
+
+def test_unknown_notebook(place: Path) -> None:
+    with pytest.raises(ReproduceError, match=r"09.*01_first, 02_second"):
+        run(place, only=["09"])
+
+
+def test_failure_shows_error_and_place_and_resumes(place: Path) -> None:
+    write(
+        place / "nb",
+        "02_second",
+        COUNT + "flag = Path(run_dir) / 'fixed'\nif not flag.exists():\n    1 / 0\n",
+    )
+    with pytest.raises(ReproduceError) as caught:
+        run(place)
+    text = str(caught.value)
+    assert "02_second" in text
+    assert "ZeroDivisionError" in text
+    assert "1 / 0" in text
+    assert "cell 3" in text
+    (place / "runs/demo/fixed").touch()
+    assert run(place) == ["01_first 1 demo", "02_second 1 demo", "02_second 1 demo"]
+
+
+def test_interrupt_leaves_a_state_that_resumes(place: Path) -> None:
+    waiting = (
+        COUNT
+        + "import time\nflag = Path(run_dir) / 'go'\nwhile not flag.exists():\n    time.sleep(0.1)\n"
+    )
+    write(place / "nb", "02_second", waiting)
+    code = "import sys; from btnet_tools.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "reproduce", "--runs", str(place / "runs")]
+    (place / "nb").rename(place / "notebooks")
+    log = place / "runs/demo/log.txt"
+    process = subprocess.Popen(
+        command,
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        ),  # as a shell starts a background job
+    )
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "02_second" in log.read_text()):
+        assert time.monotonic() < deadline, "the second notebook did not start"
+        time.sleep(0.2)
+    with pytest.raises(ReproduceError, match="in use"):
+        run(place, notebooks=place / "notebooks")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert list(json.loads((place / "runs/demo/state.json").read_text())) == ["01_first"]
+    (place / "runs/demo/go").touch()
+    done = subprocess.run(
+        command, cwd=place, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().splitlines() == [
+        "01_first 1 demo",
+        "02_second 1 demo",
+        "02_second 1 demo",
+    ]
+
+
+def test_parameters_cell_must_hold_literals(place: Path) -> None:
+    write(place / "nb", "01_first", parameters="worse = open('x')\n")
+    with pytest.raises(ReproduceError, match="01_first"):
+        run(place)
+    assert os.listdir(place) == ["nb"]
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "value"),
+    [
+        ("3", 1, 3),
+        ("3", 1.0, 3.0),
+        ("true", False, True),
+        ("3", "x", "3"),
+        ("[7, 14]", (28,), (7, 14)),
+        ("none", None, None),
+        (2, 1.0, 2.0),
+    ],
+)
+def test_values_take_the_type_of_the_default(text: object, default: object, value: object) -> None:
+    found = convert(text, default, "p")
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "default"), [("1.5", 1), ("1", True), (True, 1), (1, "x"), ("x", 1.0), ("7", [1])]
+)
+def test_values_of_another_type_are_refused(text: object, default: object) -> None:
+    with pytest.raises(ReproduceError, match=f"parameter p.*expected {type(default).__name__}"):
+        convert(text, default, "p")
+
+
+def test_kernel_is_this_python_with_this_package_and_knows_of_fresh(place: Path) -> None:
+    source = (
+        "import os, sys, btnet_core\nfrom pathlib import Path\n"
+        "seen = [sys.executable, btnet_core.__file__, os.environ['BTNET_FRESH'], os.getcwd()]\n"
+        "Path(run_dir, 'log.txt').write_text('\\n'.join(seen))"
+    )
+    write(place / "nb", "01_first", source)
+    expected = [
+        sys.executable,
+        scales.__file__.replace("scales", "__init__"),
+        "0",
+        str(place / "nb"),
+    ]
+    assert run(place, only=["1"]) == expected
+    assert run(place, only=["1"], resume=False)[2] == "1"
+
+
+def test_figures_are_tied_to_their_notebook_and_lost_outputs_are_made_again(place: Path) -> None:
+    write(
+        place / "nb",
+        "01_first",
+        COUNT + "Path(run_dir, 'figures', 'curve.png').write_bytes(b'x')\n",
+    )
+    run(place, only=["01"], parameters={"value": 4})
+    entry = json.loads((place / "runs/demo/figures/manifest.json").read_text())["curve"]
+    assert entry["notebook"] == "01_first"
+    assert entry["parameters"] == {"scale": "demo", "value": 4}
+    (place / "runs/demo/figures/curve.png").unlink()
+    assert len(run(place, only=["01"], parameters={"value": 4})) == 2
+    assert (place / "runs/demo/figures/curve.png").exists()
+
+
+def test_a_kernel_that_dies_is_a_failure_with_its_cell(place: Path) -> None:
+    write(place / "nb", "01_first", "import os\nos._exit(1)\n")
+    with pytest.raises(ReproduceError, match=r"01_first\.ipynb, cell 3 of 3: DeadKernelError"):
+        run(place)
+
+
+def test_a_run_that_was_killed_leaves_no_lock(place: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from btnet_paper.runner import locked\n"
+        "with locked(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(place / "runs/demo")], check=False)
+    assert (place / "runs/demo/running.txt").exists()
+    assert len(run(place)) == 2
+
+
+def test_code_checksum_ignores_comments_but_not_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("btnet_paper.notebooks.PACKAGE", tmp_path)
+    seen = []
+    for source in ("x = 1", "x  =  1  # one", "x = 2"):
+        (tmp_path / "a.py").write_text(source)
+        seen.append(code_checksum())
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_data_checksum_follows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BTNET_DATA", str(tmp_path))
+    seen = [data_checksum("lfw"), data_checksum("demo")]
+    (tmp_path / "faces_train").mkdir()
+    for content in (b"one", b"two"):
+        (tmp_path / "faces_train" / "train.rec").write_bytes(content)
+        seen.append(data_checksum("lfw"))
+    assert len(set(seen)) == 4
+    assert data_checksum("demo") == seen[1]

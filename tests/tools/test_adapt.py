@@ -1,0 +1,294 @@
+"""btnet adapt: held-out people, forecast, branches with and without labels, going on, a network of the user's own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from btnet_core.data.faces import open_faces
+from btnet_core.errors import CheckpointError, ConfigError, DataError
+from btnet_core.images import encode
+from btnet_core.models.backbone import (
+    ADAPTERS,
+    BackboneConfig,
+    build_backbone,
+    load_backbone,
+    save_backbone,
+)
+from btnet_core.models.btnet import BTNet, weights_digest
+from btnet_tools import adapt as module
+from btnet_tools.adapt import adapt
+from btnet_tools.adapter import Adapter, find_adapter
+from btnet_tools.cli import main
+
+FACES = "synthetic:identities=24,images=4,seed=0"
+SMALL = {"epochs": 1, "batch": 16}
+DOC = Path(__file__).resolve().parents[2] / "docs" / "own-recogniser.md"
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("trunk") / "trunk.safetensors"
+    save_backbone(build_backbone(BackboneConfig(name="iresnet18", width=0.125, embedding=16)), path)
+    return path
+
+
+def test_held_out_identities_are_not_learnt_from() -> None:
+    whole, held, rest = (
+        open_faces(spec)
+        for spec in (FACES, f"held:{FACES}:percent=25", f"without:{FACES}:percent=25")
+    )
+    assert (held.num_identities, rest.num_identities, len(held) + len(rest)) == (6, 18, len(whole))
+    assert not set(whole.labels[held.indices].tolist()) & set(whole.labels[rest.indices].tolist())  # type: ignore[attr-defined]
+    assert torch.equal(held.images([3, 0])[1], held[0][0])
+    assert torch.equal(held[3][0], whole[int(held.indices[3])][0])  # type: ignore[attr-defined]
+    assert held.checksum != rest.checksum
+    with pytest.raises(ConfigError, match="percent"):
+        open_faces(f"held:{FACES}:percent=100")
+
+
+def test_adapt_trains_branches_and_compares(
+    trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    found = adapt(
+        str(trunk),
+        FACES,
+        tmp_path / "net",
+        resolutions=(7, 14),
+        percent=25,
+        say=said.append,
+        **SMALL,
+    )
+    assert (
+        set(found["before"])
+        == {"112&112", "112&14", "112&7", "14&14", "14&7", "7&7"}
+        == set(found["after"])
+    )
+    assert found["before"]["112&112"] == found["after"]["112&112"]
+    assert "branch 14: stores" in said[0]
+    assert re.search(r"branch 7: .* 4 steps of 16, about \d+ s", said[0])
+    net = BTNet.load(tmp_path / "net")
+    assert net.resolutions == (7, 14, 112)
+    assert weights_digest(net.trunk) == weights_digest(load_backbone(trunk))
+    fresh = BTNet(net.trunk, (14,)).route(14).branch.state_dict()
+    assert any(
+        not torch.equal(fresh[name], value)
+        for name, value in net.route(14).branch.state_dict().items()
+    )
+
+    monkeypatch.setattr(
+        module, "embed_all", None
+    )  # again: nothing is trained or embedded for class means
+    said.clear()
+    adapt(
+        str(trunk),
+        FACES,
+        tmp_path / "net",
+        resolutions=(7, 14),
+        percent=25,
+        say=said.append,
+        **SMALL,
+    )
+    assert said[0].count("about 0 s, done") == 2
+    other = tmp_path / "other.safetensors"
+    save_backbone(
+        build_backbone(BackboneConfig(name="iresnet18", width=0.125, embedding=16)), other
+    )
+    with pytest.raises(CheckpointError, match="another trunk"):
+        adapt(str(other), FACES, tmp_path / "net", say=said.append, **SMALL)
+
+
+def test_loose_images_without_labels(
+    trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    faces = open_faces(FACES)
+    (tmp_path / "loose").mkdir()
+    for i in range(40):
+        (tmp_path / "loose" / f"{i:02d}.png").write_bytes(encode(faces[i][0]))
+    line = [
+        "adapt",
+        "--trunk",
+        str(trunk),
+        "--faces",
+        str(tmp_path / "loose"),
+        "--out",
+        str(tmp_path / "net"),
+    ]
+    line += ["--resolutions", "14", "--set", "epochs=1", "--set", "batch=16"]
+    assert main(line) == 2
+    assert "--no-labels" in capsys.readouterr().err
+    assert main([*line, "--no-labels"]) == 0
+    out = capsys.readouterr().out
+    assert "cosine to the full-size face" in out
+    assert "class means" not in out
+    assert BTNet.load(tmp_path / "net").resolutions == (14, 112)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--trunk", "none.pth"], "none.pth"),
+        (["--faces", "nowhere"], "nowhere"),
+        (["--resolutions", "13"], r"[56, 28, 14, 7]"),
+        (["--set", "epochs=0"], "epochs"),
+        (["--set", "colour=1"], "colour"),
+        (["--set", "epochs"], "NAME=VALUE"),
+        (["--adapter", "none.py"], "none.py"),
+        (["--hold-out", "0"], "percent"),
+        (["--pairs", "none.bin"], "none.bin"),
+        (["--device", "cuda:99"], "device"),
+        (["--out", __file__], "cannot be written"),
+    ],
+)
+def test_wrong_input_is_named(
+    change: list[str], told: str, trunk: Path, tmp_path: Path, capsys
+) -> None:
+    line = [
+        "adapt",
+        "--trunk",
+        str(trunk),
+        "--faces",
+        FACES,
+        "--out",
+        str(tmp_path / "net"),
+        "--set",
+        "batch=16",
+    ]
+    assert main([*line, *change]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "net" / "train").exists()
+
+
+# ---- a network of the user's own ----
+
+
+def test_the_documented_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The page's file, its command and its call, as printed there."""
+    source, call = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    (tmp_path / "resnet_face.py").write_text(source)
+    command = re.search(r"btnet (adapt .*--adapter .*)", DOC.read_text())[1].split()  # type: ignore[index]
+    faces = open_faces("synthetic:identities=12,images=3,seed=0")
+    for i, label in enumerate(faces.labels.tolist()):
+        (tmp_path / "my_faces" / str(label)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "my_faces" / str(label) / f"{i}.png").write_bytes(encode(faces[i][0]))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    torch.save(names["ResNetFace"]().build().state_dict(), "resnet_face.pth")
+    assert (
+        main([*command, "--resolutions", "14", "7", "--set", "epochs=1", "--set", "batch=32"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "1 steps of 32, about" in out
+    assert "nan" not in out
+    assert "through the branch" in out
+    exec(call.replace("resolutions=(14, 7),", "resolutions=(14, 7), epochs=1, batch=32,"), names)
+    assert (
+        capsys.readouterr().out.count("about 0 s, done") == 2
+    )  # the same call: nothing left to do
+
+
+class Strange(Adapter):
+    """A patch layer with an even kernel, pooling, and a list of settings that each break one promise."""
+
+    embedding = 8
+    broken = ""
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 4, 4),
+            nn.BatchNorm2d(8),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8)),
+        )
+
+    def split(self, network: nn.Module) -> tuple[dict[str, nn.Module], nn.Module]:
+        patch, norm, pool, conv, head = network
+        body = {"patch.0": nn.Sequential(patch, norm), "pool": pool, "conv": conv}
+        if self.broken == "order":
+            body = {"patch.0": nn.Sequential(patch, norm), "conv": conv, "pool": pool}
+        if self.broken == "forward":
+            body["pool"] = Halve()
+        return body, head[:2] if self.broken == "head" else head
+
+
+class Halve(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.max_pool2d(x, 2)
+
+
+def test_any_layer_becomes_a_branch() -> None:
+    net = BTNet(Strange(), (28, 14))
+    assert dict(net.trunk.resolutions()) == {"patch_0": 28, "pool": 14, "conv": 14}
+    module.check_routes(net)
+    assert net(torch.zeros(2, 3, 14, 14), 14).shape == (2, 8)
+    with pytest.raises(ConfigError, match=r"\[28, 14\]"):
+        BTNet(Strange(), (7,))
+
+
+@pytest.mark.parametrize("broken", ["order", "forward"])
+def test_a_wrong_split_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Strange, "broken", broken)
+    with pytest.raises(
+        ConfigError, match="something else" if broken == "order" else "abandon_stride"
+    ):
+        module.check_routes(BTNet(Strange(), (14,)))
+
+
+def test_adapter_state_travels_with_the_btnet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    network = Strange().build()
+    torch.save(network.state_dict(), tmp_path / "mine.pth")
+    trunk = load_backbone(tmp_path / "mine.pth", Strange)
+    x = torch.rand(2, 3, 112, 112)
+    torch.testing.assert_close(trunk.eval()(x), network.eval()(x))
+    BTNet(trunk, (14,)).save(tmp_path / "net")
+    torch.testing.assert_close(BTNet.load(tmp_path / "net").eval()(x, 112), network(x))
+    with pytest.raises(CheckpointError, match="--adapter"):
+        load_backbone(tmp_path / "mine.pth")
+    monkeypatch.delitem(ADAPTERS, "Strange")
+    with pytest.raises(CheckpointError, match="--adapter"):
+        BTNet.load(tmp_path / "net")
+
+
+def test_find_adapter(tmp_path: Path) -> None:
+    file = tmp_path / "two_nets.py"
+    file.write_text(
+        "from btnet_tools.adapter import Adapter\nclass A(Adapter): pass\nclass B(Adapter): pass\n"
+    )
+    assert find_adapter(f"{file}:B").__name__ == "B"
+    for wrong in (str(file), f"{file}:C"):
+        with pytest.raises(ConfigError, match=r"\['A', 'B'\]"):
+            find_adapter(wrong)
+    file.write_text("1 / 0")
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        find_adapter(str(file))
+    with pytest.raises(ConfigError, match=r"Adapter: .* build\(\)"):
+        Adapter()
+    with pytest.raises(DataError):
+        open_faces(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_recogniser_trained_by_others_on_real_faces(btnet_data: Path, tmp_path: Path) -> None:
+    """A MobileFaceNet of 112x96, real faces by RecordIO: its own accuracy stays, a branch for 7 px appears."""
+    trunk = str(btnet_data / "mobilefacenet_casia.safetensors")
+    some = "held:lfw_devtest:percent=6,seed=2"
+    found = adapt(trunk, some, tmp_path / "net", resolutions=(7,), percent=40, epochs=2, batch=64)
+    assert found["before"]["112&112"] == found["after"]["112&112"] > 85
+    assert len(found["thresholds"]) == 3
+    net = BTNet.load(tmp_path / "net")
+    assert net.route(7).size == (7, 6)
+    assert net.embed(open_faces(some).images([0, 1]).unbind()).shape == (2, 128)

@@ -1,0 +1,145 @@
+"""btnet export: what other programs compute is what PyTorch computes, at any batch; shared weights are stored once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from btnet_core.errors import ConfigError, DataError
+from btnet_core.models.backbone import Backbone, BackboneConfig, PReLU, build_backbone
+from btnet_core.models.btnet import BTNet
+from btnet_tools.adapter import Adapter
+from btnet_tools.cli import main
+from btnet_tools.export import SUFFIXES, export
+
+ort = pytest.importorskip("onnxruntime")
+
+
+class Small(Adapter):
+    """Few layers, since torch's exporters take seconds for many; most weights in the shared head."""
+
+    embedding = 256
+
+    def build(self) -> nn.Module:
+        layers: list[nn.Module] = []
+        for stride in (4, 2, 2):
+            layers.append(
+                nn.Sequential(
+                    nn.Conv2d(16 if layers else 3, 16, 3, stride, 1), nn.BatchNorm2d(16), PReLU(16)
+                )
+            )
+        return nn.Sequential(
+            *layers, nn.Sequential(nn.Flatten(), nn.Linear(16 * 49, 256), nn.BatchNorm1d(256))
+        )
+
+    def split(self, network: nn.Module) -> tuple[dict[str, nn.Module], nn.Module]:
+        *units, head = network
+        return {f"unit{i}": unit for i, unit in enumerate(units)}, head
+
+
+def make(trunk: Backbone, resolutions: tuple[int, ...]) -> BTNet:
+    torch.manual_seed(0)
+    net = BTNet(trunk, resolutions)
+    for key, tensor in net.state_dict().items():  # statistics that are not the identity
+        if key.endswith("running_var"):
+            tensor.uniform_(0.8, 1.2)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def net() -> BTNet:
+    return make(Small(), (14, 7))
+
+
+def pixels(net: BTNet, r: int, batch: int) -> torch.Tensor:
+    size = net.trunk.config.size
+    return (
+        torch.rand(
+            batch, 3, r, r * size[1] // size[0], generator=torch.Generator().manual_seed(batch)
+        )
+        * 255
+    )
+
+
+def run(path: Path, kind: str, r: int, x: torch.Tensor) -> list[torch.Tensor]:
+    if kind == "onnx":
+        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return [
+            torch.from_numpy(value)
+            for value in session.run(["embedding", "norm"], {"pixels": x.numpy()})
+        ]
+    if kind == "torchscript":
+        return list(torch.jit.load(path)(x))
+    from torch.export.pt2_archive._package import load_pt2
+
+    return list(load_pt2(str(path)).exported_programs[str(r)].module()(x))
+
+
+@torch.no_grad()
+def check(net: BTNet, path: Path, kind: str, r: int) -> None:
+    for batch in (1, 3, 8):
+        x = pixels(net, r, batch)
+        z = net(net.trunk.normalise(x), r)
+        embedding, norm = run(path, kind, r, x)
+        torch.testing.assert_close(embedding, torch.nn.functional.normalize(z), atol=1e-4, rtol=0)
+        torch.testing.assert_close(norm, z.norm(dim=1), atol=0, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", sorted(SUFFIXES))
+def test_all_routes_in_one_file(net: BTNet, kind: str, tmp_path: Path) -> None:
+    (path,) = export(net, kind, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [f"btnet{SUFFIXES[kind]}"]
+    for r in net.resolutions:
+        check(net, path, kind, r)
+    shared = 4 * sum(p.numel() for p in net.trunk.parameters())
+    assert (
+        shared < path.stat().st_size < 2 * shared
+    )  # of three routes that each pass through the head
+    with pytest.raises(Exception, match=str(net.resolutions[0])):
+        run(path, kind, 7, pixels(net, 7, 2)[:, :, :5])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"), [("iresnet18", (112, 112)), ("mobilefacenet", (112, 96))]
+)
+def test_the_papers_trunks_in_onnxruntime(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    net = make(
+        build_backbone(BackboneConfig(name=name, width=0.25, embedding=16, size=size)), (14,)
+    )
+    for paths, resolutions in (
+        (export(net, "onnx", tmp_path), (14, 112)),
+        (export(net, "onnx", tmp_path, [14]), (14,)),
+    ):
+        for r in resolutions:
+            check(net, paths[0], "onnx", r)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_command(net: BTNet, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    net.save(tmp_path / "net")
+    line = ["export", "--model", str(tmp_path / "net"), "--out", str(tmp_path / "out"), "--format"]
+    assert main([*line, "torchscript", "--resolution", "7", "112"]) == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "btnet_112.ts",
+        "btnet_7.ts",
+    ]
+    for r in (7, 112):
+        check(net, tmp_path / "out" / f"btnet_{r}.ts", "torchscript", r)
+    for wrong in ("28", "all 7", "seven"):
+        assert main([*line, "torchscript", "--resolution", *wrong.split()]) == 2
+        assert wrong.split()[0] in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert main([*line, "onnx"]) == 2
+    assert "btnet-core[export]" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="tflite"):
+        export(net, "tflite", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file"):
+        export(net, "torchscript", tmp_path / "file")

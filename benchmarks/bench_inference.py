@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 from btnet_core import BTNet
 from btnet_core.data.faces import open_faces, open_pairs
+from btnet_core.device import autocast
 from btnet_core.errors import ConfigError
-from btnet_core.evaluation.embedders import BranchEmbedder, autocast
+from btnet_core.evaluation.embedders import BranchEmbedder
 from btnet_core.evaluation.verification import evaluate_pairs
 from btnet_core.models import fast
 from btnet_core.models.backbone import BackboneConfig, build_backbone

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from btnet_core.data.faces import open_faces
-from btnet_core.evaluation.embedders import autocast
+from btnet_core.device import autocast
 from btnet_core.models.backbone import BackboneConfig, build_backbone, embed_features, save_backbone
 from btnet_core.models.btnet import NORMS
 from btnet_core.models.costs import count_macs

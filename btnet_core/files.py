@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from btnet_core.errors import DataError
+from btnet_core.errors import CheckpointError, DataError
 
 SAMPLED_ABOVE = 2**30  # bytes; larger data gets the sampled checksum
 _BLOCK, _BLOCKS = 2**20, 64
@@ -101,3 +107,41 @@ def integer_table(text: bytes, columns: int, *, where: str) -> np.ndarray:
         tables.append(np.fromstring(text[start:stop], dtype=np.int64, sep=" ").reshape(-1, columns))
         start = stop
     return np.concatenate(tables)
+
+
+def write_safetensors(
+    path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write to a neighbouring temporary file and rename, so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        temporary,
+        metadata,
+    )
+    temporary.replace(path)
+
+
+def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; CheckpointError if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot read safetensors ({error})") from error
+
+
+def load_torch(path: Path) -> Any:
+    """``torch.load`` on the CPU that runs nothing. Raises many types for damaged or unsafe files.
+
+    An archive that unpacks to more than its own size is refused: torch stores without compression, a bomb does not.
+    """
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\3\4":
+            with zipfile.ZipFile(file) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > path.stat().st_size:
+                raise ValueError(f"unpacks to {size:,} bytes, more than the file has")
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from btnet_core.data.faces import SUFFIXES, fit, open_faces
+from btnet_core.device import autocast
 from btnet_core.errors import BTNetError, DataError
-from btnet_core.evaluation.embedders import autocast, load_methods
+from btnet_core.evaluation.embedders import load_methods
 from btnet_core.evaluation.identification import prototypes
 from btnet_core.evaluation.verification import strictest_needed
 from btnet_core.images import KERNELS, Resize, decode, resize

@@ -15,10 +15,12 @@ from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from btnet_core.data.faces import FaceSet, PairSet, open_faces, open_pairs
+from btnet_core.device import resolve_device
 from btnet_core.errors import CheckpointError, ConfigError, DataError
-from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder, resolve_device
+from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
 from btnet_core.evaluation.verification import evaluate_pairs
-from btnet_core.models.backbone import Backbone, load_backbone, read_safetensors
+from btnet_core.files import read_safetensors
+from btnet_core.models.backbone import Backbone, load_backbone
 from btnet_core.models.btnet import BTNet, coupling_layer, weights_digest
 from btnet_core.models.costs import measure_time, route_cost
 from btnet_core.training import checkpoint, methods

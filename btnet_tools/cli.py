@@ -582,7 +582,7 @@ def _adapter(options: argparse.Namespace) -> Any:
 
 
 def _model(options: argparse.Namespace) -> Any:
-    from btnet_core.evaluation.embedders import resolve_device
+    from btnet_core.device import resolve_device
     from btnet_core.models.btnet import BTNet
 
     _adapter(options)  # importing it is enough: the model names its class

@@ -122,9 +122,10 @@ def settings(blocks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]
 
 def short(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Accuracies with one digit; gains as they are, without brackets where undefined."""
-    cut = lambda cell: re.sub(r"^(\d+\.\d+)", lambda m: f"{float(m[1]):.1f}", str(cell)).replace(
-        " (-)", ""
-    )
+
+    def cut(cell):
+        return re.sub(r"^(\d+\.\d+)", lambda m: f"{float(m[1]):.1f}", str(cell)).replace(" (-)", "")
+
     return {name: {column: cut(cell) for column, cell in row.items()} for name, row in rows.items()}
 
 

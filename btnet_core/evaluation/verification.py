@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btnet_core.errors import ConfigError, DataError
+from btnet_core.files import read_safetensors, write_safetensors
 from btnet_core.images import Resize, resize
-from btnet_core.models.backbone import read_safetensors, write_safetensors
 
 CANONICAL = 112  # S, rows and columns
 TABLE1_SETTINGS = ((112, 7), (112, 14), (112, 28), (7, 7), (14, 14), (28, 28), (112, 112))
@@ -246,9 +246,10 @@ def fitted_lengths(
     ``embed_images``.
     """
     sample = _spread(faces, count)
-    embed = lambda r: embed_images(
-        embedder, sample.images, sample.num_images, r, **options
-    ).double()
+
+    def embed(r):
+        return embed_images(embedder, sample.images, sample.num_images, r, **options).double()
+
     reference = embed(CANONICAL)
     factors = {CANONICAL: 1.0}
     for r in set(resolutions) - {CANONICAL}:

@@ -10,20 +10,17 @@ from __future__ import annotations
 import json
 import re
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btnet_core.errors import CheckpointError, ConfigError, DataError
+from btnet_core.files import load_torch, read_safetensors, write_safetensors
 
 IRESNET_UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
 # MobileFaceNet (Chen et al. 2018), rows: expansion, channels, repeats, stride of the first
@@ -358,30 +355,6 @@ def save_backbone(backbone: Backbone, path: Path | str) -> None:
     )
 
 
-def write_safetensors(
-    path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
-    """Write to a neighbouring temporary file and rename, so that a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        temporary,
-        metadata,
-    )
-    temporary.replace(path)
-
-
-def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; CheckpointError if it is missing or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot read safetensors ({error})") from error
-
-
 def load_backbone(path: Path | str, adapter: type[Backbone] | None = None) -> Backbone:
     """Load a trunk: this project's .safetensors, InsightFace arcface_torch ``backbone.pth`` or a MobileFaceNet.
 
@@ -455,20 +428,6 @@ def _check_fit(module: nn.Module, state: dict[str, Tensor], where: str) -> dict[
             f"{where}: does not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:5])}{more}"
         )
     return state
-
-
-def load_torch(path: Path) -> Any:
-    """``torch.load`` on the CPU that runs nothing. Raises many types for damaged or unsafe files.
-
-    An archive that unpacks to more than its own size is refused: torch stores without compression, a bomb does not.
-    """
-    with path.open("rb") as file:
-        if file.read(4) == b"PK\3\4":
-            with zipfile.ZipFile(file) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
-            if size > path.stat().st_size:
-                raise ValueError(f"unpacks to {size:,} bytes, more than the file has")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

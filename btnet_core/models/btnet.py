@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from btnet_core.errors import CheckpointError, ConfigError, DataError
+from btnet_core.files import read_safetensors, write_safetensors
 from btnet_core.images import Resize, check_pixels, decode, from_pil, read, resize, scaled_size
 from btnet_core.models.backbone import (
     Backbone,
@@ -33,8 +34,6 @@ from btnet_core.models.backbone import (
     embed_features,
     load_strictly,
     read_config,
-    read_safetensors,
-    write_safetensors,
 )
 
 log = logging.getLogger(__name__)

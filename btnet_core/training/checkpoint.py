@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from btnet_core.errors import CheckpointError, TrainingError
-from btnet_core.models.backbone import load_torch
+from btnet_core.files import load_torch
 from btnet_core.training import distributed
 
 FORMAT = 1

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btnet_core.errors import CheckpointError, ConfigError
+from btnet_core.files import read_safetensors, write_safetensors
 from btnet_core.losses import Margin
-from btnet_core.models.backbone import read_safetensors, write_safetensors
 from btnet_core.training import distributed
 
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from btnet_core.device import resolve_device
 from btnet_core.errors import ConfigError
-from btnet_core.evaluation.embedders import resolve_device
 
 
 def start(device: str = "auto") -> torch.device:

@@ -23,7 +23,8 @@ from btnet_core.data.faces import PairSet, open_faces, open_pairs
 from btnet_core.errors import CheckpointError, ConfigError, TrainingError
 from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
 from btnet_core.evaluation.verification import evaluate_pairs
-from btnet_core.models.backbone import read_safetensors, save_backbone, write_safetensors
+from btnet_core.files import read_safetensors, write_safetensors
+from btnet_core.models.backbone import save_backbone
 from btnet_core.models.btnet import BTNet, Route, weights_digest
 from btnet_core.training import checkpoint, distributed
 from btnet_core.training.batches import Batch, TeacherCache, cache_place

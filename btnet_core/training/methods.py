@@ -10,8 +10,9 @@ from typing import Any
 
 from btnet_core.errors import CheckpointError
 from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, MultiModelEmbedder
+from btnet_core.files import read_safetensors
 from btnet_core.images import Resize
-from btnet_core.models.backbone import Backbone, load_backbone, load_strictly, read_safetensors
+from btnet_core.models.backbone import Backbone, load_backbone, load_strictly
 from btnet_core.models.btnet import BTNet, Route, coupling_layer
 from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btnet_core import losses
+from btnet_core.device import autocast, fast_bf16
 from btnet_core.errors import ConfigError
-from btnet_core.evaluation.embedders import autocast, fast_bf16
 from btnet_core.models.backbone import (
     Backbone,
     BackboneConfig,

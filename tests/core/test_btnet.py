@@ -10,15 +10,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from btnet_core.device import resolve_device
 from btnet_core.errors import CheckpointError, ConfigError, DataError
-from btnet_core.evaluation.embedders import (
-    BranchEmbedder,
-    MultiModelEmbedder,
-    UpsamplingEmbedder,
-    resolve_device,
-)
+from btnet_core.evaluation.embedders import BranchEmbedder, MultiModelEmbedder, UpsamplingEmbedder
+from btnet_core.files import write_safetensors
 from btnet_core.images import degrade, resize
-from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone, write_safetensors
+from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet, Route, coupling_layer, select_branch, weights_digest
 
 

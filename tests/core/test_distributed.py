@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from btnet_core.files import read_safetensors
 from btnet_core.losses import MARGINS
-from btnet_core.models.backbone import BackboneConfig, read_safetensors
+from btnet_core.models.backbone import BackboneConfig
 from btnet_core.training import checkpoint, distributed, methods
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.loop import train

@@ -20,8 +20,9 @@ import torch
 
 from btnet_core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from btnet_core.evaluation.embedders import load_methods
+from btnet_core.files import read_safetensors
 from btnet_core.images import resize
-from btnet_core.models.backbone import BackboneConfig, load_backbone, read_safetensors
+from btnet_core.models.backbone import BackboneConfig, load_backbone
 from btnet_core.models.btnet import BTNet, weights_digest
 from btnet_core.training import checkpoint, loop, methods
 from btnet_core.training import step as problem

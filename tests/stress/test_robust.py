@@ -121,7 +121,7 @@ def test_a_damaged_branch_or_classifier(
      '{"embedding": 1e300}', '{"width": 1e18}', "[" * 100_000],
 )  # fmt: skip
 def test_a_trunk_with_an_impossible_configuration(tmp_path: Path, metadata: str) -> None:
-    from btnet_core.models.backbone import write_safetensors
+    from btnet_core.files import write_safetensors
 
     write_safetensors(
         tmp_path / "trunk.safetensors",

@@ -35,7 +35,7 @@ MAX_SIDE = 8192  # pixels; a larger "face" is a mistake or a decompression bomb
 
 @dataclass(frozen=True, kw_only=True)
 class Resize:
-    """How images change size; recorded with every result (reproduction-notes 12, 13).
+    """How images change size; recorded with every result (paper-and-code: resize kernel, float pixels).
 
     ``bilinear`` with ``antialias`` is PIL's BILINEAR in float; without it, OpenCV's INTER_LINEAR.
     ``area`` is PIL's BOX.
@@ -87,7 +87,7 @@ def check_pixels(pixels: Tensor, name: str = "pixels") -> Tensor:
 def resize(pixels: Tensor, size: int | tuple[int, int], how: Resize | None = None) -> Tensor:
     """Resize ``(B, 3, H, W)`` or ``(3, H, W)`` pixels to ``size`` (rows, columns), on their device, to float32.
 
-    The aspect ratio is stretched when it differs (reproduction-notes 16). A no-op when the size is the same.
+    The aspect ratio is stretched when it differs (paper-and-code: branch selection). A no-op when the size is the same.
     """
     how = how or Resize()
     rows, columns = (size, size) if isinstance(size, int) else size

@@ -3,7 +3,7 @@
 A margin turns cosines into logits and leaves the softmax to the caller, so that a classifier cut over several
 processes needs one exchange only: each process holds the cosines ``(B, C_shard)`` of its own classes, ``column``
 ``(B,)`` says where in the shard the true class is (-1: on another process), ``target`` ``(B,)`` is the cosine of the
-true class wherever it lives. Nothing else depends on the number of processes (reproduction-notes 8).
+true class wherever it lives. Nothing else depends on the number of processes (paper-and-code: CurricularFace over processes).
 
 Half-precision cosines are computed in float32. Near |cos| = 1 the angle has no finite derivative; there the
 margin continues with slope 1 (``_extended``), so the value is right to 1e-6 and the gradient neither NaN nor zero.
@@ -333,7 +333,7 @@ def _pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
 def branch_loss(z_r: Tensor, z_s: Tensor, kind: str = "mean", *, channels: int = 1) -> Tensor:
     """Eq. 2, the distillation of ``z_r`` to the trunk's ``z_s``, both ``(B, C_r, r, r)``; no gradient into ``z_s``.
 
-    ``mean``: squared difference over all elements (reproduction-notes 2); ``batch_sum``: divided by the batch size V
+    ``mean``: squared difference over all elements (paper-and-code: mean in Eq. 2); ``batch_sum``: divided by the batch size V
     alone, as Eq. 2 is written (C_r r r times as large); ``cosine``: 1 - cosine over channels, mean over positions.
     ``channels``: their axis; the gradient lies in memory as the axes are given.
     """
@@ -356,7 +356,7 @@ def branch_loss(z_r: Tensor, z_s: Tensor, kind: str = "mean", *, channels: int =
 def embedding_loss(z: Tensor, z_teacher: Tensor, kind: str = "mse") -> Tensor:
     """Distance of the embeddings ``(B, D)``; no gradient into the teacher's.
 
-    ``mse``: mean squared difference of the un-normalised ones (reproduction-notes 1, the authors' extra); ``cosine``:
+    ``mse``: mean squared difference of the un-normalised ones (paper-and-code: embedding MSE, the authors' extra); ``cosine``:
     1 - cosine, the distance by which faces are compared.
     """
     z, z_teacher = z.float(), z_teacher.detach().float()

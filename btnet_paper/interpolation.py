@@ -47,7 +47,7 @@ def paper_bound(images: Tensor) -> Tensor:
     """Eq. 11, |f_xxyy| / 64 at each interior pixel: (..., H, W) -> (..., H-2, W-2).
 
     It keeps one of the remainder's three terms and bounds nothing by itself: for f = x^2 it is 0 while the
-    error reaches 1/4 (reproduction-notes, "Equation 7 is one term of three").
+    error reaches 1/4 (paper-and-code: bound of Figure 1, "Equation 7 is one term of three").
     """
     return fourth_difference(images).abs() / 64
 

@@ -46,7 +46,7 @@ def prototypes(
 ) -> tuple[np.ndarray, Tensor]:
     """One gallery entry an identity: sorted labels (K,) and the mean (K, D) of its images' un-normalised features.
 
-    Images of one identity may come from different branches (reproduction-notes 23); option: unit features first.
+    Images of one identity may come from different branches (paper-and-code: gallery prototypes); option: unit features first.
     """
     unique, inverse, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
     features = F.normalize(features.float()) if normalised else features.float()
@@ -125,7 +125,7 @@ def open_set(
 
     The AUC is the exact area under (FPIR, TPIR-N): P(mate within rank N and above an unmated probe's best), equal
     scores counting half. ``authors``: 1000 thresholds evenly spaced from the lowest to the largest unmated score,
-    the one of nearest FPIR, and the trapezoidal area over that grid (reproduction-notes 21, 22).
+    the one of nearest FPIR, and the trapezoidal area over that grid (paper-and-code: TPIR threshold, AUC).
     """
     if not len(found.mate) or not len(found.unmated):
         raise DataError(
@@ -213,7 +213,7 @@ def evaluate_strategies(
     ``sizes`` (N, 2) native (width, height), ``labels`` (N,) with -1 for unmated probes, ``in_gallery`` (N,) bool.
     Each image is embedded once at each resolution that some strategy sends it to, and its embedding multiplied by
     ``lengths[r]``, where given (``verification.fitted_lengths``). ``branches``: % of the images
-    per branch; ``scale``: mean factors by which width and height are resized (reproduction-notes 17).
+    per branch; ``scale``: mean factors by which width and height are resized (paper-and-code: no up-sampling).
     """
     from btnet_core.models.btnet import select_branch
 

@@ -1,7 +1,7 @@
 """Template (set) recognition on IJB-C (A.4, Tables 5-8): aggregation, 1:1 TAR@FAR and 1:N TPIR@FPIR.
 
 Setting r1&r2: an image's feature is f_r1(image) + f_r2(flipped image), un-normalised, times its detector score; the
-images of one medium (a video) are averaged, and the media of a template added (reproduction-notes 25).
+images of one medium (a video) are averaged, and the media of a template added (paper-and-code: template features).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def identify_merged(
     features: Tensor, ids: np.ndarray, galleries: Mapping[str, tuple[Any, Any]], probes: tuple[Any, Any],
     *, fpir: float = 0.1, device: torch.device | str = "cpu",
 ) -> OperatingPoint:  # fmt: skip
-    """The authors' 1:N (reproduction-notes 24): galleries merged, every probe mated, no rank test.
+    """The authors' 1:N (paper-and-code: IJB-C 1:N): galleries merged, every probe mated, no rank test.
 
     The threshold is the ceil(fpir * probes)-th highest of all negative pairs; the rate is the share of probes whose
     mate scores above it. ``false_rate`` is the number of higher negative pairs per probe.

@@ -118,7 +118,7 @@ def auc(similarity: Any, same: Any) -> float:
 
 
 def tar_at_far(similarity: Any, same: Any, far: float, *, authors: bool = False) -> OperatingPoint:
-    """The largest TAR whose FAR does not exceed ``far`` (reproduction-notes 27), in O(P).
+    """The largest TAR whose FAR does not exceed ``far`` (paper-and-code: TAR at FAR), in O(P).
 
     ``authors``: the ROC point whose FAR is nearest to ``far``, above or below; of equally near ones the largest TAR.
     """
@@ -300,7 +300,7 @@ def evaluate_pairs(
     """Table 1's protocol: {"112&7": {accuracy, std, folds, auc, directions}, …}, in % but for the thresholds.
 
     ``cross="both"`` averages both directions fold by fold when r1 != r2; "authors" puts only the first image of
-    each pair at r1 (reproduction-notes 28). ``options``: centre, flip, keep, device, how, batch_size.
+    each pair at r1 (paper-and-code: cross-resolution pairs). ``options``: centre, flip, keep, device, how, batch_size.
     """
     if cross not in ("both", "authors"):
         raise ConfigError(f"cross: got {cross!r}, expected 'both' or 'authors'")

@@ -73,7 +73,7 @@ def select_branch(width, height, *, indicator="max", rounding="ceil", resolution
 
 
 def coupling_layer(trunk: Backbone, r: int) -> str:
-    """Name of the first unit whose output has ``r`` rows: where a branch for r ends (reproduction-notes, rule).
+    """Name of the first unit whose output has ``r`` rows: where a branch for r ends (paper-and-code: coupling layer).
 
     Raises:
         ConfigError: the trunk has no layer of that resolution below its canonical size.
@@ -142,7 +142,7 @@ class Route(nn.Module):
                     yield f"{part}.{name}", module
 
     def trainable(self, *, bn: str = "all", fix_trunk: bool = True) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name (reproduction-notes 5).
+        """The parameters that learn, by name (paper-and-code: which batch norms learn).
 
         ``bn`` says what moves in T_r: "all" BN affines (the paper), "authors" (not those of shortcuts and of the last
         BN1d), "frozen_bn" (nothing). With ``fix_trunk=False`` all of T_r learns (Table 3; full fine-tuning). A weight

@@ -30,7 +30,7 @@ class Cost:
     route: int  # parameters that an embedding passes through
     branch: int  # parameters of B_r
     stored: int  # B_r + every BatchNorm affine of T_r: what the paper stores per resolution
-    authors: int  # trainable under the authors' mask (reproduction-notes 5)
+    authors: int  # trainable under the authors' mask (paper-and-code: which batch norms learn)
     running: int  # running means and variances stored beside them
     share: float  # stored / the trunk's parameters, 0 to 1
     macs: int  # multiply-accumulates per face

@@ -149,7 +149,7 @@ def transfer(rows: Tensor, device: torch.device) -> Tensor:
 
 
 def mirrored(pixels: Tensor, flip: Tensor) -> Tensor:
-    """Images with ``flip`` set are mirrored left to right; before any down-sampling (reproduction-notes 14)."""
+    """Images with ``flip`` set are mirrored left to right; before any down-sampling (paper-and-code: teacher)."""
     return torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
 
 

@@ -126,7 +126,7 @@ def load_classifier(path: str | Path, num_classes: int, dim: int) -> Tensor:
 
     Raises:
         CheckpointError: unreadable, or of other classes than the data (a head cannot move to another problem,
-            reproduction-notes 19).
+            paper-and-code: fresh head).
     """
     state, _ = read_safetensors(path)
     weight = state.get("weight")

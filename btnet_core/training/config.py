@@ -12,9 +12,7 @@ from btnet_core.losses import MARGINS, METRICS
 from btnet_core.models.backbone import BackboneConfig
 from btnet_core.models.btnet import BN_MODES
 
-REFERENCE_BATCH = (
-    512  # images for which `lr` is stated (128 on each of four GPUs, A.2, reproduction-notes 9)
-)
+REFERENCE_BATCH = 512  # images for which `lr` is stated (128 on each of four GPUs, A.2, paper-and-code: batch size)
 CHOICES = {
     "bn": BN_MODES,
     "loss": (*MARGINS, *METRICS),
@@ -45,7 +43,9 @@ class TrainConfig:
         ""  # unit where the branch ends; "": the layer of resolution r (3.2; Figure 7 moves it)
     )
     fix_trunk: bool = True  # T_r's convolutions stay (Section 5); False: the whole route learns
-    bn: str = "all"  # what of T_r's batch norms moves (3.4, reproduction-notes 5)
+    bn: str = (
+        "all"  # what of T_r's batch norms moves (3.4, paper-and-code: which batch norms learn)
+    )
     btnet: str = ""  # folder of the BTNet that receives the branch; "": <out>/btnet
 
     # inputs
@@ -53,7 +53,7 @@ class TrainConfig:
         112,
     )  # rows in pixels to which a trunk's inputs are shrunk and scaled back (4.1)
     size_weights: tuple[float, ...] = ()  # their probabilities; (): equal
-    resize: Resize = field(default_factory=Resize)  # reproduction-notes 12
+    resize: Resize = field(default_factory=Resize)  # paper-and-code: resize kernel
     flip: bool = True  # horizontal, probability 1/2, before down-sampling (A.2)
     shift: float = 0.0  # a branch's face is moved by up to so many of its 112 pixels, each way; the teacher's is not
 
@@ -63,8 +63,8 @@ class TrainConfig:
     scale: float | None = None  # s; None: the published value (A.2: 64)
     influence_weight: float = 1.0  # 0: distillation alone, no labels needed
     branch_weight: float = 0.0  # lambda_branch, 0.5 for phi_bt (3.3)
-    distillation: str = "mean"  # of Eq. 2, see losses.branch_loss (reproduction-notes 2)
-    embedding_weight: float = 0.0  # 1 in the authors' code (reproduction-notes 1)
+    distillation: str = "mean"  # of Eq. 2, see losses.branch_loss (paper-and-code: mean in Eq. 2)
+    embedding_weight: float = 0.0  # 1 in the authors' code (paper-and-code: embedding MSE)
     embedding: str = "mse"  # how it is measured, see losses.embedding_loss
     embedding_mirrored: bool = (
         False  # the teacher's embedding is that of the face plus its mirror image's, as in 1:1
@@ -77,7 +77,7 @@ class TrainConfig:
 
     # optimiser
     epochs: int = 25  # A.2; 10 for branches
-    batch: int = 512  # images of all processes together (reproduction-notes 9)
+    batch: int = 512  # images of all processes together (paper-and-code: batch size)
     per_identity: int = (
         1  # images of one identity that follow each other (triplet, circle need 2 or more)
     )
@@ -85,15 +85,17 @@ class TrainConfig:
         0.2  # at REFERENCE_BATCH images, scaled linearly with `batch` (A.2; 0.02 for branches)
     )
     warmup_epochs: float = 2.0  # linear from 0 (A.2; 0 for branches)
-    momentum: float = 0.9  # reproduction-notes 10
-    weight_decay: float = 5e-4  # reproduction-notes 10
-    clip_norm: float = 5.0  # of the network's gradient (reproduction-notes 10)
+    momentum: float = 0.9  # paper-and-code: optimiser
+    weight_decay: float = 5e-4  # paper-and-code: optimiser
+    clip_norm: float = 5.0  # of the network's gradient (paper-and-code: optimiser)
 
     # machine
     precision: str = "auto"  # of the network's forward pass; auto: bf16 where the processor has it
     matmul: str = "highest"  # float32 products: "highest" exact, "high" TF32 (PyTorch's names)
     compile: bool = False  # torch.compile the network
-    sync_bn: bool = False  # batch statistics over all processes (reproduction-notes 7)
+    sync_bn: bool = (
+        False  # batch statistics over all processes (paper-and-code: running statistics)
+    )
     cache: str = "auto"  # the teacher's features: in memory, in a file, or computed at every step
     cache_dir: str = ""  # where features and class means are kept for other runs of the same teacher; "": nowhere
     workers: int = 2  # decoding threads, when the data do not fit in memory

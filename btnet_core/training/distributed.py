@@ -140,7 +140,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def average_statistics(model: nn.Module) -> None:
-    """Running means and variances of batch norms become their average over processes (reproduction-notes 7)."""
+    """Running means and variances of batch norms become their average over processes (paper-and-code: running statistics)."""
     if world() > 1:
         for name, buffer in model.named_buffers():
             if name.endswith(("running_mean", "running_var")):

@@ -19,7 +19,7 @@ from btnet_core.training.config import TrainConfig
 from btnet_paper.scales import Scale, get_scale
 
 PYRAMID = (112, 56, 28, 14, 7)  # 112 / 2^i, i = 0..4
-MR_VARIANTS: dict[str, dict[str, Any]] = {  # reproduction-notes 11
+MR_VARIANTS: dict[str, dict[str, Any]] = {  # paper-and-code: sizes of phi_mr
     "v1": {"sizes": PYRAMID},
     "v2": {"sizes": PYRAMID, "size_weights": (0.3, 0.25, 0.2, 0.15, 0.1)},
     "v3": {"sizes": tuple(range(4, 113))},
@@ -27,7 +27,7 @@ MR_VARIANTS: dict[str, dict[str, Any]] = {  # reproduction-notes 11
 EMBEDDING_WEIGHT = (
     60.0  # of 1 - cosine to the teacher's embedding, times lambda_branch; chosen at the scale lfw
 )
-BRANCH = {"lr": 0.02, "warmup_epochs": 0.0, "epochs": 10}  # A.2, reproduction-notes 20
+BRANCH = {"lr": 0.02, "warmup_epochs": 0.0, "epochs": 10}  # A.2, paper-and-code: branch epochs
 ADAPT = get_scale("lfw")  # whose recipe for branches, chosen on real faces, `btnet adapt` takes
 
 

@@ -157,7 +157,7 @@ class Run:
         """Branch input ``(B, 3, r, r')``, and where distillation needs them z_s ``(B, C_r, r, r')`` and z ``(B, D)``.
 
         The teacher is the trunk in evaluation mode on the faces at full size, run up to the coupling layer and no
-        further unless its embedding is asked for (reproduction-notes 14).
+        further unless its embedding is asked for (paper-and-code: teacher).
         """
         config, x = (
             self.config,

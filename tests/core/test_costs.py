@@ -1,4 +1,4 @@
-"""The exact numbers of reproduction-notes.md, from the architecture alone."""
+"""The exact numbers of docs/paper-and-code.md.md, from the architecture alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet
 from btnet_core.models.costs import Cost, cost_table, count_macs, measure_time, route_cost
 
-# r: couple_at, route, branch, stored, authors' mask, GMACs  (reproduction-notes.md, "Exact checks")
+# r: couple_at, route, branch, stored, authors' mask, GMACs  (docs/paper-and-code.md.md, "Exact checks")
 PUBLISHED = {
     112: ("", 43_590_848, 43_590_848, 43_590_848, 43_590_848, 6.31),
     56: ("S1U1", 43_586_624, None, None, 110_784, 5.93),

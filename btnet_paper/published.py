@@ -17,7 +17,7 @@ from btnet_core.errors import ConfigError
 
 @cache
 def _published() -> dict[str, Any]:
-    return json.loads(files("btnet_core").joinpath("published.json").read_text(encoding="utf-8"))
+    return json.loads(files("btnet_paper").joinpath("published.json").read_text(encoding="utf-8"))
 
 
 def _pick(known: dict[str, Any], key: str, where: str) -> Any:

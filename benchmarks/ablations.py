@@ -24,9 +24,8 @@ import numpy as np
 from btnet_core.data.faces import open_pairs
 from btnet_core.evaluation.verification import evaluate_pairs, summarise
 from btnet_core.models.backbone import load_backbone, save_backbone
-from btnet_core.training import methods
 from btnet_core.training.launch import train_in_subprocess
-from btnet_paper import results
+from btnet_paper import plans, results
 from btnet_paper.scales import get_scale
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +67,7 @@ def main() -> None:
             for method in {"phi_hr", scale.teacher}:
                 path = f"{method}/trunk.safetensors"
                 save_backbone(load_backbone(source / path), models / path)
-        every = methods.ablations(changed, models, seed=seed)
+        every = plans.ablations(changed, models, seed=seed)
         plan = {
             t: {row: c for row, c in every[t].items() if any(part in row for part in options.rows)}
             for t in options.tables
@@ -78,7 +77,7 @@ def main() -> None:
             out = models / "ablations" / config.name
             shared = str(source / "teacher") if r < 56 else ""  # gigabytes at 56
             train_in_subprocess(config.replace(cache_dir=shared), out)
-            embedder = methods.load_run(trunk, out, how=config.resize)
+            embedder = plans.load_run(trunk, out, how=config.resize)
             report = summarise(
                 [evaluate_pairs(embedder, pairs, [(112, r), (r, r)], keep=keep, how=config.resize)]
             )

@@ -25,9 +25,8 @@ from btnet_core.evaluation.verification import evaluate_pairs, fitted_lengths
 from btnet_core.files import find
 from btnet_core.images import Resize
 from btnet_core.models.backbone import load_backbone, save_backbone
-from btnet_core.training import methods
 from btnet_core.training.loop import train
-from btnet_paper import results
+from btnet_paper import plans, results
 from btnet_paper.scales import Scale, get_scale
 from btnet_paper.standins import survface_standin
 from btnet_paper.summary import FITTED
@@ -61,7 +60,7 @@ def main() -> None:
             save_backbone(
                 load_backbone(find(scale.pretrained)), models / "phi_hr" / "trunk.safetensors"
             )
-        plan = methods.plan(scale, models, seed=seed)
+        plan = plans.plan(scale, models, seed=seed)
         for name in ("phi_hr", "phi_mr", *(f"phi_bt_{r}" for r in options.resolutions)):
             if seed and name in plan:
                 shared = (

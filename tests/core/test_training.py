@@ -33,6 +33,7 @@ from btnet_core.training.launch import train_in_subprocess
 from btnet_core.training.loop import train
 from btnet_core.training.progress import read_metrics
 from btnet_core.training.step import prepare
+from btnet_paper import plans
 from btnet_paper.scales import get_scale
 
 FACES = "synthetic:identities=6,images=6,seed=0"
@@ -65,7 +66,7 @@ def test_every_run_of_table_1_at_a_tiny_scale(tmp_path: Path) -> None:
     quick = {**QUICK, "epochs": 1}
     tiny = type(demo)(**{**vars(demo), "faces": FACES, "pairs": (), "backbone": TINY, "hr": quick, "trunk": quick,
                          "specialist": quick, "branch": quick})  # fmt: skip
-    for name, config in methods.plan(tiny, tmp_path).items():
+    for name, config in plans.plan(tiny, tmp_path).items():
         metrics = train(config, tmp_path / name, device="cpu", show="none")
         assert np.isfinite(metrics["loss"]), name
     found = load_methods(tmp_path, device="cpu")

@@ -12,10 +12,9 @@ import torch
 from btnet_core.errors import CheckpointError, ConfigError
 from btnet_core.evaluation.embedders import BranchEmbedder, MultiModelEmbedder
 from btnet_core.models.backbone import BackboneConfig, build_backbone, load_backbone, save_backbone
-from btnet_core.training import methods
 from btnet_core.training.classifier import fresh_weight, save_classifier
 from btnet_core.training.loop import train
-from btnet_paper import published
+from btnet_paper import plans, published
 from btnet_paper.scales import SCALES, get_scale
 
 FACES = "synthetic:identities=6,images=6,seed=0"
@@ -41,7 +40,7 @@ def changed(config, standard) -> set[str]:
 
 
 def test_rows_are_the_papers_and_each_changes_what_its_name_says(models: Path) -> None:
-    plan = methods.ablations(tiny(), models)
+    plan = plans.ablations(tiny(), models)
     assert list(plan["table3"]) == list(published.table("table3"))
     assert list(plan["table4"]) == list(published.table("table4"))
     rows, standard = list(plan["table3"].values()), plan["table4"]["CurricularFace"]
@@ -69,21 +68,21 @@ def test_rows_are_the_papers_and_each_changes_what_its_name_says(models: Path) -
     (("beyond", "all of the trunk fine-tuned (Section 3.4)"), MultiModelEmbedder),
 ])  # fmt: skip
 def test_what_a_run_trained_is_loaded(models: Path, row: tuple[str, str], kind: type) -> None:
-    config = methods.ablations(tiny(), models)[row[0]][row[1]]
+    config = plans.ablations(tiny(), models)[row[0]][row[1]]
     train(config, models / "run", device="cpu", show="none")
-    embedder = methods.load_run(
+    embedder = plans.load_run(
         load_backbone(models / "phi_mr" / "trunk.safetensors"), models / "run", device="cpu"
     )
     assert type(embedder) is kind
     if kind is MultiModelEmbedder:  # an unfinished one is named
         (models / "run" / "run.json").unlink()
         with pytest.raises(CheckpointError, match="not been finished"):
-            methods.load_run(load_backbone(models / "phi_mr" / "trunk.safetensors"), models / "run")
+            plans.load_run(load_backbone(models / "phi_mr" / "trunk.safetensors"), models / "run")
     assert embedder(torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8), 7).shape == (2, 16)
 
 
 def test_teacher_features_are_kept_for_other_runs(models: Path) -> None:
-    plan = methods.ablations(tiny(), models)["table4"]
+    plan = plans.ablations(tiny(), models)["table4"]
     train(plan["CurricularFace"], models / "a", device="cpu", show="none")
     (folder,) = (models / "teacher").iterdir()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -96,17 +95,17 @@ def test_teacher_features_are_kept_for_other_runs(models: Path) -> None:
 
 def test_the_quick_scale_has_the_headline_rows_alone(tmp_path: Path) -> None:
     quick, full = get_scale("lfw-quick"), get_scale("lfw")
-    assert list(methods.plan(quick, tmp_path)) == ["phi_mr", "phi_bt_28", "phi_bt_14", "phi_bt_7"]
-    names = list(methods.plan(full, tmp_path))
+    assert list(plans.plan(quick, tmp_path)) == ["phi_mr", "phi_bt_28", "phi_bt_14", "phi_bt_7"]
+    names = list(plans.plan(full, tmp_path))
     assert names[:3] == ["phi_mr", "phi_mr_v2", "phi_mr_v3"]
     assert names[-3:] == ["phi_bt_28", "phi_bt_14", "phi_bt_7"]
-    epochs = {name: (methods.plan(quick, tmp_path)[name].epochs, methods.plan(full, tmp_path)[name].epochs)
+    epochs = {name: (plans.plan(quick, tmp_path)[name].epochs, plans.plan(full, tmp_path)[name].epochs)
               for name in ("phi_mr", "phi_bt_14")}  # fmt: skip
     assert all(few < many for few, many in epochs.values())
-    from_mr = methods.plan(get_scale("lfw-mr"), tmp_path)
+    from_mr = plans.plan(get_scale("lfw-mr"), tmp_path)
     assert list(from_mr) == ["phi_mr", "phi_bt_56", "phi_bt_28", "phi_bt_14", "phi_bt_7"]
     assert from_mr["phi_bt_14"].init == str(tmp_path / "phi_mr" / "trunk.safetensors")
-    assert methods.plan(full, tmp_path)["phi_bt_14"].init == str(
+    assert plans.plan(full, tmp_path)["phi_bt_14"].init == str(
         tmp_path / "phi_hr" / "trunk.safetensors"
     )
     with pytest.raises(ConfigError, match="lfw-quick"):
@@ -115,7 +114,7 @@ def test_the_quick_scale_has_the_headline_rows_alone(tmp_path: Path) -> None:
 
 
 def test_the_scale_from_scratch_trains_its_own_trunk(tmp_path: Path) -> None:
-    plan = methods.plan(get_scale("lfw-scratch"), tmp_path)
+    plan = plans.plan(get_scale("lfw-scratch"), tmp_path)
     assert list(plan) == [
         "phi_hr",
         "phi_mr",

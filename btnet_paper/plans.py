@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from btnet_core.errors import CheckpointError
 from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, MultiModelEmbedder
+from btnet_core.files import read_safetensors
 from btnet_core.images import Resize
-from btnet_core.models.backbone import Backbone, load_backbone
-from btnet_core.models.btnet import BTNet, coupling_layer
+from btnet_core.models.backbone import Backbone, load_backbone, load_strictly
+from btnet_core.models.btnet import BTNet, Route, coupling_layer
 from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.methods import (
     figure7,
     full_finetuning,
-    load_route,
     phi_bt,
     phi_hr,
     phi_mm,
@@ -27,6 +28,21 @@ from btnet_paper.scales import Scale
 EMBEDDING_WEIGHT = (
     60.0  # of 1 - cosine to the teacher's embedding, times lambda_branch; chosen at the scale lfw
 )
+
+
+def load_route(trunk: Backbone, path: Path | str) -> BTNet:
+    """A BTNet of ``trunk`` with a route that has all weights of its own (``route.safetensors``, Table 3's upper rows).
+
+    Raises:
+        CheckpointError: the file holds no route, or one that does not fit.
+    """
+    state, facts = read_safetensors(path)
+    if "couple_at" not in facts:
+        raise CheckpointError(f"{path}: holds no route")
+    btnet, r = BTNet(trunk, ()), int(facts["r"])
+    btnet.routes[str(r)] = Route(copy.deepcopy(trunk), r, couple_at=facts["couple_at"])
+    load_strictly(btnet.route(r), state, str(path))
+    return btnet
 
 
 def load_run(trunk: Backbone, folder: Path, **options: Any) -> Embedder:

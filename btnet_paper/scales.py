@@ -77,7 +77,7 @@ SCALES = {
                 "lr": 1.6,
                 "warmup_epochs": 0.2,
                 "margin": 0.2,
-                "scale": 32.0,
+                "s": 32.0,
             },
             trunk={
                 "epochs": 1,
@@ -85,7 +85,7 @@ SCALES = {
                 "lr": 1.2,
                 "warmup_epochs": 0.1,
                 "margin": 0.2,
-                "scale": 32.0,
+                "s": 32.0,
             },
             specialist={
                 "epochs": 1,
@@ -93,9 +93,9 @@ SCALES = {
                 "lr": 1.2,
                 "warmup_epochs": 0.1,
                 "margin": 0.2,
-                "scale": 32.0,
+                "s": 32.0,
             },
-            branch={"epochs": 2, "batch": 32, "lr": 1.6, "margin": 0.2, "scale": 32.0},
+            branch={"epochs": 2, "batch": 32, "lr": 1.6, "margin": 0.2, "s": 32.0},
             # Deviation: 7 px and half the faces, so that eighteen runs take minutes.
             ablation={
                 "data": "synthetic:identities=400,images=8,seed=0",
@@ -103,7 +103,7 @@ SCALES = {
                 "batch": 32,
                 "lr": 1.6,
                 "margin": 0.2,
-                "scale": 32.0,
+                "s": 32.0,
             },
             ablated=7,
         ),
@@ -125,7 +125,7 @@ SCALES = {
                 "lr": 0.1,
                 "warmup_epochs": 0.2,
                 "margin": 0.2,
-                "scale": 32.0,
+                "s": 32.0,
             },
             specialist={
                 "epochs": 1,
@@ -133,14 +133,14 @@ SCALES = {
                 "lr": 0.1,
                 "warmup_epochs": 0.2,
                 "margin": 0.2,
-                "scale": 32.0,
+                "s": 32.0,
             },
             # Deviation: the embeddings are distilled, too, from moved faces; notebook 07 has Eq. 3 alone beside it.
             branch={
                 "batch": 128,
                 "lr": 0.5,
                 "margin": 0.2,
-                "scale": 32.0,
+                "s": 32.0,
                 "embedding": "cosine",
                 "embedding_weight": 60.0,
                 "embedding_mirrored": True,
@@ -150,7 +150,7 @@ SCALES = {
             # 30 epochs at 7 px lost 0.9 and 1.1 points (112&7, 7&7, folds 1-5): 15,675 faces are learned by heart.
             epochs={56: 1, 28: 6, 14: 20, 7: 12},
             # Deviation: 7 px, where twenty runs take less than an hour.
-            ablation={"epochs": 2, "batch": 128, "lr": 0.5, "margin": 0.2, "scale": 32.0},
+            ablation={"epochs": 2, "batch": 128, "lr": 0.5, "margin": 0.2, "s": 32.0},
             ablated=7,
         ),
         Scale(
@@ -170,7 +170,7 @@ def _scratch(scale: Scale) -> Scale:
     return replace(
         scale, name=f"{scale.name}-scratch", pretrained="", teacher="phi_mr", variants=("v1",),
         claim="LFW and CelebA faces (15,675 images) and a small IResNet trained on them from scratch: real, but small.",
-        hr={"epochs": 8, "batch": 64, "lr": 0.8, "warmup_epochs": 0.2, "margin": 0.2, "scale": 32.0},
+        hr={"epochs": 8, "batch": 64, "lr": 0.8, "warmup_epochs": 0.2, "margin": 0.2, "s": 32.0},
         trunk={**scale.trunk, "batch": 64, "lr": 0.4}, specialist={**scale.specialist, "batch": 64, "lr": 0.4},
         epochs={28: 2, 14: 6, 7: 6},
     )  # fmt: skip

@@ -60,7 +60,7 @@ class TrainConfig:
     # L = influence_weight L_influence + branch_weight (L_branch + embedding_weight L_embedding), Eq. 3
     loss: str = "curricularface"  # L_influence (3.3; Table 4 has others)
     margin: float | None = None  # m; None: the loss's published value (A.2: 0.5)
-    scale: float | None = None  # s; None: the published value (A.2: 64)
+    s: float | None = None  # length of normalised embeddings; None: the published value (A.2: 64)
     influence_weight: float = 1.0  # 0: distillation alone, no labels needed
     branch_weight: float = 0.0  # lambda_branch, 0.5 for phi_bt (3.3)
     distillation: str = "mean"  # of Eq. 2, see losses.branch_loss (paper-and-code: mean in Eq. 2)

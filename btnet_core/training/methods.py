@@ -5,13 +5,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from btnet_core.errors import CheckpointError
-from btnet_core.files import read_safetensors
-from btnet_core.models.backbone import Backbone, load_strictly
-from btnet_core.models.btnet import BTNet, Route
 from btnet_core.training.config import TrainConfig
 
 PYRAMID = (112, 56, 28, 14, 7)  # 112 / 2^i, i = 0..4
@@ -25,12 +20,11 @@ RECIPE: dict[str, Any] = {  # of `btnet adapt`, chosen on the real faces of the 
     "batch": 128,
     "lr": 0.5,
     "margin": 0.2,
-    "scale": 32.0,
+    "s": 32.0,
     "embedding": "cosine",
     "embedding_weight": 60.0,
     "embedding_mirrored": True,
     "shift": 4.0,
-    "validation": (),
 }
 RECIPE_EPOCHS = {56: 1, 28: 6, 14: 20, 7: 12}  # of the branch of r
 
@@ -116,20 +110,3 @@ def figure7(
         kappa,
         **{"name": f"figure7_{r}_{couple_at}", "couple_at": couple_at, **changes},
     )
-
-
-def load_route(trunk: Backbone, path: Path | str) -> BTNet:
-    """A BTNet of ``trunk`` with a route that has all weights of its own (``route.safetensors``, Table 3's upper rows).
-
-    Raises:
-        CheckpointError: the file holds no route, or one that does not fit.
-    """
-    import copy
-
-    state, facts = read_safetensors(path)
-    if "couple_at" not in facts:
-        raise CheckpointError(f"{path}: holds no route")
-    btnet, r = BTNet(trunk, ()), int(facts["r"])
-    btnet.routes[str(r)] = Route(copy.deepcopy(trunk), r, couple_at=facts["couple_at"])
-    load_strictly(btnet.route(r), state, str(path))
-    return btnet

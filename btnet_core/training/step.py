@@ -363,7 +363,7 @@ def _criteria(
     else:
         weight = classifier.load_classifier(config.classifier, faces.num_identities, dim)
     name = "normface" if config.loss == "center" else config.loss
-    margin = losses.build_margin(name, margin=config.margin, scale=config.scale)
+    margin = losses.build_margin(name, margin=config.margin, scale=config.s)
     kappa = classifier.Classifier(
         weight, margin, sample_rate=config.sample_rate, seed=config.seed
     ).to(device)

@@ -82,7 +82,7 @@ def test_every_run_of_table_1_at_a_tiny_scale(tmp_path: Path) -> None:
 
 def test_learning_lowers_the_loss(tmp_path: Path) -> None:
     config = methods.phi_hr(
-        FACES, backbone=TINY, **{**QUICK, "epochs": 12, "margin": 0.1, "scale": 16.0}
+        FACES, backbone=TINY, **{**QUICK, "epochs": 12, "margin": 0.1, "s": 16.0}
     )
     train(config, tmp_path, device="cpu", show="none")
     losses = [row["loss"] for row in read_metrics(tmp_path)]
@@ -200,7 +200,7 @@ def test_rows_of_table_3(trunk: Path, tmp_path: Path, row: str) -> None:
     if row in ("fix_trunk", "distillation"):
         assert BTNet.load(tmp_path / "btnet").resolutions == (14, 112)
     else:
-        own = methods.load_route(
+        own = plans.load_route(
             load_backbone(trunk / "trunk.safetensors"), tmp_path / "route.safetensors"
         )
         assert own.route(14).eval()(torch.zeros(1, 3, 14, 14)).shape == (1, 16)

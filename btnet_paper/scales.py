@@ -1,206 +1,128 @@
-"""The three scales at which the same notebooks run: demo, lfw, paper. Every result names the one that made it."""
+"""The scales of the experiment, each a page under ``configs/``: what is trained, on what, and how.
+
+Every result names the scale that made it. A page lists fields of :class:`Scale`; one with
+``base: lfw`` takes the page of that name and changes what it lists.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
+
+import yaml
 
 from btnet_core.errors import ConfigError
 from btnet_core.models.backbone import BackboneConfig
+from btnet_core.training.config import TrainConfig
 
-SIX_SETS = ("lfw.bin", "cfp_ff.bin", "cfp_fp.bin", "agedb_30.bin", "calfw.bin", "cplfw.bin")
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+ROOT = Path(__file__).resolve().parents[1]
+# Fields that hold fields of TrainConfig: a page changes those of its base one by one.
+RUNS = ("hr", "trunk", "specialist", "branch", "ablation")
+Spec = str | dict[str, Any]  # of faces or pairs: a path, or a kind with its arguments
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What a scale trains, on what, and how its numbers may be read. Specs are those of datasets.open_faces/pairs."""
+    """What a scale trains, on what, and how its numbers may be read."""
 
     name: str
     claim: str  # one sentence shown beside every number
-    faces: str  # training faces
-    pairs: tuple[str, ...]  # verification sets; accuracies are their mean
-    others: str  # identity-labelled faces of people outside `faces`: stand-ins for galleries and templates
-    backbone: BackboneConfig  # of the trunk that is trained here
-    pretrained: str = ""  # phi_hr trained by others; "" trains it here
+    faces: Spec  # training faces, for data.faces.open_faces
+    pairs: tuple[Spec, ...]  # verification sets, for data.pairs.open_pairs; their mean is shown
+    others: Spec  # faces of people outside `faces`: stand-ins for galleries and templates
+    backbone: BackboneConfig  # of a trunk that is trained from random weights
+    pretrained: str = ""  # file of phi_hr trained by others; "": it is trained here
     resolutions: tuple[int, ...] = (28, 14, 7)  # of the branches, rows in pixels
     pictures: bool = False  # whether its faces may be shown in committed figures
-    from_hr: bool = (
-        False  # Deviation where True: phi_mr and phi_mm start from phi_hr, not from random weights
-    )
-    hr: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # TrainConfig fields for phi_hr
-    trunk: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for phi_mr
-    specialists: bool = True  # train phi_mm
-    specialist: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for each phi_mm
-    branch: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # for each branch of phi_bt
-    epochs: Mapping[int, int] = field(
-        default_factory=lambda: MappingProxyType({})
-    )  # of the branch of r, where it has its own
-    teacher: str = "phi_mr"  # the trunk that phi_bt's branches join
+    from_hr: bool = False  # Deviation where True: phi_mr starts from phi_hr
+    teacher: str = "phi_mr"  # the trunk that the branches join
     variants: tuple[str, ...] = ("v1",)  # of phi_mr: candidate sizes (methods.MR_VARIANTS)
-    ablation: Mapping[str, Any] = field(
-        default_factory=lambda: NOTHING
-    )  # TrainConfig fields for notebook 07's runs
-    ablated: int = 14  # resolution of those runs
+    specialists: bool = True  # whether phi_mm is trained
+    hr: dict[str, Any] = field(default_factory=dict)  # fields of TrainConfig for phi_hr
+    trunk: dict[str, Any] = field(default_factory=dict)  # for phi_mr
+    specialist: dict[str, Any] = field(default_factory=dict)  # for each phi_mm
+    branch: dict[str, Any] = field(default_factory=dict)  # for each branch of phi_bt
+    epochs: dict[int, int] = field(default_factory=dict)  # of the branch of r, where not `branch`'s
+    ablation: dict[str, Any] = field(default_factory=dict)  # for the runs of Section 5
+    ablated: int = 14  # resolution of those runs, rows in pixels
 
     @property
-    def shown(self) -> str:
-        """Faces for pictures, which may be published: its own, or where those are of real people the demo's."""
-        return self.faces if self.pictures else SCALES["demo"].faces
+    def shown(self) -> Spec:
+        """Faces for pictures that may be published: its own, or the demo's if its are real."""
+        return self.faces if self.pictures else get_scale("demo").faces
 
-    def run_dir(self, given: str = "") -> Path:
-        """The folder of this scale's runs: ``given``, or ``runs/<name>`` of the repository."""
-        return Path(given) if given else Path(__file__).resolve().parents[1] / "runs" / self.name
-
-
-SCALES = {
-    scale.name: scale
-    for scale in (
-        Scale(
-            name="demo",
-            claim="Synthetic faces and a small trunk trained for minutes on a CPU: shows the method, not its numbers.",
-            faces="synthetic:identities=400,images=16,seed=0",
-            pairs=(
-                "pairs:synthetic:identities=150,images=6,seed=0,first=100000:count=1500,seed=0",
-            ),
-            others="synthetic:identities=150,images=6,seed=0,first=100000",
-            backbone=BackboneConfig(name="iresnet18", width=0.25, embedding=128),
-            pictures=True,
-            from_hr=True,
-            # Deviation: a margin of 0.2 and s = 32; a margin of 0.5 left phi_mr near 70 % after so few steps.
-            hr={
-                "epochs": 2,
-                "batch": 32,
-                "lr": 1.6,
-                "warmup_epochs": 0.2,
-                "margin": 0.2,
-                "s": 32.0,
-            },
-            trunk={
-                "epochs": 1,
-                "batch": 32,
-                "lr": 1.2,
-                "warmup_epochs": 0.1,
-                "margin": 0.2,
-                "s": 32.0,
-            },
-            specialist={
-                "epochs": 1,
-                "batch": 32,
-                "lr": 1.2,
-                "warmup_epochs": 0.1,
-                "margin": 0.2,
-                "s": 32.0,
-            },
-            branch={"epochs": 2, "batch": 32, "lr": 1.6, "margin": 0.2, "s": 32.0},
-            # Deviation: 7 px and half the faces, so that eighteen runs take minutes.
-            ablation={
-                "data": "synthetic:identities=400,images=8,seed=0",
-                "epochs": 1,
-                "batch": 32,
-                "lr": 1.6,
-                "margin": 0.2,
-                "s": 32.0,
-            },
-            ablated=7,
-        ),
-        Scale(
-            name="lfw",
-            claim="LFW and CelebA faces (15,675 images) and a MobileFaceNet that others trained: real, but small.",
-            faces="faces_train",
-            pairs=("lfw_devtest_6000.bin",),
-            others="lfw_devtest",
-            backbone=BackboneConfig(name="iresnet18", width=0.25, embedding=128),
-            pretrained="mobilefacenet_casia.safetensors",
-            from_hr=True,
-            teacher="phi_hr",
-            variants=("v1", "v2", "v3"),
-            # Deviation: margin 0.2, s = 32 against class means; settings chosen on folds 1-5 of the pairs.
-            trunk={
-                "epochs": 2,
-                "batch": 128,
-                "lr": 0.1,
-                "warmup_epochs": 0.2,
-                "margin": 0.2,
-                "s": 32.0,
-            },
-            specialist={
-                "epochs": 1,
-                "batch": 128,
-                "lr": 0.1,
-                "warmup_epochs": 0.2,
-                "margin": 0.2,
-                "s": 32.0,
-            },
-            # Deviation: the embeddings are distilled, too, from moved faces; notebook 07 has Eq. 3 alone beside it.
-            branch={
-                "batch": 128,
-                "lr": 0.5,
-                "margin": 0.2,
-                "s": 32.0,
-                "embedding": "cosine",
-                "embedding_weight": 60.0,
-                "embedding_mirrored": True,
-                "shift": 4.0,
-                "validation": (),
-            },
-            # 30 epochs at 7 px lost 0.9 and 1.1 points (112&7, 7&7, folds 1-5): 15,675 faces are learned by heart.
-            epochs={56: 1, 28: 6, 14: 20, 7: 12},
-            # Deviation: 7 px, where twenty runs take less than an hour.
-            ablation={"epochs": 2, "batch": 128, "lr": 0.5, "margin": 0.2, "s": 32.0},
-            ablated=7,
-        ),
-        Scale(
-            name="paper",
-            claim="MS1Mv3 and the hyper-parameters of Appendix A.2, as the paper.",
-            faces="ms1m-retinaface-t1",
-            pairs=SIX_SETS,
-            others="lfw",
-            backbone=BackboneConfig(name="iresnet50"),
-        ),
-    )
-}
+    def run_dir(self, given: str | Path = "") -> Path:
+        """Returns the folder of this scale's runs: ``given``, or the repository's ``runs/NAME``."""
+        return Path(given) if given else ROOT / "runs" / self.name
 
 
-def _scratch(scale: Scale) -> Scale:
-    """The same comparison where nothing was trained by others: a small IResNet from random weights."""
-    return replace(
-        scale, name=f"{scale.name}-scratch", pretrained="", teacher="phi_mr", variants=("v1",),
-        claim="LFW and CelebA faces (15,675 images) and a small IResNet trained on them from scratch: real, but small.",
-        hr={"epochs": 8, "batch": 64, "lr": 0.8, "warmup_epochs": 0.2, "margin": 0.2, "s": 32.0},
-        trunk={**scale.trunk, "batch": 64, "lr": 0.4}, specialist={**scale.specialist, "batch": 64, "lr": 0.4},
-        epochs={28: 2, 14: 6, 7: 6},
-    )  # fmt: skip
-
-
-def _quick(scale: Scale) -> Scale:
-    """The headline rows alone (hr, mr, bt at 28, 14, 7), with a sixth of the epochs."""
-    return replace(
-        scale, name=f"{scale.name}-quick", claim=f"{scale.claim} Quick: fewer epochs, headline rows alone.",
-        epochs={r: max(1, epochs // 6) for r, epochs in scale.epochs.items()},
-        variants=("v1",), specialists=False,
-        trunk={**scale.trunk, "epochs": 1}, ablation={**scale.ablation, "epochs": 1},
-    )  # fmt: skip
-
-
-def _from_mr(scale: Scale) -> Scale:
-    """The paper's trunk, phi_mr, under the branches, and one more of 56 px; half the epochs at 14 and 7 px."""
-    return replace(scale, name=f"{scale.name}-mr", teacher="phi_mr", variants=("v1",), specialists=False,
-                   resolutions=(56, *scale.resolutions), epochs={56: 1, 28: 6, 14: 10, 7: 6})  # fmt: skip
-
-
-SCALES |= {
-    "lfw-mr": _from_mr(SCALES["lfw"]),
-    "lfw-quick": _quick(SCALES["lfw"]),
-    "lfw-scratch": _scratch(SCALES["lfw"]),
-}
+def pages() -> dict[str, Path]:
+    """Returns the scales' pages by name: those of ./configs, else the repository's."""
+    for folder in (Path("configs"), ROOT / "configs"):
+        if found := sorted(folder.resolve().glob("*.yaml")):
+            return {path.stem: path for path in found}
+    return {}
 
 
 def get_scale(name: str) -> Scale:
-    """The scale of that name; ConfigError lists the known ones."""
-    if name not in SCALES:
-        raise ConfigError(f"scale: got {name!r}, expected one of {', '.join(SCALES)}")
-    return SCALES[name]
+    """Returns the scale of that name, or of the page whose path ``name`` is.
+
+    Raises:
+        ConfigError: there is no such page, or it is not one; the message names page and field.
+    """
+    known = pages()
+    path = Path(name) if name.endswith(".yaml") else known.get(name)
+    if path is None:
+        raise ConfigError(f"scale: got {name!r}, expected one of {', '.join(known)}")
+    values = _read(path)
+    values |= {key: _spelt(values[key]) for key in ("faces", "others") if key in values}
+    values["pairs"] = tuple(map(_spelt, values.get("pairs", ())))
+    if "data" in values.get("ablation", {}):
+        values["ablation"]["data"] = _spelt(values["ablation"]["data"])
+    try:
+        values["backbone"] = BackboneConfig(**values["backbone"])
+        return Scale(name=path.stem, **values)
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the fields of a page, those of its base under its own."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: got {type(values).__name__}, expected `field: value` lines")
+    _check(path, values)
+    base = values.pop("base", None)
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    if base is None:
+        return values
+    below = _read(path.with_name(f"{base}.yaml"))
+    merged = {
+        key: {**below.get(key, {}), **values[key]} for key in (*RUNS, "epochs") if key in values
+    }
+    return below | values | merged
+
+
+def _check(path: Path, values: dict[str, Any]) -> None:
+    """Raises ConfigError for a field that a scale, or one of its runs, does not have."""
+    known = {entry.name for entry in fields(Scale)} - {"name"} | {"base"}
+    if unknown := values.keys() - known:
+        raise ConfigError(f"{path}: unknown {sorted(unknown)}, expected some of {sorted(known)}")
+    trained = {entry.name for entry in fields(TrainConfig)}
+    for run in RUNS:
+        if unknown := (values.get(run) or {}).keys() - trained:
+            raise ConfigError(f"{path}: {run}: unknown {sorted(unknown)}, see TrainConfig")
+
+
+def _spelt(spec: Any) -> Any:
+    """A spec of faces or pairs as the string that open_faces and open_pairs read today."""
+    if not isinstance(spec, dict):
+        return spec
+    options = ",".join(f"{k}={v}" for k, v in spec.items() if k not in ("kind", "faces"))
+    if spec["kind"] == "drawn":
+        return f"pairs:{_spelt(spec['faces'])}:{options}"
+    return f"{spec['kind']}:{options}"

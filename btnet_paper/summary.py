@@ -13,7 +13,7 @@ from typing import Any
 from btnet_core.errors import DataError
 from btnet_paper import published, results
 from btnet_paper.gains import gains, show_gain
-from btnet_paper.scales import SCALES
+from btnet_paper.scales import pages
 
 Tables = dict[str, dict[str, dict[str, Any]]]
 TABLES = tuple(f"table{number}" for number in range(1, 9))
@@ -40,7 +40,7 @@ def collect(folders: Iterable[Path]) -> dict[tuple[str, str], dict[str, Any]]:
                     f"{path} holds a {type(record).__name__}, expected what results.record writes"
                 )
             if (
-                record.get("scale") in SCALES and path.stem != "11_summary"
+                record.get("scale") in pages() and path.stem != "11_summary"
             ):  # which is made of these
                 found[record["scale"], record.get("name", path.stem)] = record | {"path": path}
     return found
@@ -49,13 +49,13 @@ def collect(folders: Iterable[Path]) -> dict[tuple[str, str], dict[str, Any]]:
 def everything(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """What is recorded in the repository (figures/results), then in the runs of all scales beside `run_dir`, and there."""
     return collect(
-        [results.ROOT / "figures", *(run_dir.parent / scale for scale in SCALES), run_dir]
+        [results.ROOT / "figures", *(run_dir.parent / scale for scale in pages()), run_dir]
     )
 
 
 def scales(records: Mapping[tuple[str, str], Any]) -> list[str]:
     """The three scales, run or not, and quick ones that were run."""
-    return [scale for scale in SCALES if "-" not in scale or any(of == scale for of, _ in records)]
+    return [scale for scale in pages() if "-" not in scale or any(of == scale for of, _ in records)]
 
 
 def ours(record: Mapping[str, Any]) -> Tables:

@@ -133,10 +133,10 @@ def describe(entry: Entry) -> dict[str, Any]:
 
 def table() -> str:
     """What ``btnet data`` prints."""
-    from btnet_paper.scales import SCALES
+    from btnet_paper.scales import get_scale, pages
 
     lines = []
-    for scale in SCALES.values():
+    for scale in map(get_scale, pages()):
         lines.append(f"scale {scale.name}: faces {scale.faces}; pairs {', '.join(scale.pairs)}")
     for entry in ENTRIES:
         row = describe(entry)

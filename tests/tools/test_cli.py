@@ -58,7 +58,7 @@ def test_the_scales_offered_are_those_there_are() -> None:
     from btnet_paper import scales
     from btnet_tools import cli
 
-    assert set(cli.SCALES) == set(scales.SCALES)
+    assert set(cli.SCALES) == set(scales.pages())
 
 
 def test_quick_is_a_scale_of_its_own_with_the_headline_notebooks(

@@ -2,36 +2,122 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from btnet_core.errors import ConfigError
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+# of a processor, by torch's names: those that decide how fast a network runs
+INSTRUCTIONS = (
+    "avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni",
+    "amx_tile", "amx_int8", "amx_bf16", "amx_fp16",
+)  # fmt: skip
+
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU; anything else is torch's own name for a device."""
+    """Returns the device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: torch knows no such device, or sees no CUDA device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device: got {device!r} ({error})") from error
+    except RuntimeError:
+        raise ConfigError(f"device: got {device!r}, expected auto, cpu, cuda or cuda:N") from None
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {device!r} was asked for, but torch sees no CUDA device")
     return resolved
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """True where bfloat16 matrix products have hardware: recent GPUs, CPUs with AVX512-BF16 or AMX."""
+    """True where bfloat16 products have hardware: GPUs since Ampere, CPUs with AVX512-BF16 or AMX.
+
+    A GPU that only emulates bfloat16 (the paper's RTX 2080 Ti) is slower with it than without.
+    """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16"} & set(instruction_sets()))
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Returns "fp32", "bf16" or "fp16" for a name of PRECISIONS or "auto".
+
+    "auto" is bf16 where it is fast; else fp16 on CUDA (training needs a gradient scaler then;
+    paper-and-code: mixed precision) and fp32 on a CPU.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if precision in PRECISIONS:
+        return precision
+    if precision != "auto":
+        raise ConfigError(f"precision: got {precision!r}, expected auto, {', '.join(PRECISIONS)}")
+    if fast_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
 
 
 def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
-    """Autocast for ``precision`` "fp32", "bf16", "fp16" or "auto" (bf16 where it is fast)."""
-    if precision == "auto":
-        precision = "bf16" if fast_bf16(device) else "fp32"
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    """The forward pass in ``precision``, a name of PRECISIONS or "auto"."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(resolve_precision(precision, device))
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def describe_precision(precision: str, device: torch.device) -> str:
+    """The resolved precision for a record; TF32 is named where products of fp32 use it.
+
+    TF32 keeps 10 of float32's 23 bits of mantissa; torch uses it for convolutions by default.
+    """
+    name = resolve_precision(precision, device)
+    if name != "fp32" or device.type != "cuda":
+        return name
+    parts = [part for part, used in tf32().items() if used]
+    return f"fp32 (TF32 in {' and '.join(parts)})" if parts else name
+
+
+def tf32() -> dict[str, bool]:
+    """Whether products of float32 are computed in TF32 on a GPU that has it."""
+    return {
+        "matrix products": torch.backends.cuda.matmul.allow_tf32,
+        "convolutions": torch.backends.cudnn.allow_tf32,
+    }
+
+
+def instruction_sets() -> list[str]:
+    """Those of INSTRUCTIONS that the processor has; empty where torch cannot tell."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return [name for name in INSTRUCTIONS if found.get(name)]
+
+
+def machine() -> dict[str, Any]:
+    """What a recorded time or number was computed on."""
+    gpu = torch.cuda.is_available()
+    return {
+        "cpu": _processor(),
+        "instruction_sets": instruction_sets(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "tf32": tf32() if gpu else None,
+    }
+
+
+def _processor() -> str:
+    """Model of the processor, as Linux names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

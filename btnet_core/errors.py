@@ -23,5 +23,13 @@ class TrainingError(BTNetError, RuntimeError):
     """Training had to stop (non-finite loss, full disk); the message says at which step and why."""
 
 
+class WriteError(BTNetError, OSError):
+    """A file or folder cannot be written; what it held before is as it was."""
+
+
+class BusyError(BTNetError, RuntimeError):
+    """Another process works in the folder; the message says which."""
+
+
 class ReproduceError(BTNetError, RuntimeError):
     """A notebook of the reproduction could not run or failed."""

@@ -1,23 +1,27 @@
-"""Where data is, what it sums to, and the strict reader of the integer tables that several formats hold."""
+"""Files: where data is, what it sums to, reading, writing, and who works in a folder."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from btnet_core.errors import CheckpointError, DataError
+from btnet_core.errors import BTNetError, BusyError, CheckpointError, DataError, WriteError
 
 SAMPLED_ABOVE = 2**30  # bytes; larger data gets the sampled checksum
 _BLOCK, _BLOCKS = 2**20, 64
@@ -29,10 +33,10 @@ def data_root() -> Path:
 
 
 def find(path: str | Path) -> Path:
-    """``path`` itself when absolute; otherwise under :func:`data_root` if it is there, else as given."""
+    """Returns ``path`` as given if it is there, else under :func:`data_root`, else as given."""
     path = Path(path).expanduser()
     inside = data_root() / path
-    return inside if not path.is_absolute() and inside.exists() else path
+    return inside if not path.exists() and inside.exists() else path
 
 
 @lru_cache(maxsize=4096)
@@ -109,19 +113,103 @@ def integer_table(text: bytes, columns: int, *, where: str) -> np.ndarray:
     return np.concatenate(tables)
 
 
+def reason(error: OSError) -> str:
+    """Why the system refused, in a few words."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "the disk is full" if full else error.strerror or str(error)
+
+
+def write_atomically(path: Path | str, content: bytes | str | Callable[[BinaryIO], object]) -> None:
+    """Put ``content`` in the place of ``path``: no reader, and no crash, leaves half of it there.
+
+    Args:
+        path: the file; its folder is made. The new file's mode is what the umask gives.
+        content: bytes, text (written as UTF-8), or a function that writes to the open file.
+
+    Raises:
+        WriteError: the disk is full or the folder read-only; ``path`` is then what it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BTNetError:
+        raise
+    except (OSError, RuntimeError) as error:
+        # torch.save turns a failed write into a RuntimeError whose context is the OSError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise WriteError(f"{path}: cannot be written ({reason(cause)})") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+HOLDER = ".holder"  # beside the lock: the number of the process that has it
+
+
+@contextmanager
+def lock(folder: Path | str) -> Iterator[None]:
+    """Hold ``folder`` for one process; the system lets go of it when that process ends.
+
+    Raises:
+        BusyError: another process holds it; the message says which, and since when.
+        WriteError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    file_lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file_lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(f"{folder}: {_who(folder)} works there; wait for it or stop it") from None
+    except OSError as error:
+        raise WriteError(f"{folder}: cannot be written ({reason(error)})") from error
+    try:
+        (folder / HOLDER).write_text(str(os.getpid()))
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        file_lock.release()
+
+
+def holder(folder: Path | str) -> int:
+    """Number of the process that holds ``folder``; 0: none, -1: one that has not said it yet."""
+    folder = Path(folder)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return 0
+    except Timeout:
+        with suppress(OSError, ValueError):
+            return int((folder / HOLDER).read_text())
+        return -1
+
+
+def _who(folder: Path) -> str:
+    """The holder of ``folder`` in words."""
+    try:
+        since = time.localtime((folder / HOLDER).stat().st_mtime)
+        number = int((folder / HOLDER).read_text())
+    except (OSError, ValueError):
+        return "another process"
+    return f"process {number} (since {time.strftime('%Y-%m-%d %H:%M:%S', since)})"
+
+
 def write_safetensors(
     path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write to a neighbouring temporary file and rename, so that a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        temporary,
-        metadata,
-    )
-    temporary.replace(path)
+    """Write tensors (from any device) with ``metadata``, atomically."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(on_cpu, metadata))
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -22,6 +22,7 @@ from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
 from btnet_core.errors import DataError, ReproduceError
+from btnet_core.files import write_atomically
 from btnet_paper import plots, published, results, summary
 from btnet_paper.notebooks import load_notebooks
 from btnet_paper.runner import State
@@ -90,7 +91,7 @@ def report(
     ):  # no path of one machine
         body = body.replace(folder, "")
     path = Path(out) if out else run_dir / "report.html"
-    results.write_atomically(path, body.encode())
+    write_atomically(path, body.encode())
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -11,7 +10,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from btnet_core.device import machine
 from btnet_core.errors import DataError
+from btnet_core.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -131,23 +131,17 @@ def update_manifest(
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit, processor, GPU, threads and the date in UTC."""
-    torch = sys.modules.get("torch")  # only asked when the caller has it loaded anyway
+    """Versions, commit, what it runs on (device.machine), and the date in UTC."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "numpy", "scipy", "btnet-core"):
         try:
             versions[package.replace("-", "_")] = version(package)
         except PackageNotFoundError:
             versions[package.replace("-", "_")] = None
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
         "versions": versions,
         "commit": commit(),
-        "cpu": next(model, platform.processor()),
-        "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads() if torch else os.cpu_count(),
+        **machine(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -184,22 +178,3 @@ def plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     raise DataError(f"{where} is a {type(value).__name__}, which JSON has no form for")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader, or a crash, never sees half of it.
-
-    Raises DataError where the disk is full or the folder read-only; `path` is then what it was.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from btnet_core.errors import ReproduceError
+from btnet_core.files import lock, write_atomically
 from btnet_paper import results
 from btnet_paper.notebooks import (
     Notebook,
@@ -70,7 +71,7 @@ def reproduce(
     values = assign(chosen, given, optional=("scale", "device"))
     data = data_checksum(scale) if data is None else data
     run_dir, code, began, ran = (Path(runs) / scale).resolve(), code_checksum(), time.time(), 0
-    with locked(run_dir):
+    with lock(run_dir):
         state = State(run_dir)
         for number, notebook in enumerate(chosen, 1):
             inputs = [
@@ -329,31 +330,7 @@ class State:
 
     def finish(self, name: str, entry: dict[str, Any]) -> None:
         self.notebooks[name] = entry
-        results.write_atomically(self.path, json.dumps(self.notebooks, indent=1).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold `run_dir` for one run; the system lets go of it when the process ends, however that happens."""
-    from filelock import FileLock, Timeout
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    holder, lock = run_dir / "running.txt", FileLock(run_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        by = holder.read_text().strip() if holder.exists() else "unknown"
-        raise ReproduceError(
-            f"{run_dir} is in use by another run ({by}); wait for it or stop it"
-        ) from None
-    try:
-        results.write_atomically(
-            holder, f"process {os.getpid()}, since {time.strftime('%F %T')}\n".encode()
-        )
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
+        write_atomically(self.path, json.dumps(self.notebooks, indent=1).encode() + b"\n")
 
 
 def _outputs(run_dir: Path) -> dict[str, tuple[int, int]]:

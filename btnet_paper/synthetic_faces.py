@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btnet_core.errors import ConfigError
+from btnet_core.files import write_atomically
 
 VERSION = 2  # of the renderer: part of every checksum; raise it whenever a pixel changes
 SIDE = 112
@@ -646,11 +647,7 @@ class SyntheticFaces(torch.utils.data.Dataset):
     def _keep(self, pixels: Tensor) -> None:
         """Write the cache, where that is possible: every process of a run needs the same faces."""
         with contextlib.suppress(OSError):
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._cache.with_suffix(f".{os.getpid()}.partial")
-            with open(partial, "wb") as file:
-                np.save(file, pixels.numpy())
-            os.replace(partial, self._cache)
+            write_atomically(self._cache, lambda file: np.save(file, pixels.numpy()))
 
     def render_all(self) -> Tensor:
         """Every image, drawn now: uint8 RGB (N, 3, 112, 112), about 37 KiB each."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from btnet_core.errors import ConfigError, DataError, ReproduceError
+from btnet_core.files import write_atomically
 from btnet_paper import results
 
 FOLDER = results.ROOT / "benchmarks"
@@ -56,7 +57,7 @@ def write(
         body = {"name": given.out.stem, "scale": "", "seed": None, "quick": given.quick, "goals": goals,
                 "values": values, "seconds": round(time.monotonic() - began, 1), **machine}  # fmt: skip
         text = json.dumps(results.plain(body, given.out.stem), indent=1, allow_nan=False)
-        results.write_atomically(given.out, text.encode() + b"\n")
+        write_atomically(given.out, text.encode() + b"\n")
 
 
 def describe(machine: dict[str, Any]) -> str:

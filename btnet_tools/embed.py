@@ -10,6 +10,7 @@ import numpy as np
 
 from btnet_core.data.faces import SUFFIXES
 from btnet_core.errors import DataError
+from btnet_core.files import write_atomically
 from btnet_core.models.btnet import BTNet
 from btnet_paper import results
 
@@ -60,7 +61,7 @@ def embed_folder(
         buffer, names=names[good], embeddings=embeddings.numpy()[good], failed=np.array(list(failed), dtype=np.str_),
         branch=np.array([entry["r"] for entry in info if "r" in entry], np.int64), **table,
     )  # fmt: skip
-    results.write_atomically(Path(out), buffer.getvalue())
+    write_atomically(Path(out), buffer.getvalue())
     return int(good.sum()), failed
 
 

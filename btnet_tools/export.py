@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from btnet_core.errors import ConfigError, DataError
+from btnet_core.files import write_atomically
 from btnet_core.images import scaled_size
 from btnet_core.models.btnet import BTNet
-from btnet_paper.results import write_atomically
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2"}
 OUTPUTS = ("embedding", "norm")

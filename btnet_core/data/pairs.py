@@ -16,7 +16,7 @@ from torch import Tensor
 from btnet_core import images as pixels
 from btnet_core.data.faces import SUFFIXES, PairSet, fit, read_lines, stack
 from btnet_core.errors import DataError
-from btnet_core.files import checksum, data_root
+from btnet_core.files import checksum, data_root, write_atomically
 
 SIX = ("lfw", "cfp_ff", "cfp_fp", "agedb_30", "calfw", "cplfw")
 
@@ -184,9 +184,8 @@ def read_bin(path: str | Path) -> PairSet:
 
 def write_bin(path: str | Path, encoded: Sequence[bytes], same: Sequence[bool]) -> None:
     """Write 2P encoded images and P flags as InsightFace's tools read them (pickle protocol 4)."""
-    part = Path(f"{path}.part")
-    part.write_bytes(pickle.dumps((list(encoded), [bool(flag) for flag in same]), protocol=4))
-    os.replace(part, path)
+    pairs = (list(encoded), [bool(flag) for flag in same])
+    write_atomically(path, lambda file: pickle.dump(pairs, file, protocol=4))
 
 
 def parse_pairs(

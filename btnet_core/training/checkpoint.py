@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from btnet_core.errors import CheckpointError, TrainingError
-from btnet_core.files import load_torch
+from btnet_core.errors import CheckpointError, TrainingError, WriteError
+from btnet_core.files import load_torch, reason, write_atomically
 from btnet_core.training import distributed
 
 FORMAT = 1
 STATE = "checkpoint/state.pt"
 RECORD = "run.json"
-HOLDER = "running.pid"
 
 
 def versions() -> dict[str, str]:
@@ -34,38 +28,21 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call ``write(file)`` on a temporary neighbour, bring it to the disk, and put it in the place of ``path``.
-
-    Raises:
-        TrainingError: the disk is full or the folder read-only; ``path`` is then what it was.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a failed write into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise unwritten(path, error, path) from error
-
-
 def unwritten(path: Path, error: Exception, good: Path) -> TrainingError:
     """What to tell when ``path`` could not be written: why, and what is left."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    full = full or "No space left" in str(error) or "file write failed" in str(error)
     kept = f"; the last good one is kept in {good}" if good.exists() else ""
-    return TrainingError(
-        f"{path}: cannot be written ({'the disk is full' if full else error}){kept}"
-    )
+    if isinstance(error, WriteError):
+        return TrainingError(f"{error}{kept}")
+    why = reason(error) if isinstance(error, OSError) else error
+    return TrainingError(f"{path}: cannot be written ({why}){kept}")
 
 
 def save_state(out: Path, state: dict[str, Any]) -> None:
     """Write a state of tensors, numbers and strings to ``out/checkpoint/state.pt``."""
-    write_atomically(out / STATE, lambda file: torch.save({"format": FORMAT, **state}, file))
+    try:
+        write_atomically(out / STATE, lambda file: torch.save({"format": FORMAT, **state}, file))
+    except WriteError as error:
+        raise unwritten(out / STATE, error, out / STATE) from error
 
 
 def load_state(out: Path) -> dict[str, Any] | None:
@@ -125,7 +102,7 @@ def fingerprint(path: str | Path) -> str:
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
     """``out/run.json``: the configuration, inputs and results of a finished run."""
-    write_atomically(out / RECORD, lambda file: file.write(json.dumps(record, indent=1).encode()))
+    write_atomically(out / RECORD, json.dumps(record, indent=1))
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
@@ -139,39 +116,6 @@ def read_record(out: Path) -> dict[str, Any] | None:
         if isinstance(record, dict) and {"config", "inputs", "metrics"} <= record.keys()
         else None
     )
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold ``out`` for one run; the system lets go of it when the process ends, however that happens.
-
-    Raises:
-        TrainingError: another process trains there.
-    """
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise TrainingError(
-            f"{out}: process {holder(out)} trains there; wait for it, stop it, or choose another folder"
-        ) from None
-    try:
-        (out / HOLDER).write_text(str(os.getpid()))
-        yield
-    finally:
-        (out / HOLDER).unlink(missing_ok=True)
-        lock.release()
-
-
-def holder(out: Path) -> int:
-    """The process that trains in ``out``; 0: none, -1: one that has not said its number yet."""
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            return 0
-    except Timeout:
-        with suppress(OSError, ValueError):
-            return int((out / HOLDER).read_text())
-        return -1
 
 
 def forget(out: Path) -> None:

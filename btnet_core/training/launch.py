@@ -16,6 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from btnet_core.errors import ConfigError, TrainingError
+from btnet_core.files import holder
 from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.progress import LIVE, STEP, watched
@@ -67,9 +68,9 @@ def train_in_subprocess(
     """
     out, fresh = Path(out), fresh or os.environ.get("BTNET_FRESH") == "1"
     out.mkdir(parents=True, exist_ok=True)
-    if pid := checkpoint.holder(out):
+    if pid := holder(out):
         print(f"{config.name}: process {pid} is training here, started earlier")
-        _follow(out, config.name, lambda: checkpoint.holder(out) != 0, lambda: _interrupt(pid))
+        _follow(out, config.name, lambda: holder(out) != 0, lambda: _interrupt(pid))
     file, log = out / "config.json", out / "train.log"
     file.write_text(config.to_json())
     (out / LIVE).unlink(missing_ok=True)

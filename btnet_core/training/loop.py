@@ -23,7 +23,7 @@ from btnet_core.data.faces import PairSet, open_faces, open_pairs
 from btnet_core.errors import CheckpointError, ConfigError, TrainingError
 from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
 from btnet_core.evaluation.verification import evaluate_pairs
-from btnet_core.files import read_safetensors, write_safetensors
+from btnet_core.files import lock, read_safetensors, write_safetensors
 from btnet_core.models.backbone import save_backbone
 from btnet_core.models.btnet import BTNet, Route, weights_digest
 from btnet_core.training import checkpoint, distributed
@@ -201,7 +201,7 @@ def train(
         if not changed:
             return record["metrics"]
     checkpoint.check_room(out, 0)
-    with checkpoint.alone(out) if distributed.rank() == 0 else nullcontext():
+    with lock(out) if distributed.rank() == 0 else nullcontext():
         distributed.wait()  # every process has read the record before the first one removes it
         if fresh or record:  # asked for again, or finished with another configuration: start over
             checkpoint.forget(out)

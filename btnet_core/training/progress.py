@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from btnet_core.files import write_atomically
+
 LINE_SECONDS, LIVE_SECONDS = (
     10.0,
     0.5,
 )  # between plain lines; between updates of the bar and of LIVE
+
 LIVE = "progress.json"  # where the run stands now, for whoever watches it from another process
 STEP = "{name}: step "  # how a plain line about progress begins
 
@@ -172,7 +175,7 @@ def read_metrics(out: Path | str) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int) -> None:
     """Drop rows of steps that will be run again."""
     rows = [row for row in read_metrics(path.parent) if row["step"] <= step] if step else []
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _tensorboard(out: Path, start: int):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btnet_core import losses
-from btnet_core.device import autocast, fast_bf16
+from btnet_core.device import autocast, resolve_precision
 from btnet_core.errors import ConfigError
 from btnet_core.models.backbone import (
     Backbone,
@@ -296,9 +296,7 @@ def prepare(config: TrainConfig, out: Path, device: torch.device) -> Run:
     """
     torch.manual_seed(config.seed)
     pixels = open_pixels(config.data, config.workers)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if fast_bf16(device) else "fp32"
+    precision = resolve_precision(config.precision, device)
     trunk = load_trunk(config)
     network = _network(config, trunk)
     trainable = network.trainable(bn=config.bn, fix_trunk=config.fix_trunk) if isinstance(network, Route) else \

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from btnet_core.errors import TrainingError
+from btnet_core.errors import BusyError
+from btnet_core.files import holder, lock
 from btnet_core.models.backbone import BackboneConfig
 from btnet_core.training import checkpoint, methods, progress
 from btnet_core.training.launch import train_in_subprocess
@@ -102,11 +103,11 @@ def test_tensorboard_receives_every_number(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with (
-        checkpoint.alone(tmp_path),
-        pytest.raises(TrainingError, match=f"process {os.getpid()} trains there"),
+        lock(tmp_path),
+        pytest.raises(BusyError, match=rf"process {os.getpid()} \(since .*\) works there"),
     ):
         train(LONG.replace(epochs=1), tmp_path, device="cpu", show="none")
-    assert checkpoint.holder(tmp_path) == 0
+    assert holder(tmp_path) == 0
 
 
 # ---- a real kernel ----
@@ -178,7 +179,7 @@ def test_bar_interrupt_and_death_of_a_kernel(
     )
     reply, shown = run_until(client, cell, lambda: at(tmp_path) > 3, manager.interrupt_kernel)
     assert reply["ename"] == "KeyboardInterrupt"
-    assert checkpoint.holder(tmp_path) == 0  # it has stopped
+    assert holder(tmp_path) == 0  # it has stopped
     saved = checkpoint.load_state(tmp_path)["step"]
     assert saved > 3
     text = "".join(message["content"].get("text", "") for message in shown)
@@ -221,10 +222,10 @@ def test_bar_interrupt_and_death_of_a_kernel(
     manager.shutdown_kernel(now=True)
     here = at(tmp_path)
     wait(lambda: at(tmp_path) > here)
-    pid = checkpoint.holder(tmp_path)
+    pid = holder(tmp_path)
     threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         train_in_subprocess(LONG, tmp_path, device="cpu")
     assert f"process {pid} is training here" in capsys.readouterr().out
-    assert checkpoint.holder(tmp_path) == 0
+    assert holder(tmp_path) == 0
     assert checkpoint.load_state(tmp_path)["step"] > here

@@ -262,11 +262,11 @@ def test_a_kernel_that_dies_is_a_failure_with_its_cell(place: Path) -> None:
 
 def test_a_run_that_was_killed_leaves_no_lock(place: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from btnet_paper.runner import locked\n"
-        "with locked(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+        "import os, sys; from pathlib import Path; from btnet_core.files import lock\n"
+        "with lock(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(place / "runs/demo")], check=False)
-    assert (place / "runs/demo/running.txt").exists()
+    assert (place / "runs/demo/.holder").exists()
     assert len(run(place)) == 2
 
 

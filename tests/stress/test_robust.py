@@ -26,13 +26,13 @@ from hypothesis import strategies as st
 
 from btnet_core.data import matfile
 from btnet_core.errors import BTNetError, CheckpointError, ConfigError
+from btnet_core.files import lock
 from btnet_core.images import encode
 from btnet_core.models.backbone import BackboneConfig, build_backbone, load_backbone, save_backbone
 from btnet_core.models.btnet import BTNet
 from btnet_core.training import checkpoint
 from btnet_core.training.classifier import load_classifier, save_classifier
 from btnet_core.training.config import TrainConfig
-from btnet_paper.runner import locked
 from btnet_tools.cli import main
 
 TINY = BackboneConfig(name="iresnet18", width=0.0625, embedding=4)
@@ -380,7 +380,7 @@ def test_a_second_run_in_a_folder_is_told_who_is_there(
 ) -> None:
     place = tmp_path / HELD[name]
     place.mkdir(parents=True)
-    with locked(place) if name == "reproduce" else checkpoint.alone(place):
+    with lock(place):
         assert main(commands[name]) == 2
     said = capsys.readouterr().err
     assert f"process {os.getpid()}" in said

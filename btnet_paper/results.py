@@ -1,4 +1,4 @@
-"""What a run leaves behind: numbers as JSON and figures as PNG + PDF, each with what it was made from."""
+"""What a run leaves behind: numbers as JSON and figures as PNG + PDF, with what each is made from."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 
-from btnet_core.device import machine
+from btnet_core.device import describe_precision, machine, resolve_device
 from btnet_core.errors import DataError
 from btnet_core.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "numpy", "scipy", "btnet-core")  # whose versions are recorded
 
 
 def record(
@@ -35,52 +37,49 @@ def record(
     seed: int | None = None,
     seconds: float | None = None,
     scale: str = "",
+    device: str = "auto",
     arrays: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `<run_dir>/results/<name>.json` atomically and return its path.
+    """Writes ``run_dir/results/NAME.json`` with the environment, and returns its path.
 
-    `values` are the numbers; `config` a dataclass or dict; `data` the checksum of what they were measured on;
-    `kernel` the name of the resize; `seconds` the duration; `arrays` small pictures that a figure needs (those of
-    faces that may be shown), kept beside it as `<name>.npz`. Raises DataError for NaN, infinity or a value
-    JSON does not have, naming its place: an undefined number is None.
+    Args:
+        values: the numbers; None where one is undefined.
+        config: options that they depend on; a dataclass or dict.
+        data: checksum of what they were measured on.
+        kernel: name of the resize.
+        seconds: that it took.
+        device: on which; it and the precision of the networks are recorded as resolved.
+        arrays: small pictures of faces that may be shown; they are kept as ``NAME.npz``.
+
+    Raises:
+        DataError: a number is not finite, or a value has no JSON form; the message has its place.
     """
-    body = {
-        "name": name,
-        "scale": scale,
-        "values": values,
-        "config": config,
-        "data": data,
-        "kernel": kernel,
-    }
-    body |= {
-        "seed": seed,
-        "seconds": None if seconds is None else round(seconds, 3),
-    } | environment()
+    where = resolve_device(device)
+    body = {"name": name, "scale": scale, "values": values, "config": config, "data": data}
+    body |= {"kernel": kernel, "seed": seed}
+    body["seconds"] = None if seconds is None else round(seconds, 3)
+    body |= {"device": str(where), "precision": describe_precision("auto", where), **environment()}
     path = Path(run_dir) / "results" / f"{name}.json"
-    content = json.dumps(plain(body, name), indent=1, allow_nan=False).encode() + b"\n"
+    text = json.dumps(plain(body, name), indent=1, allow_nan=False) + "\n"
     if arrays is not None:
-        packed = io.BytesIO()
-        np.savez_compressed(packed, **arrays)
-        write_atomically(path.with_suffix(".npz"), packed.getvalue())
-    write_atomically(path, content)
+        write_atomically(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays))
+    write_atomically(path, text)
     return path
 
 
 def load(run_dir: str | Path, name: str) -> dict[str, Any]:
-    """Read what `record` wrote. Raises DataError if it is missing or damaged."""
+    """Returns what `record` wrote. Raises DataError if it is missing or damaged."""
     path = Path(run_dir) / "results" / f"{name}.json"
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist: no result {name!r} has been recorded there"
-        ) from None
+        raise DataError(f"{path} does not exist: no result {name!r} is recorded there") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error})") from None
 
 
 def load_arrays(run_dir: str | Path, name: str) -> dict[str, np.ndarray]:
-    """The arrays that `record` kept beside a result; none is {}."""
+    """Returns the arrays that `record` kept beside a result; {} where there are none."""
     path = Path(run_dir) / "results" / f"{name}.npz"
     if not path.is_file():
         return {}
@@ -96,71 +95,65 @@ def save_figure(
     *,
     folder: str = "figures",
 ) -> list[Path]:
-    """Write `<run_dir>/<folder>/<name>.png` and .pdf, the same bytes for the same drawing and versions.
+    """Writes ``run_dir/FOLDER/NAME.png`` and ``.pdf``: equal bytes for equal drawing and versions.
 
-    Their checksums go to manifest.json beside them, with what `about` says of their origin.
+    Their checksums go to manifest.json beside them, with what ``about`` says of their origin.
     """
-    import matplotlib
-
-    paths = [Path(run_dir) / folder / f"{name}{suffix}" for suffix in (".png", ".pdf")]
-    for path, metadata in zip(paths, ({"Software": None}, {"CreationDate": None}), strict=True):
+    entry = {**(about or {}), "matplotlib": matplotlib.__version__}
+    undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
+    paths = []
+    for kind, metadata in undated.items():
         drawn = io.BytesIO()
         with matplotlib.rc_context({"pdf.fonttype": 42}):
-            fig.savefig(
-                drawn, format=path.suffix[1:], dpi=200, bbox_inches="tight", metadata=metadata
-            )
-        write_atomically(path, drawn.getvalue())
-    sums = {f"{p.suffix[1:]}_sha256": hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
-    update_manifest(
-        run_dir,
-        {name: (about or {}) | {"matplotlib": matplotlib.__version__} | sums},
-        folder=folder,
-    )
+            fig.savefig(drawn, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
+        paths.append(Path(run_dir) / folder / f"{name}.{kind}")
+        write_atomically(paths[-1], drawn.getvalue())
+        entry[f"{kind}_sha256"] = hashlib.sha256(drawn.getvalue()).hexdigest()
+    update_manifest(run_dir, {name: entry}, folder=folder)
     return paths
 
 
 def update_manifest(
     run_dir: str | Path, entries: dict[str, dict[str, Any]], *, folder: str = "figures"
 ) -> None:
-    """Merge what is known about figures into `<run_dir>/<folder>/manifest.json`."""
+    """Merges what is known about figures into ``run_dir/FOLDER/manifest.json``."""
     path = Path(run_dir) / folder / "manifest.json"
     manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for name, entry in entries.items():
         manifest[name] = manifest.get(name, {}) | plain(entry, name)
-    write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
+    write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit, what it runs on (device.machine), and the date in UTC."""
+    """Returns versions, commit, what it runs on (device.machine), and the date in UTC."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "scipy", "btnet-core"):
+    for package in PACKAGES:
         try:
             versions[package.replace("-", "_")] = version(package)
         except PackageNotFoundError:
             versions[package.replace("-", "_")] = None
-    return {
-        "versions": versions,
-        "commit": commit(),
-        **machine(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"versions": versions, "commit": commit(), **machine(), "date": date}
 
 
 def commit() -> str | None:
-    """The git commit of this package's source, with `-dirty` for uncommitted changes; None outside git."""
-    git = ("git", "-C", str(Path(__file__).parent))
+    """Returns the commit of this source, "-dirty" where changed; None outside a repository."""
+    git = ("git", "-C", str(ROOT))
+    known = (*git, "ls-files", "--error-unmatch", str(Path(__file__)))
+    described = (*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     try:
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", "errors.py"], capture_output=True, check=True
-        )
-        described = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        subprocess.run(known, capture_output=True, check=True)
         return subprocess.run(described, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def plain(value: Any, where: str) -> Any:
-    """`value` as JSON's own types. Raises DataError naming the place of what has no JSON form."""
+    """Returns ``value`` in JSON's own types.
+
+    Raises:
+        DataError: something is not finite, or has no JSON form; the message names its place.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if hasattr(value, "tolist"):  # NumPy and torch, scalars and arrays
@@ -170,9 +163,7 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        raise DataError(
-            f"{where} is {value}: a recorded number must be finite; record None where it is undefined"
-        )
+        raise DataError(f"{where} is {value}, expected a finite number, or None: undefined")
     if isinstance(value, str | Path):  # results are committed: no path of one machine
         return str(value).replace(f"{ROOT}{os.sep}", "")
     if value is None or isinstance(value, bool | int | float):

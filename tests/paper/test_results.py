@@ -80,3 +80,9 @@ def test_paths_of_the_machine_are_not_recorded(tmp_path: Path) -> None:
         "init": str(Path("runs") / "demo"),
         "other": "b",
     }
+
+
+def test_the_commit_of_the_source_is_recorded() -> None:
+    if not (results.ROOT / ".git").exists():
+        pytest.skip("not a repository")
+    assert len(results.commit().removesuffix("-dirty")) == 40

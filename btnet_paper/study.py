@@ -1,0 +1,145 @@
+"""What every notebook does around its subject: scale, folders, trunk, training, record, figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from IPython.display import Image, display
+
+from btnet_core.data.faces import FaceSet, PairSet, open_faces, open_pairs
+from btnet_core.device import resolve_device
+from btnet_core.files import checksum, find
+from btnet_core.models.backbone import load_backbone, save_backbone
+from btnet_core.training.config import TrainConfig
+from btnet_core.training.launch import train_in_subprocess
+from btnet_core.training.progress import read_metrics
+from btnet_paper import figures, results
+from btnet_paper.scales import Scale, get_scale
+
+
+class Study:
+    """One notebook's run at one scale; building it again starts its clock anew and changes nothing.
+
+        study = Study("05_verification", scale=scale, run_dir=run_dir, seed=seed, device=device)
+        ...
+        study.record({"accuracy": accuracy}, config={"flip": flip}, data=study.pairs)
+
+    Shown as the last line of a cell it is the scale's claim. ``scale`` is a name or a Scale;
+    ``run_dir`` "" is the scale's own folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        scale: str | Scale = "demo",
+        run_dir: str | Path = "",
+        seed: int = 0,
+        device: str = "auto",
+    ) -> None:
+        self.name, self.seed = name, seed
+        self.scale = get_scale(scale) if isinstance(scale, str) else scale
+        self.run_dir = self.scale.run_dir(run_dir)
+        self.models = self.run_dir / "models"
+        self.device = str(resolve_device(device))
+        self.claim = f"Scale `{self.scale.name}`: {self.scale.claim}"
+        self.configs: dict[str, TrainConfig] = {}  # of the runs that `train` was given
+        self.trained: dict[str, dict[str, Any]] = {}  # what they measured
+        self.folders: dict[str, Path] = {}
+        self._began = time.monotonic()
+        torch.manual_seed(seed)
+        if self.scale.pretrained:
+            self._take_pretrained(find(self.scale.pretrained))
+
+    def _take_pretrained(self, source: Path) -> None:
+        """Keeps phi_hr that others trained where the own one would be."""
+        kept, note = self.models / "phi_hr" / "trunk.safetensors", checksum([source])
+        stamp = kept.with_name("source.txt")
+        if not (kept.is_file() and stamp.is_file() and stamp.read_text() == note):
+            save_backbone(load_backbone(source), kept)
+            stamp.write_text(note)
+
+    def _repr_markdown_(self) -> str:
+        return self.claim
+
+    @cached_property
+    def faces(self) -> FaceSet:
+        """The scale's training faces."""
+        return open_faces(self.scale.faces)
+
+    @cached_property
+    def pairs(self) -> list[PairSet]:
+        """The scale's verification sets."""
+        return [open_pairs(spec) for spec in self.scale.pairs]
+
+    @property
+    def settings(self) -> list[tuple[int, int]]:
+        """Table 1's columns: 112 & r for each branch, smallest first, then r & r up to 112."""
+        rows = sorted(self.scale.resolutions)
+        return [(112, r) for r in rows] + [(r, r) for r in (*rows, 112)]
+
+    def train(self, runs: Mapping[str, TrainConfig], folder: str = "") -> dict[str, dict[str, Any]]:
+        """Trains each run in ``models/FOLDER/NAME``, in a process of its own, and returns metrics.
+
+        A run that is finished is not repeated; an interrupted one goes on from its checkpoint.
+        """
+        for name, config in runs.items():
+            self.folders[name] = self.models / folder / name
+            self.configs[name] = config
+            self.trained[name] = train_in_subprocess(config, self.folders[name], device=self.device)
+        return {name: self.trained[name] for name in runs}
+
+    def history(self, *keys: str) -> dict[str, dict[str, list[float]]]:
+        """Returns ``{run: {"step": [...], key: [...]}}`` of the runs trained here."""
+        found = {}
+        for name, folder in self.folders.items():
+            rows = [row for row in read_metrics(folder) if set(keys) <= row.keys()]
+            found[name] = {key: [row[key] for row in rows] for key in ("step", *keys)}
+        return found
+
+    def record(
+        self,
+        values: Mapping[str, Any],
+        *,
+        config: Any = None,
+        data: Iterable[Any] = (),
+        kernel: str = "",
+        arrays: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Writes ``results/NAME.json``, draws and shows its figures, and returns what was written.
+
+        Args:
+            config: options of what was measured; by default the configurations of the runs.
+            data: sets with a ``checksum`` on which it was measured.
+            kernel: name of the resize.
+            arrays: small pictures of faces that may be shown, for figures.
+        """
+        if config is None:
+            config = {name: asdict(run) for name, run in self.configs.items()}
+        results.record(
+            self.run_dir,
+            self.name,
+            dict(values),
+            config=config,
+            data=" ".join(one.checksum for one in data),
+            kernel=kernel,
+            seed=self.seed,
+            seconds=time.monotonic() - self._began,
+            scale=self.scale.name,
+            device=self.device,
+            arrays=arrays,
+        )
+        made, _ = figures.remake(self.run_dir, self.name)
+        for name in made:
+            display(Image(self.run_dir / "figures" / f"{name}.png", width=900, alt=name))
+        return self.load()
+
+    def load(self, name: str = "") -> dict[str, Any]:
+        """Returns the values recorded by this notebook, or by the one named."""
+        return results.load(self.run_dir, name or self.name)["values"]

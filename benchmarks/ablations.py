@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btnet_core.data.faces import open_pairs
+from btnet_core.data.pairs import open_pairs
 from btnet_core.evaluation.verification import evaluate_pairs, summarise
 from btnet_core.models.backbone import load_backbone, save_backbone
 from btnet_core.training.launch import train_in_subprocess

@@ -54,7 +54,7 @@ def images(counts: list[int], draws: list[int], steps: int) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         config = methods.phi_hr(
-            "synthetic:identities=16,images=4,seed=0",
+            {"kind": "synthetic", "identities": 16, "images": 4, "seed": 0},
             backbone=DEMO,
             batch=32,
             epochs=1,

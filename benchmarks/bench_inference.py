@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btnet_core import BTNet
-from btnet_core.data.faces import open_faces, open_pairs
+from btnet_core.data.faces import open_faces
+from btnet_core.data.pairs import open_pairs
 from btnet_core.device import autocast
 from btnet_core.errors import ConfigError
 from btnet_core.evaluation.embedders import BranchEmbedder

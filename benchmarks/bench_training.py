@@ -102,7 +102,7 @@ def finish_teacher(run: Run, z: torch.Tensor) -> None:
 def prepare_loops(case: Case, folder: Path, device: torch.device) -> tuple[dict[str, Run], float]:
     """The three loops at step 0, and the seconds that filling the cache took."""
     torch.manual_seed(0)
-    data = f"synthetic:identities={case.batch // 2},images=8,seed=0"
+    data = {"kind": "synthetic", "identities": case.batch // 2, "images": 8, "seed": 0}
     trunk = build_backbone(case.trunk).train()
     norms = [module for module in trunk.modules() if isinstance(module, NORMS)]
     for momentum in (

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from btnet_core.data.faces import open_faces, open_pairs
+from btnet_core.data.faces import open_faces
+from btnet_core.data.pairs import open_pairs
 from btnet_core.evaluation.embedders import load_methods
 from btnet_core.evaluation.identification import evaluate_strategies, native_embedder
 from btnet_core.evaluation.verification import evaluate_pairs, fitted_lengths

@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from btnet_core.data.faces import SUFFIXES, fit, open_faces
+from btnet_core.data.faces import FaceSet, at_size, open_faces
+from btnet_core.data.folders import SUFFIXES
+from btnet_core.data.sources import Spec, spec_text
 from btnet_core.device import autocast
 from btnet_core.errors import BTNetError, DataError
 from btnet_core.evaluation.embedders import load_methods
@@ -49,10 +51,19 @@ from btnet_paper.features import network, stages
 from btnet_paper.scales import Scale
 
 METHODS = ("phi_hr", "phi_mm", "phi_mr", "phi_bt")  # Table 1's order
-SOURCES = {"of the gallery": "known", "a stranger": "stranger", "synthetic": "synthetic:identities=50,images=4,first=200000",
+SOURCES = {"of the gallery": "known", "a stranger": "stranger", "synthetic": "synthetic",
            "upload, file, data set": ""}  # fmt: skip
 WIDTH, DPI = 1080, 108  # of the figures, pixels
-open_once = lru_cache(maxsize=4)(open_faces)
+SYNTHETIC: Spec = {"kind": "synthetic", "identities": 50, "images": 4, "first": 200000}
+
+
+def open_once(spec: Spec) -> FaceSet:
+    return _opened(spec_text(spec))
+
+
+@lru_cache(maxsize=4)
+def _opened(text: str) -> FaceSet:
+    return open_faces(text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,12 +168,12 @@ class Explorer:
             )
             return self.probes[probe := pool[choice.person % len(pool)]], probe
         if choice.upload:
-            return fit(decode(choice.upload, where="upload"), (112, 112)), None
+            return at_size(decode(choice.upload, where="upload"), (112, 112)), None
         if not choice.source:
             raise DataError("upload an image, or give the path of an image or of a data set")
-        if choice.source.lower().endswith(SUFFIXES):
-            return fit(to_pixels(Path(choice.source).expanduser(), "face"), (112, 112)), None
-        faces = open_once(choice.source)
+        if Path(choice.source).suffix.lower() in SUFFIXES:
+            return at_size(to_pixels(Path(choice.source).expanduser(), "face"), (112, 112)), None
+        faces = open_once(SYNTHETIC if choice.source == "synthetic" else choice.source)
         return faces.images([choice.person % len(faces)])[0], None
 
     def look(self, choice: Choice) -> dict[str, Any]:

@@ -216,14 +216,15 @@ def code_checksum() -> str:
 
 def data_checksum(scale: str) -> str:
     """A checksum of the data that a scale names: of the specs, which decide synthetic faces, and of the files."""
+    from btnet_core.data.sources import paths_of, spec_text
     from btnet_core.files import checksum, find
     from btnet_paper.scales import get_scale
 
     plan, digest = get_scale(scale), hashlib.sha256()
     for spec in (plan.faces, *plan.pairs, plan.others, plan.pretrained):
-        places = [find(piece) for piece in re.split("[:@]", spec) if piece]
+        places = [find(path) for path in paths_of(spec) if path]
         files = [
             f for p in places for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()
         ]
-        digest.update(f"{spec} {checksum(files)}\n".encode())
+        digest.update(f"{spec_text(spec)} {checksum(files)}\n".encode())
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from btnet_core.data.sources import Spec
 from btnet_core.errors import ConfigError
 from btnet_core.models.backbone import BackboneConfig
 from btnet_core.training.config import TrainConfig
@@ -19,7 +20,6 @@ from btnet_core.training.config import TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 # Fields that hold fields of TrainConfig: a page changes those of its base one by one.
 RUNS = ("hr", "trunk", "specialist", "branch", "ablation")
-Spec = str | dict[str, Any]  # of faces or pairs: a path, or a kind with its arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +76,7 @@ def get_scale(name: str) -> Scale:
     if path is None:
         raise ConfigError(f"scale: got {name!r}, expected one of {', '.join(known)}")
     values = _read(path)
-    values |= {key: _spelt(values[key]) for key in ("faces", "others") if key in values}
-    values["pairs"] = tuple(map(_spelt, values.get("pairs", ())))
-    if "data" in values.get("ablation", {}):
-        values["ablation"]["data"] = _spelt(values["ablation"]["data"])
+    values["pairs"] = tuple(values.get("pairs", ()))
     try:
         values["backbone"] = BackboneConfig(**values["backbone"])
         return Scale(name=path.stem, **values)
@@ -116,13 +113,3 @@ def _check(path: Path, values: dict[str, Any]) -> None:
     for run in RUNS:
         if unknown := (values.get(run) or {}).keys() - trained:
             raise ConfigError(f"{path}: {run}: unknown {sorted(unknown)}, see TrainConfig")
-
-
-def _spelt(spec: Any) -> Any:
-    """A spec of faces or pairs as the string that open_faces and open_pairs read today."""
-    if not isinstance(spec, dict):
-        return spec
-    options = ",".join(f"{k}={v}" for k, v in spec.items() if k not in ("kind", "faces"))
-    if spec["kind"] == "drawn":
-        return f"pairs:{_spelt(spec['faces'])}:{options}"
-    return f"{spec['kind']}:{options}"

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from IPython.display import Image, display
 
-from btnet_core.data.faces import FaceSet, PairSet, open_faces, open_pairs
+from btnet_core.data.faces import FaceSet, open_faces
+from btnet_core.data.pairs import PairSet, open_pairs
 from btnet_core.device import resolve_device
 from btnet_core.files import checksum, find
 from btnet_core.models.backbone import load_backbone, save_backbone

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from btnet_core.data.faces import FaceSet
 from btnet_core.errors import ConfigError
 from btnet_core.files import write_atomically
 
@@ -575,13 +576,13 @@ def render(identity: np.ndarray, image: np.ndarray, seed: int) -> Tensor:
     return _photograph(p, _draw_faces(p, skin[where]))
 
 
-class SyntheticFaces(torch.utils.data.Dataset):
+class SyntheticFaces(FaceSet):
     """A FaceSet of ``identities`` people with ``images`` pictures each, drawn when first asked for and kept.
 
     Image ``i`` is picture ``i % images`` of person ``first + i // images``; ``first`` makes disjoint sets of one seed.
     """
 
-    def __init__(self, identities: int, images: int, seed: int = 0, first: int = 0) -> None:
+    def __init__(self, identities: int = 300, images: int = 20, seed: int = 0, first: int = 0) -> None:
         given = {"identities": identities, "images": images, "seed": seed, "first": first}
         for name, value in given.items():
             if not isinstance(value, int) or value < (name in ("identities", "images")):
@@ -600,17 +601,12 @@ class SyntheticFaces(torch.utils.data.Dataset):
         self._pixels: Tensor | None = None
         self._done = torch.zeros(-(-len(self.labels) // BLOCK), dtype=torch.bool)
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def native(self, index: int) -> Tensor:
+        return self.images([index])[0]
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"{self.name}: image {i}, there are {len(self)}")
-        return self.images([i % len(self)])[0], int(self.labels[i])
-
-    def images(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """uint8 RGB (n, 3, 112, 112) of the images at ``indices``."""
-        index = torch.as_tensor(indices, dtype=torch.int64).view(-1)
+    def images(self, indices: Iterable[int], out: Tensor | None = None) -> Tensor:
+        """uint8 RGB (n, 3, 112, 112) of the images at ``indices``; into ``out`` if given."""
+        index = torch.as_tensor(list(indices), dtype=torch.int64)
         if self._pixels is None:
             self._pixels = self._drawn_before()
         for block in torch.unique(index // BLOCK).tolist():
@@ -622,7 +618,7 @@ class SyntheticFaces(torch.utils.data.Dataset):
                 self._done[block] = True
                 if self._done.all() and len(self) >= CACHED_FROM:
                     self._keep(self._pixels)
-        return self._pixels[index]
+        return self._pixels[index] if out is None else out.copy_(self._pixels[index])
 
     @property
     def _cache(self) -> Path:
@@ -648,7 +644,3 @@ class SyntheticFaces(torch.utils.data.Dataset):
         """Write the cache, where that is possible: every process of a run needs the same faces."""
         with contextlib.suppress(OSError):
             write_atomically(self._cache, lambda file: np.save(file, pixels.numpy()))
-
-    def render_all(self) -> Tensor:
-        """Every image, drawn now: uint8 RGB (N, 3, 112, 112), about 37 KiB each."""
-        return self.images(torch.arange(len(self)))

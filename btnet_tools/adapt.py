@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
-from btnet_core.data.faces import FaceSet, PairSet, open_faces, open_pairs
+from btnet_core.data.faces import FaceSet, open_faces
+from btnet_core.data.pairs import PairSet, open_pairs
+from btnet_core.data.sources import Spec
 from btnet_core.device import resolve_device
 from btnet_core.errors import CheckpointError, ConfigError, DataError
 from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
@@ -38,8 +40,8 @@ FIDELITY_FACES = (
 
 
 def adapt(
-    trunk: str, faces: str, out: Path | str, *, resolutions: Sequence[int] = (28, 14, 7), labels: bool = True,
-    pairs: Sequence[str] = (), percent: int = 10, adapter: type[Backbone] | None = None, device: str = "auto",
+    trunk: str, faces: Spec, out: Path | str, *, resolutions: Sequence[int] = (28, 14, 7), labels: bool = True,
+    pairs: Sequence[Spec] = (), percent: int = 10, adapter: type[Backbone] | None = None, device: str = "auto",
     fresh: bool = False, say: Callable[[str], None] = print, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a branch for each resolution on ``faces`` (a spec of open_faces) and write the BTNet into ``out``.
@@ -61,8 +63,9 @@ def adapt(
         raise ConfigError(
             f"recipe: no field {sorted(unknown)}; known: {[field.name for field in fields(TrainConfig)]}"
         )
-    data = faces if pairs else f"without:{faces}:percent={percent},seed={seed}"
-    held = list(pairs) or [_held_pairs(f"held:{faces}:percent={percent},seed={seed}", seed)]
+    part = {"kind": "part", "faces": faces, "percent": percent, "seed": seed}
+    data = faces if pairs else {**part, "held": False}
+    held = list(pairs) or [_held_pairs({**part, "held": True}, seed)]
     training, opened = (
         open_faces(data),
         [_open(spec) for spec in held],
@@ -155,10 +158,10 @@ def _place(out: Path, run: TrainConfig) -> Path:
     return out / "train" / f"branch_{run.resolution}"
 
 
-def _held_pairs(held: str, seed: int) -> str:
+def _held_pairs(held: Spec, seed: int) -> Spec:
     """Spec of as many pairs as the held-out people allow; of the held-out faces alone where they allow none."""
     for count in PAIR_COUNTS:
-        spec = f"pairs:{held}:count={count},seed={seed}"
+        spec = {"kind": "drawn", "faces": held, "count": count, "seed": seed}
         try:
             open_pairs(spec)
             return spec
@@ -257,7 +260,7 @@ def _minutes(seconds: float) -> str:
 
 
 def compare(
-    btnet: BTNet, held: Sequence[str], *, baseline: bool = True, device: str = "auto"
+    btnet: BTNet, held: Sequence[Spec], *, baseline: bool = True, device: str = "auto"
 ) -> dict[str, Any]:
     """Before (faces scaled up to the trunk) and after (branches), at every pair of resolutions.
 
@@ -304,8 +307,9 @@ def compare(
     }
 
 
-def _open(spec: str) -> FaceSet | PairSet:
-    return open_faces(spec) if spec.startswith("held:") else open_pairs(spec)
+def _open(spec: Spec) -> FaceSet | PairSet:
+    faces = not isinstance(spec, str) and spec.get("kind") == "part"
+    return open_faces(spec) if faces else open_pairs(spec)
 
 
 def _fidelity(embedder: Any, faces: FaceSet, resolutions: Sequence[int]) -> dict[str, float]:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from btnet_core.data.faces import identity_folders, open_faces
+from btnet_core.data.faces import open_faces
+from btnet_core.data.folders import identity_folders
 from btnet_core.data.pairs import parse_bin, parse_pairs, write_bin
 from btnet_core.data.recordio import write_face_records
+from btnet_core.data.sources import spec_text
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.files import checksum, find
 from btnet_core.images import decode, encode, read, resize
@@ -137,7 +139,8 @@ def table() -> str:
 
     lines = []
     for scale in map(get_scale, pages()):
-        lines.append(f"scale {scale.name}: faces {scale.faces}; pairs {', '.join(scale.pairs)}")
+        pairs = ", ".join(map(spec_text, scale.pairs))
+        lines.append(f"scale {scale.name}: faces {spec_text(scale.faces)}; pairs {pairs}")
     for entry in ENTRIES:
         row = describe(entry)
         lines += [

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from btnet_core.data.faces import SUFFIXES
+from btnet_core.data.folders import SUFFIXES
 from btnet_core.errors import DataError
 from btnet_core.files import write_atomically
 from btnet_core.models.btnet import BTNet

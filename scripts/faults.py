@@ -28,7 +28,7 @@ from btnet_core.models.backbone import BackboneConfig, build_backbone, save_back
 from btnet_core.training import methods
 from btnet_paper.results import environment
 
-FACES = "synthetic:identities=24,images=6,seed=0"
+FACES = {"kind": "synthetic", "identities": 24, "images": 6, "seed": 0}
 TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
 QUICK = {
     "batch": 12,
@@ -64,7 +64,7 @@ def prepare_train(place: Path) -> list[str]:
 def prepare_adapt(place: Path) -> list[str]:
     save_backbone(build_backbone(TINY), place / "trunk.safetensors")
     changes = [f"--set={name}={value}" for name, value in QUICK.items() if name != "warmup_epochs"]
-    faces = ["--faces", FACES, "--hold-out", "25", "--resolutions", "14", "7"]
+    faces = ["--faces", json.dumps(FACES), "--hold-out", "25", "--resolutions", "14", "7"]
     return [
         "adapt",
         "--trunk",

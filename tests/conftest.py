@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+import btnet_paper  # noqa: F401 (brings the kind "synthetic" of face sets)
+
 
 @pytest.fixture(scope="session")
 def btnet_data() -> Path:

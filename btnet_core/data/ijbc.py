@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btnet_core import images as pixels
-from btnet_core.data.faces import read_lines, stack
+from btnet_core.data.faces import decode_into
+from btnet_core.data.folders import read_lines
 from btnet_core.data.survface import stand_in_note
 from btnet_core.errors import DataError
 from btnet_core.evaluation.templates import TemplateSet
@@ -152,7 +153,7 @@ def read_templates(root: str | Path) -> TemplateSet:
     read = partial(_aligned, root, names, table[:, :10].reshape(-1, 5, 2))
     return TemplateSet(
         name=stand_in_note(root) or "IJB-C", checksum=checksum(files), template=template, media=media,
-        images=lambda indices: stack(read, indices, (112, 112)), score=table[:, 10],
+        images=lambda indices: decode_into(read, indices, (112, 112)), score=table[:, 10],
         first=first, second=second, same=same.astype(bool),
         galleries={name: subjects[name] for name in GALLERIES}, probes=subjects[PROBES],
     )  # fmt: skip

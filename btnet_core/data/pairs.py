@@ -1,149 +1,196 @@
-"""1:1 verification sets: InsightFace ``.bin`` files (read without trusting the pickle), LFW-style ``pairs.txt``."""
+"""1:1 verification sets: InsightFace ``.bin`` files, LFW's ``pairs.txt``, pairs drawn from a face set."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
-from collections.abc import Iterable, Sequence
+import pickletools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from btnet_core import images as pixels
-from btnet_core.data.faces import SUFFIXES, PairSet, fit, read_lines, stack
-from btnet_core.errors import DataError
-from btnet_core.files import checksum, data_root, write_atomically
+from btnet_core.data.faces import FaceSet, at_size, decode_into, open_faces
+from btnet_core.data.folders import entries, is_image, read_lines
+from btnet_core.data.sources import Spec, open_kind, parse_spec
+from btnet_core.errors import ConfigError, DataError
+from btnet_core.files import checksum, find, write_atomically
 
-SIX = ("lfw", "cfp_ff", "cfp_fp", "agedb_30", "calfw", "cplfw")
+
+@dataclass(frozen=True, kw_only=True)
+class PairSet:
+    """Pairs of images for 1:1 verification; ten folds are ten consecutive blocks of P / 10 pairs.
+
+    ``first``, ``second`` int64 ``(P,)`` point into the set's images; ``same`` bool ``(P,)``;
+    ``images(indices)`` gives uint8 ``(n, 3, H, W)`` of one size.
+    """
+
+    name: str
+    checksum: str
+    first: Tensor
+    second: Tensor
+    same: Tensor
+    images: Callable[[Iterable[int]], Tensor]
+    num_images: int
+
+    def __len__(self) -> int:
+        return len(self.same)
+
+
+def open_pairs(spec: Spec) -> PairSet:
+    """Open a ``.bin`` or a ``pairs.txt`` with its images beside it (a text), or a kind (a mapping).
+
+    ``{kind: drawn, faces: SPEC, count: 6000, seed: 0}``: :func:`draw_pairs`;
+    ``{kind: listed, path: pairs.txt, images: FOLDER}``: a list whose images lie elsewhere.
+    """
+    spec = parse_spec(spec)
+    if not isinstance(spec, str):
+        return open_kind(spec, {"drawn": draw_pairs, "listed": listed_pairs})
+    path = find(spec)
+    return read_bin(path) if path.suffix.lower() == ".bin" else pairs_file(path)
+
+
+def listed_pairs(path: str, images: str) -> PairSet:
+    """The pairs of a ``pairs.txt`` over a folder of images; relative paths as for ``open_pairs``."""
+    return pairs_file(find(path), find(images))
+
+
+# ---- .bin: a pickle of (encoded images, flags), read without trusting it ----
 
 
 class _Array:
-    """Stands for a numpy array in the pickle; only its bytes are kept, and only of uint8 arrays."""
+    """Stands for a numpy array in the pickle: its bytes and the name of their type."""
 
-    __slots__ = ("data",)
-
-    def __init__(self) -> None:
-        self.data: bytes | None = None
+    kind, data = "", b""
 
     def __setstate__(self, state: Any) -> None:
         _, _, dtype, _, data = state
-        self.data = dtype.of(data)
+        self.kind, self.data = dtype.kind, data
 
 
-class _Dtype:
-    __slots__ = ("kind",)
+class _Type:
+    """Stands for a numpy dtype. Its state (byte order and the like) is of no use to single bytes."""
 
-    def __init__(self, kind: Any, *_: Any) -> None:
-        self.kind = kind.decode("ascii") if isinstance(kind, bytes) else kind
+    def __init__(self, kind: Any = "", *_: Any) -> None:
+        self.kind = (kind.decode() if isinstance(kind, bytes) else kind).lstrip("|")
 
-    def __setstate__(self, state: Any) -> None:  # byte order and the like: nothing a byte needs
+    def __setstate__(self, state: Any) -> None:
         pass
 
-    def of(self, data: Any) -> bytes:
-        if self.kind not in ("u1", "|u1", "uint8", "b1", "|b1", "bool") or not isinstance(
-            data, (bytes, bytearray)
-        ):
-            raise pickle.UnpicklingError(f"an array of {self.kind!r} where only uint8 is admitted")
-        return bytes(data)
+
+def _buffer(data: Any, dtype: _Type, *_: Any) -> _Array:
+    array = _Array()
+    array.kind, array.data = dtype.kind, data
+    return array
 
 
-class _Unpickler(pickle._Unpickler):
-    """Admits lists, tuples, numbers, bytes, uint8 arrays; a name outside this table is refused, not imported.
+class _Unpickler(pickle.Unpickler):
+    """Admits plain values and stand-ins of byte arrays; any other name is refused, not imported."""
 
-    The Python implementation on purpose: in C, a single opcode can make the memo allocate gigabytes.
-    """
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, encoding="bytes")
-        self._encoded: dict[str, bytes] = {}
-
-    def _encode(self, text: str, encoding: Any = "latin1") -> bytes:
-        if encoding not in ("latin1", b"latin1"):
-            raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
-        if text not in self._encoded:  # one object for one text, however often it is encoded
-            self._encoded[text] = text.encode("latin1")
-        return self._encoded[text]
-
-    def _bytearray8(self) -> None:  # the original allocates the announced length before it reads
-        length = int.from_bytes(self.read(8), "little")  # type: ignore[attr-defined]
-        data = self.read(length) if length < 2**48 else b""  # type: ignore[attr-defined]
-        if len(data) < length:
-            raise pickle.UnpicklingError("truncated")
-        self.append(data)  # type: ignore[attr-defined]
-
-    dispatch: ClassVar[dict[int, Any]] = {
-        **pickle._Unpickler.dispatch,
-        pickle.BYTEARRAY8[0]: _bytearray8,
-    }
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        encode = lru_cache(maxsize=None)(lambda text: text.encode("latin1"))  # each text once
+        numpy = {
+            "_reconstruct": lambda *_: _Array(),
+            "scalar": lambda dtype, data: _flags(_buffer(data, dtype))[0],
+            "_frombuffer": _buffer,
+        }
+        self.known: dict[tuple[str, str], Any] = {
+            ("_codecs", "encode"): lambda text, encoding="latin1": encode(text),
+            ("numpy", "dtype"): _Type,
+            ("numpy", "ndarray"): None,
+        }
+        for name, function in numpy.items():
+            for package in ("numpy.core", "numpy._core"):
+                for module in ("multiarray", "numeric"):
+                    self.known[f"{package}.{module}", name] = function
+        for module in ("builtins", "__builtin__"):
+            self.known[module, "bytearray"] = lambda data=b"", *_: (
+                encode(data) if isinstance(data, str) else data
+            )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return self._encode
-        if module in (
-            "numpy.core.multiarray",
-            "numpy._core.multiarray",
-            "numpy.core.numeric",
-            "numpy._core.numeric",
-        ):
-            if name == "_reconstruct":
-                return lambda *_: _Array()
-            if name == "scalar":
-                return lambda dtype, data: bool(dtype.of(data)[0])
-            if name == "_frombuffer":
-                return lambda data, dtype, *_: dtype.of(data)
-        if (module, name) == ("numpy", "dtype"):
-            return lambda *args: _Dtype(*args)
-        if (module, name) == ("numpy", "ndarray"):
-            return None
-        if (module, name) in (("__builtin__", "bytearray"), ("builtins", "bytearray")):
-            return lambda data=b"", *_: (
-                self._encode(data) if isinstance(data, str) else bytes(memoryview(data))
+        if (module, name) not in self.known:
+            raise pickle.UnpicklingError(
+                f"the pickle names {module}.{name}, which no verification set needs"
             )
-        raise pickle.UnpicklingError(
-            f"the pickle names {module}.{name}, which no verification set needs"
-        )
+        return self.known[module, name]
+
+
+def _unpickle(data: bytes) -> Any:
+    """The content, in memory that the size of ``data`` bounds."""
+    for opcode, argument, _ in pickletools.genops(data):  # refuses what is longer than the data
+        if opcode.name.endswith("PUT") and int(argument) > len(data):
+            raise pickle.UnpicklingError(f"place {argument} of the memo in {len(data)} bytes")
+    return _Unpickler(data).load()
+
+
+def _flags(array: _Array) -> list[Any]:
+    """The values of an array of whole numbers. Raises UnpicklingError for another type."""
+    if array.kind not in ("b1", "bool", "u1", "i1", "i2", "i4", "i8", "uint8", "int64"):
+        raise pickle.UnpicklingError(f"an array of {array.kind!r} as labels")
+    return np.frombuffer(array.data, array.kind).tolist()
 
 
 def parse_bin(data: bytes, *, where: str) -> tuple[list[bytes], np.ndarray]:
     """Encoded images (2P) and ``same`` bool ``(P,)`` of a ``.bin`` pickle, read without running anything in it.
 
     Raises:
-        DataError: it holds anything but (list of bytes or uint8 arrays, list of bools), or the counts differ.
+        DataError: it holds anything but images (bytes or uint8 arrays) and labels (bools or whole numbers 0 and 1,
+            a list or an array), or the counts differ.
     """
     try:
-        content = _Unpickler(io.BytesIO(data)).load()
+        images, flags = _unpickle(data)
+        flags = _flags(flags) if isinstance(flags, _Array) else flags
+        if not isinstance(images, list) or not isinstance(flags, list):
+            raise TypeError("expected (list of images, list of bools)")
     except Exception as error:  # a damaged pickle raises almost anything
-        raise DataError(
-            f"{where}: not a verification set: {type(error).__name__}: {str(error)[:200]}"
-        ) from None
-    if (
-        not isinstance(content, (tuple, list))
-        or len(content) != 2
-        or not all(isinstance(x, list) for x in content)
-    ):
-        raise DataError(
-            f"{where}: holds {type(content).__name__}, expected (list of images, list of bools)"
-        )
-    encoded = []
-    for i, item in enumerate(content[0]):
-        item = item.data if isinstance(item, _Array) else item
-        if not isinstance(item, (bytes, bytearray)):
-            raise DataError(
-                f"{where}: image {i} is {type(item).__name__}, expected bytes or a uint8 array"
-            )
-        encoded.append(bytes(item))
-    for i, flag in enumerate(content[1]):
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise DataError(f"{where}: not a verification set: {reason}") from None
+    kept: dict[int, bytes] = {}  # one copy of what the pickle names many times
+    encoded = [_image_bytes(item, f"{where}: image {i}", kept) for i, item in enumerate(images)]
+    for i, flag in enumerate(flags):
         if not isinstance(flag, int) or flag not in (0, 1):
             raise DataError(f"{where}: pair {i} is labelled {type(flag).__name__}, expected a bool")
-    if not content[1] or len(encoded) != 2 * len(content[1]):
+    if not flags or len(encoded) != 2 * len(flags):
         raise DataError(
-            f"{where}: {len(encoded)} images and {len(content[1])} pairs, expected two images a pair"
+            f"{where}: {len(encoded)} images and {len(flags)} pairs, expected two images a pair"
         )
-    return encoded, np.array(content[1], bool)
+    return encoded, np.array(flags, bool)
+
+
+def _image_bytes(item: Any, where: str, kept: dict[int, bytes]) -> bytes:
+    if isinstance(item, _Array) and item.kind not in ("u1", "uint8"):
+        raise DataError(f"{where} is an array of {item.kind!r}, expected bytes or a uint8 array")
+    data = item.data if isinstance(item, _Array) else item
+    if not isinstance(data, bytes | bytearray):
+        kind = type(data).__name__
+        raise DataError(f"{where} is {kind}, expected bytes or a uint8 array")
+    return kept.setdefault(id(data), data if isinstance(data, bytes) else bytes(data))
+
+
+def read_bin(path: str | Path) -> PairSet:
+    """A verification set from an InsightFace ``.bin``; the pairs keep the order of the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such verification set; see `btnet data`")
+    encoded, same = parse_bin(path.read_bytes(), where=str(path))
+    places = [f"{path}, image {i}" for i in range(len(encoded))]
+    return _pair_set(path.stem, checksum([path]), encoded, same, places)
+
+
+def write_bin(path: str | Path, encoded: Sequence[bytes], same: Sequence[bool]) -> None:
+    """Write 2P encoded images and P flags as InsightFace's tools read them (pickle protocol 4)."""
+    content = pickle.dumps((list(encoded), [bool(flag) for flag in same]), protocol=4)
+    write_atomically(Path(path), content)
 
 
 def _pair_set(
@@ -156,36 +203,23 @@ def _pair_set(
     height, width = pixels.decode(unique[0], where=where[0]).shape[-2:]
 
     def read(i: int) -> Tensor:
-        return fit(pixels.decode(unique[i], where=where[i]), (height, width))
+        return at_size(pixels.decode(unique[i], where=where[i]), (height, width))
 
     def images(indices: Iterable[int]) -> Tensor:
-        return stack(read, indices, (height, width))
+        return decode_into(read, indices, (height, width))
 
     return PairSet(
-        name=name, checksum=digest, first=table[:, 0], second=table[:, 1], same=torch.from_numpy(same),
-        images=images, num_images=len(unique),
-    )  # fmt: skip
-
-
-def read_bin(path: str | Path) -> PairSet:
-    """A verification set from an InsightFace ``.bin``; the pairs keep the order of the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such verification set; see `btnet data`")
-    encoded, same = parse_bin(path.read_bytes(), where=str(path))
-    return _pair_set(
-        path.stem,
-        checksum([path]),
-        encoded,
-        same,
-        [f"{path}, image {i}" for i in range(len(encoded))],
+        name=name,
+        checksum=digest,
+        first=table[:, 0],
+        second=table[:, 1],
+        same=torch.from_numpy(same),
+        images=images,
+        num_images=len(unique),
     )
 
 
-def write_bin(path: str | Path, encoded: Sequence[bytes], same: Sequence[bool]) -> None:
-    """Write 2P encoded images and P flags as InsightFace's tools read them (pickle protocol 4)."""
-    pairs = (list(encoded), [bool(flag) for flag in same])
-    write_atomically(path, lambda file: pickle.dump(pairs, file, protocol=4))
+# ---- pairs.txt ----
 
 
 def parse_pairs(
@@ -194,17 +228,16 @@ def parse_pairs(
     """The 2P image files and P flags of LFW's ``pairs.txt``: ``name 1 2`` or ``name 1 other 2`` in each line.
 
     Image n of a person is ``folder/name/name_000n.<suffix>``; ``folder`` is the one the file lies in by default.
-    A first line of counts is skipped.
+    A first line of counts is skipped. Names with blanks need tabs between the fields.
     """
     path = Path(path)
     folder = Path(folder) if folder else path.parent
     files: list[Path] = []
     same = []
+    images_of = lru_cache(maxsize=None)(lambda name: _images_by_stem(folder / name))
     for number, line in enumerate(read_lines(path), 1):
-        fields = line.split()
-        if not fields or (
-            number == 1 and len(fields) <= 2 and all(field.isdigit() for field in fields)
-        ):
+        fields = line.strip().split("\t") if "\t" in line else line.split()
+        if not fields[0:1] or fields == [""] or (number == 1 and _counts(fields)):
             continue
         if len(fields) == 3:
             fields.insert(2, fields[0])
@@ -213,40 +246,111 @@ def parse_pairs(
                 f"{path}, line {number}: got {line[:80]!r}, expected 'name 1 2' or 'name 1 other 2'"
             )
         for name, n in (fields[:2], fields[2:]):
-            stem = folder / name / f"{name}_{n.lstrip('0'):0>4}"
-            found = next(
-                (file for s in SUFFIXES if os.path.isfile(file := Path(f"{stem}{s}"))), None
-            )
-            if found is None:
-                raise DataError(f"{path}, line {number}: no image {stem}.* ({', '.join(SUFFIXES)})")
-            files.append(found)
+            stem = f"{name}_{n.lstrip('0'):0>4}"
+            if stem not in images_of(name):
+                raise DataError(f"{path}, line {number}: no image {folder / name / stem}.*")
+            files.append(images_of(name)[stem])
         same.append(fields[0] == fields[2])
     if not same:
         raise DataError(f"{path}: no pairs in it")
     return files, same
 
 
+def _counts(fields: Sequence[str]) -> bool:
+    return len(fields) <= 2 and all(field.isdigit() for field in fields)
+
+
+def _images_by_stem(folder: Path) -> dict[str, Path]:
+    """The images of one person's folder by their names without suffix; empty where there is none."""
+    if not os.path.isdir(folder):  # no error for a name that is too long
+        return {}
+    found: dict[str, Path] = {}
+    for file in entries(folder)[1]:
+        if file.stem not in found and is_image(file):
+            found[file.stem] = file
+    return found
+
+
 def pairs_file(path: str | Path, folder: str | Path | None = None) -> PairSet:
     """A verification set from LFW's ``pairs.txt`` over a folder of images (:func:`parse_pairs`)."""
     files, same = parse_pairs(path, folder)
     digest = checksum([Path(path), *sorted(set(files))])
-    return _pair_set(
-        Path(path).stem,
-        digest,
-        [pixels.read(f) for f in files],
-        np.array(same),
-        [str(f) for f in files],
+    encoded = [pixels.read(file) for file in files]
+    return _pair_set(Path(path).stem, digest, encoded, np.array(same), [str(f) for f in files])
+
+
+# ---- pairs drawn from a face set ----
+
+
+def draw_pairs(faces: Spec | FaceSet, count: int = 6000, seed: int = 0) -> PairSet:
+    """``count`` pairs in ten folds, each half same, half different, drawn evenly over the identities.
+
+    No person is in two folds where each tenth of the identities holds enough pairs; otherwise (``shared identities``
+    in the name) all folds draw from all. No pair occurs twice. The same ``seed`` gives the same pairs.
+    """
+    faces = faces if isinstance(faces, FaceSet) else open_faces(faces)
+    if count < 20 or count % 20:
+        raise ConfigError(
+            f"count: got {count}, expected a multiple of 20 (ten folds of half same, half different)"
+        )
+    rng, half = np.random.default_rng(seed), count // 20
+    labels = np.asarray(faces.labels)
+    order = np.argsort(labels, kind="stable")
+    people = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    people = [people[i] for i in rng.permutation(len(people))]
+    folds = [people[i::10] for i in range(10)]
+    shared = not all(_holds(fold, half) for fold in folds)
+    if shared and not _holds(people, 10 * half):
+        raise DataError(
+            f"{faces.name}: {len(faces)} images of {len(people)} people are too few for {count} pairs"
+        )
+    if shared:
+        same = np.array_split(_same_pairs(people, 10 * half, rng), 10)
+        different = np.array_split(_different_pairs(people, 10 * half, rng), 10)
+    else:
+        same = [_same_pairs(fold, half, rng) for fold in folds]
+        different = [_different_pairs(fold, half, rng) for fold in folds]
+    blocks = [block for fold in zip(same, different, strict=True) for block in fold]
+    table = torch.from_numpy(np.concatenate(blocks))
+    digest = hashlib.sha256(f"{faces.checksum} {count} {seed} 1".encode()).hexdigest()
+    return PairSet(
+        name=f"{faces.name}, {count} pairs, seed {seed}{', shared identities' * shared}",
+        checksum=f"sha256:{digest}",
+        first=table[:, 0],
+        second=table[:, 1],
+        same=torch.tensor(([True] * half + [False] * half) * 10),
+        images=faces.images,
+        num_images=len(faces),
     )
 
 
-def six_verification_sets(root: str | Path | None = None) -> dict[str, PairSet]:
-    """LFW, CFP-FF, CFP-FP, AgeDB-30, CALFW, CPLFW from ``root`` (the data root by default), for the mean over six.
+def _holds(people: list[np.ndarray], half: int) -> bool:
+    """Whether there are ``half`` pairs of one person, and four times as many of two."""
+    sizes = np.array([len(images) for images in people], np.int64)
+    same = (sizes * (sizes - 1) // 2).sum()
+    different = (sizes.sum() ** 2 - (sizes**2).sum()) // 2
+    return bool(same >= half and different >= 4 * half)
 
-    Raises:
-        DataError: names every file that is missing.
-    """
-    root = Path(root) if root else data_root()
-    missing = [str(root / f"{name}.bin") for name in SIX if not (root / f"{name}.bin").is_file()]
-    if missing:
-        raise DataError(f"missing verification sets: {', '.join(missing)}; see `btnet data`")
-    return {name: read_bin(root / f"{name}.bin") for name in SIX}
+
+def _same_pairs(people: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
+    """One new pair of each person in turn, until there are ``count``."""
+    able, used = [images for images in people if len(images) > 1], dict[int, Iterator[int]]()
+    pairs: list[tuple[int, int]] = []
+    while len(pairs) < count:
+        for i, images in enumerate(able):
+            if i not in used:
+                every = len(images) * (len(images) - 1) // 2
+                used[i] = iter(rng.choice(every, min(every, count), replace=False))
+            if (k := next(used[i], None)) is not None:
+                b = int((1 + np.sqrt(1 + 8 * k)) // 2)  # pair k of (0, 1) (0, 2) (1, 2) (0, 3) …
+                pairs.append((images[k - b * (b - 1) // 2], images[b]))
+    return np.array(pairs[:count])
+
+
+def _different_pairs(people: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
+    pairs: dict[tuple[int, int], None] = {}
+    while len(pairs) < count:
+        a, b = rng.choice(len(people), 2, replace=False)
+        one, other = int(rng.choice(people[a])), int(rng.choice(people[b]))
+        pairs[min(one, other), max(one, other)] = None
+    return np.array(list(pairs))

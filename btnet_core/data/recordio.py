@@ -28,7 +28,7 @@ from btnet_core.files import integer_table
 MAGIC = struct.pack("<I", 0xCED7230A)
 _PART, _HEADER = struct.Struct("<4sI"), struct.Struct("<IfQQ")
 _LENGTH = (1 << 29) - 1
-_EXACT = 2**24  # float32 holds every integer up to here
+MAX_LABEL = 2**24  # float32 holds every integer up to here
 
 
 class Record(NamedTuple):
@@ -298,8 +298,10 @@ def write_face_records(
                 )
             writer.write(key, _HEADER.pack(0, label, key, 0) + image)
             key += 1
-        if not starts or key + len(starts) > _EXACT:
-            raise DataError(f"{folder}: {key - 1} images; the layout holds 1 to {_EXACT} records")
+        if not starts or key + len(starts) > MAX_LABEL:
+            raise DataError(
+                f"{folder}: {key - 1} images; the layout holds 1 to {MAX_LABEL} records"
+            )
         for i, (low, high) in enumerate(pairwise([*starts, key])):
             writer.write(key + i, _range_record(low, high, key + i))
         writer.rewrite_first(_range_record(key, key + len(starts), 0))

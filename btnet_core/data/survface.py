@@ -19,7 +19,8 @@ from torch import Tensor
 
 from btnet_core import images as pixels
 from btnet_core.data import matfile
-from btnet_core.data.faces import StoredFaces, image_files, image_folder, read_parallel
+from btnet_core.data.faces import StoredFaces, image_folder, in_parallel
+from btnet_core.data.folders import entries, split_images
 from btnet_core.errors import DataError
 from btnet_core.files import checksum
 
@@ -40,12 +41,13 @@ class Crops(Sequence[Tensor]):
         return pixels.decode(pixels.read(self.files[index]), where=str(self.files[index]))
 
     def load(self, indices: Iterable[int]) -> list[Tensor]:
-        return read_parallel(self.__getitem__, indices)
+        wanted = [int(i) for i in indices]
+        return in_parallel(lambda k: self[wanted[k]], len(wanted))
 
     @cached_property
     def sizes(self) -> Tensor:
         """int64 ``(N, 2)``: width, height of each image, from its header."""
-        return torch.stack(read_parallel(self._size, range(len(self))))
+        return torch.stack(in_parallel(self._size, len(self)))
 
     def _size(self, index: int) -> Tensor:
         try:
@@ -118,7 +120,7 @@ def read_open_set(root: str | Path) -> OpenSet:
         raise DataError(
             f"{folder}: {len(lost)} mated probes have no gallery image, first identity {int(lost[0])}"
         )
-    unmated = image_files(folder / "unmated_probe")
+    unmated, _ = split_images(entries(folder / "unmated_probe")[1])
     note, files = stand_in_note(Path(root)), [*gallery, *mated, *unmated]
     return OpenSet(
         name=note or "QMUL-SurvFace", stand_in=bool(note), images=Crops(files),
@@ -128,9 +130,9 @@ def read_open_set(root: str | Path) -> OpenSet:
     )  # fmt: skip
 
 
-def training_set(root: str | Path, on_error: str = "raise") -> StoredFaces:
+def training_set(root: str | Path) -> StoredFaces:
     """``training_set/<id>/``; images come at 112x112, ``native(i)`` at their own size."""
-    return image_folder(Path(root) / "training_set", on_error)
+    return image_folder(Path(root) / "training_set")
 
 
 def write_layout(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btnet_core.data.faces import FaceSet, open_faces
+from btnet_core.data.sources import Spec, spec_text
 from btnet_core.errors import ConfigError
 from btnet_core.images import Resize, degrade, resize, scaled_size
 from btnet_core.models.backbone import Backbone
@@ -118,9 +119,13 @@ class Pixels:
             yield from ((ready, pixels.result()) for ready, pixels in waiting)
 
 
-@lru_cache(maxsize=1)
-def open_pixels(spec: str, workers: int) -> Pixels:
+def open_pixels(spec: Spec, workers: int) -> Pixels:
     """The faces of a spec, kept for the next run of this process on the same data."""
+    return _pixels(spec_text(spec), workers)
+
+
+@lru_cache(maxsize=1)
+def _pixels(spec: str, workers: int) -> Pixels:
     return Pixels(open_faces(spec), workers)
 
 

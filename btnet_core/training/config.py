@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import asdict, dataclass, field, fields
 
+from btnet_core.data.sources import Spec
 from btnet_core.errors import ConfigError
 from btnet_core.images import Resize
 from btnet_core.losses import MARGINS, METRICS
@@ -32,7 +33,7 @@ class TrainConfig:
     """
 
     name: str = "phi_hr"  # shown and recorded
-    data: str  # faces to learn from, a spec of datasets.open_faces
+    data: Spec  # faces to learn from, a spec of datasets.open_faces
     seed: int = 0
 
     # model
@@ -100,7 +101,7 @@ class TrainConfig:
     cache_dir: str = ""  # where features and class means are kept for other runs of the same teacher; "": nowhere
     workers: int = 2  # decoding threads, when the data do not fit in memory
     checkpoint_seconds: float = 300.0  # between checkpoints; one at each epoch's end too
-    validation: tuple[str, ...] = ()  # pair sets, specs of datasets.open_pairs
+    validation: tuple[Spec, ...] = ()  # pair sets, specs of datasets.open_pairs
     validation_resolutions: tuple[int, ...] = (112, 28, 14, 7)  # rows in pixels
     validate_epochs: int = 0  # between validations; 0: at the end alone
 

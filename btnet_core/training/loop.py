@@ -19,7 +19,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from btnet_core.data.faces import PairSet, open_faces, open_pairs
+from btnet_core.data.faces import open_faces
+from btnet_core.data.pairs import PairSet, open_pairs
+from btnet_core.data.sources import spec_text
 from btnet_core.errors import CheckpointError, ConfigError, TrainingError
 from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
 from btnet_core.evaluation.verification import evaluate_pairs
@@ -346,8 +348,8 @@ def validate(run: Run, progress: Progress) -> None:
             "accuracy": {},
         }
         for spec in config.validation:
-            report = evaluate_pairs(embedder, _pairs(spec), settings, how=config.resize)
-            row["accuracy"][spec] = {name: value["accuracy"] for name, value in report.items()}
+            report = evaluate_pairs(embedder, _pairs(spec_text(spec)), settings, how=config.resize)
+            row["accuracy"][spec_text(spec)] = {name: value["accuracy"] for name, value in report.items()}
         run.validation.append(row)
         progress.write({"step": run.step, "validation": row["accuracy"]})
         progress.say(f"{config.name}: epoch {row['epoch']:.4g} accuracy " + ", ".join(

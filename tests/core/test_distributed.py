@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+import btnet_paper  # noqa: F401 (in every process: the kind "synthetic")
 from btnet_core.files import read_safetensors
 from btnet_core.losses import MARGINS
 from btnet_core.models.backbone import BackboneConfig
@@ -20,7 +21,7 @@ from btnet_core.training.loop import train
 from btnet_core.training.progress import read_metrics
 from btnet_core.training.step import prepare
 
-FACES = "synthetic:identities=7,images=6,seed=0"
+FACES = {"kind": "synthetic", "identities": 7, "images": 6, "seed": 0}
 TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
 QUICK = {
     "batch": 12,

@@ -13,8 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btnet_core.data.faces import draw_pairs, open_faces, open_pairs
-from btnet_core.data.pairs import parse_bin, parse_pairs, read_bin, six_verification_sets, write_bin
+from btnet_core.data.faces import open_faces
+from btnet_core.data.pairs import (
+    draw_pairs,
+    open_pairs,
+    parse_bin,
+    parse_pairs,
+    read_bin,
+    write_bin,
+)
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.images import encode
 
@@ -58,17 +65,30 @@ def test_list_file(folder: Path) -> None:
 def test_specs_that_name_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         open_faces(str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"people=3.*identities"):
-        open_faces("synthetic:people=3")
-    with pytest.raises(DataError, match="sub-folder"):
+    with pytest.raises(ConfigError, match=r"the key 'people', expected identities, images, seed"):
+        open_faces({"kind": "synthetic", "people": 3})
+    with pytest.raises(ConfigError, match=r"the kind 'synthetik', expected one of part, synthetic"):
+        open_faces({"kind": "synthetik"})
+    with pytest.raises(ConfigError, match=r"images: got '3', expected as 20"):
+        open_faces({"kind": "synthetic", "images": "3"})
+    with pytest.raises(ConfigError, match=r"held is missing; keys of part: faces, held"):
+        open_faces({"kind": "part", "faces": "there"})
+    with pytest.raises(ConfigError, match=r"expected one of drawn, listed"):
+        open_pairs({"kind": "pairs"})
+    with pytest.raises(ConfigError, match="neither a path nor a mapping"):
+        open_faces("{kind")
+    with pytest.raises(DataError, match="<identity>/<image>, found nothing"):
         open_faces(str(tmp_path))
 
 
 def test_synthetic_spec() -> None:
-    faces = open_faces("synthetic:identities=3,images=2,seed=5,first=7")
+    faces = open_faces({"kind": "synthetic", "identities": 3, "images": 2, "seed": 5, "first": 7})
     assert (len(faces), faces.num_identities) == (6, 3)
     assert torch.equal(
-        faces.images([0])[0], open_faces("synthetic:identities=1,images=2,seed=5,first=7")[0][0]
+        faces.images([0])[0],
+        open_faces({"kind": "synthetic", "identities": 1, "images": 2, "seed": 5, "first": 7})[0][
+            0
+        ],
     )
 
 
@@ -240,22 +260,6 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         _ = open_faces(str(tmp_path / "list.txt")).checksum
 
 
-def test_six_sets_name_every_missing_file(tmp_path: Path) -> None:
-    write_bin(tmp_path / "lfw.bin", [picture(1), picture(2)], [True])
-    with pytest.raises(DataError, match=r"cfp_ff\.bin.*cplfw\.bin"):
-        six_verification_sets(tmp_path)
-    for name in ("cfp_ff", "cfp_fp", "agedb_30", "calfw", "cplfw"):
-        write_bin(tmp_path / f"{name}.bin", [picture(1), picture(2)], [True])
-    assert list(six_verification_sets(tmp_path)) == [
-        "lfw",
-        "cfp_ff",
-        "cfp_fp",
-        "agedb_30",
-        "calfw",
-        "cplfw",
-    ]
-
-
 def test_the_real_verification_sets(btnet_data: Path) -> None:
     for name, count in (("lfw_devtest.bin", 1000), ("lfw_devtest_6000.bin", 6000)):
         pairs = open_pairs(name)
@@ -267,7 +271,7 @@ def test_the_real_verification_sets(btnet_data: Path) -> None:
 
 
 def test_drawn_pairs_are_what_they_say() -> None:
-    faces = open_faces("synthetic:identities=60,images=5,seed=0")
+    faces = open_faces({"kind": "synthetic", "identities": 60, "images": 5, "seed": 0})
     pairs = draw_pairs(faces, 400, seed=3)
     a, b = faces.labels[pairs.first], faces.labels[pairs.second]
     assert torch.equal(a == b, pairs.same)
@@ -287,12 +291,19 @@ def test_drawn_pairs_are_what_they_say() -> None:
     assert torch.equal(again.first, pairs.first)
     assert not torch.equal(other.first, pairs.first)
     assert again.checksum == pairs.checksum != other.checksum
-    spec = open_pairs("pairs:synthetic:identities=60,images=5,seed=0:count=400,seed=3")
+    spec = open_pairs(
+        {
+            "kind": "drawn",
+            "faces": {"kind": "synthetic", "identities": 60, "images": 5, "seed": 0},
+            "count": 400,
+            "seed": 3,
+        }
+    )
     assert torch.equal(spec.second, pairs.second)
 
 
 def test_drawn_pairs_need_enough_people() -> None:
     with pytest.raises(DataError, match="too few"):
-        draw_pairs(open_faces("synthetic:identities=3,images=2,seed=0"), 400)
+        draw_pairs(open_faces({"kind": "synthetic", "identities": 3, "images": 2, "seed": 0}), 400)
     with pytest.raises(ConfigError, match="multiple of 20"):
-        draw_pairs(open_faces("synthetic:identities=3,images=2,seed=0"), 30)
+        draw_pairs(open_faces({"kind": "synthetic", "identities": 3, "images": 2, "seed": 0}), 30)

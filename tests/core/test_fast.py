@@ -25,7 +25,7 @@ TRUNKS = {
         name="mobilefacenet", width=0.5, size=(112, 96), embedding=64, std=128.0
     ),
 }
-FACES = "synthetic:identities=16,images=4,seed=3"
+FACES = {"kind": "synthetic", "identities": 16, "images": 4, "seed": 3}
 COSINE = {"fp32": 0.999999, "bf16": 0.999, "int8": 0.99}
 
 

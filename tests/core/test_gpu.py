@@ -19,7 +19,7 @@ from btnet_core.training.step import Run, prepare
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-FACES = "synthetic:identities=8,images=8,seed=0"
+FACES = {"kind": "synthetic", "identities": 8, "images": 8, "seed": 0}
 SMALL = BackboneConfig(name="iresnet18", width=0.25, embedding=64)
 QUICK = {"batch": 16, "epochs": 2, "warmup_epochs": 0.0, "lr": 0.1}
 

@@ -23,7 +23,7 @@ from btnet_core.training.launch import train_in_subprocess
 from btnet_core.training.loop import train
 from btnet_core.training.progress import LIVE, Progress, read_metrics
 
-FACES = "synthetic:identities=6,images=6,seed=0"
+FACES = {"kind": "synthetic", "identities": 6, "images": 6, "seed": 0}
 TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
 LONG = methods.phi_hr(FACES, backbone=TINY, batch=12, epochs=3000, warmup_epochs=0.0, lr=0.1)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from btnet_core.data.faces import open_faces
+from btnet_core.data.faces import open_faces, unreadable
 from btnet_core.data.recordio import (
     MAGIC,
     FaceRecords,
@@ -21,7 +21,7 @@ from btnet_core.data.recordio import (
     RecordWriter,
     write_face_records,
 )
-from btnet_core.errors import DataError
+from btnet_core.errors import ConfigError, DataError
 from btnet_core.images import decode, encode
 
 
@@ -127,14 +127,19 @@ def test_wrong_labels_are_found(tmp_path: Path, label: float) -> None:
         open_faces(str(tmp_path))
 
 
-def test_a_broken_image_is_an_error_or_skipped_and_counted(tmp_path: Path) -> None:
+def test_a_broken_image_is_an_error_and_can_be_left_out(tmp_path: Path) -> None:
     faces = [(picture(0), 0), (b"no image", 0), (picture(2), 0), (picture(3), 1)]
     write_face_records(tmp_path, faces, (112, 112))
     with pytest.raises(DataError, match=r"train\.rec, index 2, offset \d+"):
         open_faces(str(tmp_path)).images([1])
-    skipping = open_faces(str(tmp_path), on_error="skip")
-    assert skipping.images(range(4))[:, 0, 0, 0].tolist() == [0, 2, 2, 3]
-    assert skipping.skipped == 1
+    (bad, why), *others = unreadable(open_faces(str(tmp_path))).items()
+    assert (bad, others) == (1, [])
+    assert "index 2, offset" in why
+    rest = open_faces({"kind": "without", "faces": str(tmp_path), "images": [bad]})
+    assert rest.images(range(3))[:, 0, 0, 0].tolist() == [0, 2, 3]
+    assert rest.labels.tolist() == [0, 0, 1]
+    with pytest.raises(ConfigError, match=r"images: got \[4\]"):
+        open_faces({"kind": "without", "faces": str(tmp_path), "images": [4]})
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from btnet_core.training.step import prepare
 from btnet_paper import plans
 from btnet_paper.scales import get_scale
 
-FACES = "synthetic:identities=6,images=6,seed=0"
+FACES = {"kind": "synthetic", "identities": 6, "images": 6, "seed": 0}
 TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
 QUICK = {"batch": 12, "epochs": 2, "warmup_epochs": 0.0, "lr": 2.0, "precision": "fp32"}
 
@@ -519,12 +519,13 @@ def test_a_wrong_label_is_found_before_the_first_step(
 
     original = SyntheticFaces.__init__
 
+    @functools.wraps(original)
     def spoiled(self, *arguments, **options):
         original(self, *arguments, **options)
         self.labels[4] = 99
 
     monkeypatch.setattr(SyntheticFaces, "__init__", spoiled)
-    other = FACES.replace("seed=0", "seed=9")  # not one that is open already
+    other = {**FACES, "seed": 9}  # not one that is open already
     with pytest.raises((ConfigError, DataError), match=r"99.*record 4"):
         train(methods.phi_hr(other, backbone=TINY, **QUICK), tmp_path, device="cpu", show="none")
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -638,7 +639,12 @@ def test_a_branch_of_another_trunk_does_not_join_a_btnet(trunk: Path, tmp_path: 
 
 
 def test_validation_during_training_is_recorded(trunk: Path, tmp_path: Path) -> None:
-    pairs = "pairs:synthetic:identities=20,images=4,seed=0,first=50:count=100,seed=0"
+    pairs = {
+        "kind": "drawn",
+        "faces": {"kind": "synthetic", "identities": 20, "images": 4, "seed": 0, "first": 50},
+        "count": 100,
+        "seed": 0,
+    }
     config = branch(trunk, epochs=2, validation=(pairs,), validate_epochs=1)
     metrics = train(config, tmp_path, device="cpu", show="none")
     assert set(metrics["validation"]) == {"112&112", "112&14", "14&14"}

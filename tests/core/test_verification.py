@@ -276,7 +276,7 @@ def test_evaluate_pairs_without_flip_and_other_sizes() -> None:
 def test_kept_embeddings_are_read_by_every_method_with_the_same_network(
     tmp_path, monkeypatch
 ) -> None:
-    from btnet_core.data.faces import open_pairs
+    from btnet_core.data.pairs import open_pairs
     from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
     from btnet_core.evaluation.verification import evaluate_pairs
     from btnet_core.models.backbone import BackboneConfig, build_backbone
@@ -286,7 +286,14 @@ def test_kept_embeddings_are_read_by_every_method_with_the_same_network(
     btnet = BTNet(
         build_backbone(BackboneConfig(name="iresnet18", width=0.125, embedding=16)).eval(), (14,)
     )
-    pairs = open_pairs("pairs:synthetic:identities=4,images=3,seed=0:count=20,seed=0")
+    pairs = open_pairs(
+        {
+            "kind": "drawn",
+            "faces": {"kind": "synthetic", "identities": 4, "images": 3, "seed": 0},
+            "count": 20,
+            "seed": 0,
+        }
+    )
     hr, bt = UpsamplingEmbedder(btnet.trunk, device="cpu"), BranchEmbedder(btnet, device="cpu")
     settings = [(112, 112), (112, 14), (14, 14)]
     plain = {name: evaluate_pairs(one, pairs, settings) for name, one in (("hr", hr), ("bt", bt))}

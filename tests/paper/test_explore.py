@@ -24,7 +24,8 @@ from btnet_paper.explore import METHODS, SOURCES, Choice, Explorer, allocations,
 from btnet_paper.scales import Scale, get_scale
 
 SCALE: Scale = dataclasses.replace(
-    get_scale("demo"), others="synthetic:identities=14,images=3,seed=0,first=100000"
+    get_scale("demo"),
+    others={"kind": "synthetic", "identities": 14, "images": 3, "seed": 0, "first": 100000},
 )
 
 

@@ -17,7 +17,7 @@ from btnet_core.training.loop import train
 from btnet_paper import plans, published
 from btnet_paper.scales import get_scale, pages
 
-FACES = "synthetic:identities=6,images=6,seed=0"
+FACES = {"kind": "synthetic", "identities": 6, "images": 6, "seed": 0}
 TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
 
 

@@ -19,7 +19,9 @@ from btnet_paper.standins import survface_standin
 
 @pytest.fixture(scope="module")
 def faces() -> torch.Tensor:
-    return open_faces("synthetic:identities=20,images=1,seed=0").images(range(20))
+    return open_faces({"kind": "synthetic", "identities": 20, "images": 1, "seed": 0}).images(
+        range(20)
+    )
 
 
 def median(pixels: torch.Tensor) -> float:
@@ -60,7 +62,7 @@ def test_the_estimate_stays_within_the_image(faces: torch.Tensor) -> None:
 
 
 def test_calibrate_fits_what_it_is_given() -> None:
-    source = open_faces("synthetic:identities=60,images=2,seed=3")
+    source = open_faces({"kind": "synthetic", "identities": 60, "images": 2, "seed": 3})
     assert calibrate(source, count=5, variants=2) == calibrate(source, count=5, variants=2)
     weights = calibrate(source, count=120, variants=8)
     shrunk = resize(resize(source.images(range(10)), 14), 90)
@@ -100,7 +102,10 @@ def test_risk_is_the_share_of_errors_among_what_is_kept() -> None:
 def test_strong_blur_on_tiny_faces_is_possible(tmp_path) -> None:
     """The kernel is cut where it would reach past the mirrored border of a face of six pixels."""
     test = survface_standin(
-        open_faces("synthetic:identities=12,images=4,seed=0"), tmp_path, blur=8.0, noise=20.0
+        open_faces({"kind": "synthetic", "identities": 12, "images": 4, "seed": 0}),
+        tmp_path,
+        blur=8.0,
+        noise=20.0,
     )
     assert len(test.images) == 48
     assert int(test.images.sizes.min()) < 20

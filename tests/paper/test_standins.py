@@ -21,7 +21,7 @@ from btnet_paper.standins import ijbc_standin, native_sizes, survface_standin
 
 @pytest.fixture(scope="module")
 def faces() -> FaceSet:
-    return open_faces("synthetic:identities=12,images=5,seed=0")
+    return open_faces({"kind": "synthetic", "identities": 12, "images": 5, "seed": 0})
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_ijbc_standin_is_read_back(faces: FaceSet, tmp_path: Path) -> None:
     assert ((templates.score > 0) & (templates.score < 1)).all()
     images = templates.images(range(len(templates.template)))
     assert images.shape == (60, 3, 112, 112)
-    originals = faces.render_all().float()
+    originals = faces.images(range(len(faces))).float()
     nearest = (
         torch.cdist(images.float().flatten(1), originals.flatten(1)).amin(1)
         / (3 * 112 * 112) ** 0.5

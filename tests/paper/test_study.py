@@ -24,7 +24,7 @@ TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
 
 def toy(**changes) -> Scale:
     demo = get_scale("demo")
-    faces = "synthetic:identities=4,images=3,seed=0"
+    faces = {"kind": "synthetic", "identities": 4, "images": 3, "seed": 0}
     return replace(demo, name="toy", claim="A toy.", faces=faces, backbone=TINY, **changes)
 
 

@@ -78,7 +78,7 @@ def test_a_large_set_is_kept_and_a_damaged_cache_is_drawn_again(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(synthetic, "CACHED_FROM", 6)
-    first = SyntheticFaces(2, 3, seed=1).render_all()
+    first = SyntheticFaces(2, 3, seed=1).images(range(6))
     (file,) = (tmp_path / "btnet").iterdir()
     monkeypatch.setattr(
         synthetic, "render", lambda *arguments: pytest.fail("drawn although it is in the cache")
@@ -88,8 +88,8 @@ def test_a_large_set_is_kept_and_a_damaged_cache_is_drawn_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(synthetic, "CACHED_FROM", 6)
     file.write_bytes(file.read_bytes()[:500])
-    assert torch.equal(SyntheticFaces(2, 3, seed=1).render_all(), first)
-    assert torch.equal(SyntheticFaces(2, 3, seed=1).render_all(), first)
+    assert torch.equal(SyntheticFaces(2, 3, seed=1).images(range(6)), first)
+    assert torch.equal(SyntheticFaces(2, 3, seed=1).images(range(6)), first)
 
 
 def test_a_person_stays_the_same_whatever_the_image_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ TINY = BackboneConfig(name="iresnet18", width=0.0625, embedding=4)
 QUIET = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-FACES = "synthetic:identities=4,images=3,seed=0"
+FACES = {"kind": "synthetic", "identities": 4, "images": 3, "seed": 0}
 # What is put in the place of a stretch of the file: at the front is its structure, at the end its numbers.
 damage = st.tuples(st.floats(0, 1), st.sampled_from([1, 8, 200]), st.binary(min_size=1, max_size=8))
 
@@ -338,7 +338,7 @@ def test_a_disk_without_room_is_named_by_every_command(
             "--trunk",
             f"{model}/trunk.safetensors",
             "--faces",
-            FACES,
+            json.dumps(FACES),
             "--out",
             str(no_room / "out"),
         ],
@@ -366,7 +366,16 @@ def commands(tmp_path: Path) -> dict[str, list[str]]:
     save_backbone(build_backbone(TINY), trunk)
     return {
         "train": ["train", "--config", str(settled(tmp_path)), "--out", out, "--device", "cpu"],
-        "adapt": ["adapt", "--trunk", str(trunk), "--faces", FACES, "--resolutions", "7", *options],
+        "adapt": [
+            "adapt",
+            "--trunk",
+            str(trunk),
+            "--faces",
+            json.dumps(FACES),
+            "--resolutions",
+            "7",
+            *options,
+        ],
         "reproduce": ["reproduce", "--runs", out, "--only", "02"],
     }
 
@@ -414,7 +423,7 @@ def test_missing_data_is_told_before_anything_is_written(
     name: str, commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for missing in ("nowhere/train.rec", "nowhere"):
-        line = [word.replace(FACES, str(tmp_path / missing)) for word in commands[name]]
+        line = [word.replace(json.dumps(FACES), str(tmp_path / missing)) for word in commands[name]]
         (tmp_path / "c.json").write_text(
             TrainConfig(data=str(tmp_path / missing), backbone=TINY).to_json()
         )

@@ -26,7 +26,7 @@ from btnet_tools.adapt import adapt
 from btnet_tools.adapter import Adapter, find_adapter
 from btnet_tools.cli import main
 
-FACES = "synthetic:identities=24,images=4,seed=0"
+FACES = {"kind": "synthetic", "identities": 24, "images": 4, "seed": 0}
 SMALL = {"epochs": 1, "batch": 16}
 DOC = Path(__file__).resolve().parents[2] / "docs" / "own-recogniser.md"
 
@@ -40,9 +40,9 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_held_out_identities_are_not_learnt_from() -> None:
+    part = {"kind": "part", "faces": FACES, "percent": 25}
     whole, held, rest = (
-        open_faces(spec)
-        for spec in (FACES, f"held:{FACES}:percent=25", f"without:{FACES}:percent=25")
+        open_faces(spec) for spec in (FACES, {**part, "held": True}, {**part, "held": False})
     )
     assert (held.num_identities, rest.num_identities, len(held) + len(rest)) == (6, 18, len(whole))
     assert not set(whole.labels[held.indices].tolist()) & set(whole.labels[rest.indices].tolist())  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ def test_held_out_identities_are_not_learnt_from() -> None:
     assert torch.equal(held[3][0], whole[int(held.indices[3])][0])  # type: ignore[attr-defined]
     assert held.checksum != rest.checksum
     with pytest.raises(ConfigError, match="percent"):
-        open_faces(f"held:{FACES}:percent=100")
+        open_faces({**part, "held": True, "percent": 100})
 
 
 def test_adapt_trains_branches_and_compares(
@@ -176,7 +176,7 @@ def test_the_documented_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     source, call = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
     (tmp_path / "resnet_face.py").write_text(source)
     command = re.search(r"btnet (adapt .*--adapter .*)", DOC.read_text())[1].split()  # type: ignore[index]
-    faces = open_faces("synthetic:identities=12,images=3,seed=0")
+    faces = open_faces({"kind": "synthetic", "identities": 12, "images": 3, "seed": 0})
     for i, label in enumerate(faces.labels.tolist()):
         (tmp_path / "my_faces" / str(label)).mkdir(parents=True, exist_ok=True)
         (tmp_path / "my_faces" / str(label) / f"{i}.png").write_bytes(encode(faces[i][0]))
@@ -285,7 +285,7 @@ def test_find_adapter(tmp_path: Path) -> None:
 def test_a_recogniser_trained_by_others_on_real_faces(btnet_data: Path, tmp_path: Path) -> None:
     """A MobileFaceNet of 112x96, real faces by RecordIO: its own accuracy stays, a branch for 7 px appears."""
     trunk = str(btnet_data / "mobilefacenet_casia.safetensors")
-    some = "held:lfw_devtest:percent=6,seed=2"
+    some = {"kind": "part", "faces": "lfw_devtest", "held": True, "percent": 6, "seed": 2}
     found = adapt(trunk, some, tmp_path / "net", resolutions=(7,), percent=40, epochs=2, batch=64)
     assert found["before"]["112&112"] == found["after"]["112&112"] > 85
     assert len(found["thresholds"]) == 3

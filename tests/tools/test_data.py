@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import fetch_lfw_people
 
-from btnet_core.data.faces import open_faces, open_pairs
+from btnet_core.data.faces import open_faces
+from btnet_core.data.pairs import open_pairs
 from btnet_core.data.recordio import FaceRecords
 from btnet_core.errors import DataError
 from btnet_core.images import encode
@@ -49,7 +50,8 @@ def test_pack_pairs(folder: Path, tmp_path: Path) -> None:
         main(["pack", "--pairs", str(tmp_path / "pairs.txt"), "--images", str(folder), str(out)])
         == 0
     )
-    packed, plain = open_pairs(str(out)), open_pairs(f"{tmp_path / 'pairs.txt'}@{folder}")
+    listed = {"kind": "listed", "path": str(tmp_path / "pairs.txt"), "images": str(folder)}
+    packed, plain = open_pairs(str(out)), open_pairs(listed)
     assert packed.same.tolist() == plain.same.tolist() == [True, False]
     assert torch.equal(packed.images(packed.second), plain.images(plain.second))
 

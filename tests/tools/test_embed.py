@@ -130,8 +130,12 @@ def test_verify_uses_the_models_threshold(model: Path, faces: Path, tmp_path: Pa
 
 
 def test_evaluate_prints_every_pair_of_resolutions(model: Path, capsys) -> None:
-    spec = "pairs:synthetic:identities=12,images=4,seed=0:count=20"
-    assert main(["evaluate", "--model", str(model), "--pairs", spec]) == 0
+    spec = {
+        "kind": "drawn",
+        "faces": {"kind": "synthetic", "identities": 12, "images": 4, "seed": 0},
+        "count": 20,
+    }
+    assert main(["evaluate", "--model", str(model), "--pairs", json.dumps(spec)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[1].split() == ["112&112", "112&28", "112&7", "28&28", "7&7", "28&7"]
     assert "scaled up" not in out

@@ -1,0 +1,124 @@
+"""Which files of a folder are faces: one walk for every reader and every command.
+
+Links are followed. Hidden entries and those that systems leave behind are passed over without a word;
+any other file that the decoder does not read is reported as left out.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from btnet_core import images as pixels
+from btnet_core.errors import DataError
+
+# Files so named are images, readable or not. Of others the decoder decides.
+SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif"]
+)
+FOREIGN = frozenset(("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"))
+
+
+def is_image(path: Path) -> bool:
+    """Whether ``path`` is taken for an image: by its name, or because the decoder reads it."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:
+        pixels.decode(pixels.read(path), where=str(path))
+    except DataError:
+        return False
+    return True
+
+
+def entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(folders, files) directly in ``folder``, each sorted by name. Raises DataError if it is none."""
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if entry.name.startswith(".") or entry.name.lower() in FOREIGN:
+                    continue
+                (folders if entry.is_dir() else files).append(folder / entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read as a folder ({error.strerror})") from error
+    return sorted(folders), sorted(files)
+
+
+def walk(folder: Path, above: Sequence[tuple[int, int]] = ()) -> Iterator[tuple[Path, list[Path]]]:
+    """``folder`` and every folder under it, each with its files; a link to a folder above it is not followed."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    folders, files = entries(folder)
+    yield folder, files
+    for inner in folders:
+        yield from walk(inner, (*above, here))
+
+
+def split_images(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """(images, the others)."""
+    images = [file for file in files if is_image(file)]
+    taken = set(images)
+    return images, [file for file in files if file not in taken]
+
+
+def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """All images under ``folder``, at any depth, and the files that are none."""
+    return split_images([file for _, files in walk(folder) for file in files])
+
+
+def identity_folders(root: Path) -> list[list[Path]]:
+    """The images of each person: of each sub-folder, or one by one where there are no sub-folders with images.
+
+    Warns of files that were left out.
+
+    Raises:
+        DataError: no images; images beside folders of images; images deeper than ``<identity>/<image>``.
+    """
+    loose, left_out = split_images(entries(root)[1])
+    groups = []
+    for person in entries(root)[0]:
+        images: list[Path] = []
+        for folder, files in walk(person):
+            found, others = split_images(files)
+            left_out += others
+            if found and folder != person:
+                raise DataError(
+                    f"{root}: expected <identity>/<image>, found {len(found)} images in {folder}"
+                )
+            images += found
+        if images:
+            groups.append(images)
+    if loose and groups:
+        raise DataError(
+            f"{root}: {len(loose)} images, first {loose[0].name}, beside {len(groups)} folders with images, first "
+            f"{groups[0][0].parent.name}; expected <identity>/<image>, or images alone"
+        )
+    if not loose and not groups:
+        names = [path.name for path in (*entries(root)[0], *left_out)][:5]
+        raise DataError(
+            f"{root}: no images; expected <identity>/<image>, found {', '.join(names) or 'nothing'}"
+        )
+    warn_of(root, left_out)
+    return groups or [[file] for file in loose]
+
+
+def warn_of(root: Path, left_out: Sequence[Path]) -> None:
+    """Say how many files were left out, and the first of them by name."""
+    if left_out:
+        names = ", ".join(str(file.relative_to(root)) for file in left_out[:5])
+        warnings.warn(
+            f"{root}: left out {len(left_out)} files that are no images: {names}{', …' * (len(left_out) > 5)}",
+            stacklevel=2,
+        )
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 text file, with or without a byte-order mark and Windows line ends, or DataError."""
+    try:
+        return path.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error})") from error

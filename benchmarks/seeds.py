@@ -20,7 +20,6 @@ import numpy as np
 
 from btnet_core.data.faces import open_faces
 from btnet_core.data.pairs import open_pairs
-from btnet_core.evaluation.embedders import load_methods
 from btnet_core.evaluation.identification import evaluate_strategies, native_embedder
 from btnet_core.evaluation.verification import evaluate_pairs, fitted_lengths
 from btnet_core.files import find
@@ -28,6 +27,7 @@ from btnet_core.images import Resize
 from btnet_core.models.backbone import load_backbone, save_backbone
 from btnet_core.training.loop import train
 from btnet_paper import plans, results
+from btnet_paper.plans import load_methods
 from btnet_paper.scales import Scale, get_scale
 from btnet_paper.standins import survface_standin
 from btnet_paper.summary import FITTED

@@ -31,7 +31,6 @@ from btnet_core.data.folders import SUFFIXES
 from btnet_core.data.sources import Spec, spec_text
 from btnet_core.device import autocast
 from btnet_core.errors import BTNetError, DataError
-from btnet_core.evaluation.embedders import load_methods
 from btnet_core.evaluation.identification import prototypes
 from btnet_core.evaluation.verification import strictest_needed
 from btnet_core.images import KERNELS, Resize, decode, resize
@@ -48,6 +47,7 @@ from btnet_core.models.btnet import (
 from btnet_core.models.costs import count_macs
 from btnet_paper import plots
 from btnet_paper.features import network, stages
+from btnet_paper.plans import load_methods
 from btnet_paper.scales import Scale
 
 METHODS = ("phi_hr", "phi_mm", "phi_mr", "phi_bt")  # Table 1's order

@@ -18,8 +18,9 @@ def network(embedder: Embedder, r: int) -> tuple[Backbone, nn.Module]:
     """(trunk, the network that a face of resolution ``r`` passes through) of any of the methods."""
     if isinstance(embedder, BranchEmbedder):
         return embedder.btnet.trunk, embedder.btnet.route(r)
-    single = embedder.single[r] if isinstance(embedder, MultiModelEmbedder) else embedder
-    return single.backbone, single.backbone  # type: ignore[attr-defined]  # UpsamplingEmbedder's
+    if isinstance(embedder, MultiModelEmbedder):
+        return network(embedder.single[r], r)
+    return embedder.backbone, embedder.backbone  # type: ignore[attr-defined]  # UpsamplingEmbedder's
 
 
 def stages(trunk: Backbone) -> tuple[int, ...]:

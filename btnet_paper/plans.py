@@ -7,10 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from btnet_core.errors import CheckpointError
-from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, MultiModelEmbedder
+from btnet_core.evaluation.embedders import (
+    BranchEmbedder,
+    Embedder,
+    MultiModelEmbedder,
+    UpsamplingEmbedder,
+)
 from btnet_core.files import read_safetensors
 from btnet_core.images import Resize
-from btnet_core.models.backbone import Backbone, load_backbone, load_strictly
+from btnet_core.models.backbone import (
+    Backbone,
+    BackboneConfig,
+    build_backbone,
+    load_backbone,
+    load_strictly,
+)
 from btnet_core.models.btnet import BTNet, Route, coupling_layer
 from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
@@ -20,18 +31,224 @@ from btnet_core.training.methods import (
     phi_bt,
     phi_hr,
     phi_mm,
+    phi_mm_scaled_up,
     phi_mr,
     table3,
 )
-from btnet_paper.scales import Scale
+from btnet_paper.scales import SPECIALISTS, Scale
 
-EMBEDDING_WEIGHT = (
-    60.0  # of 1 - cosine to the teacher's embedding, times lambda_branch; chosen at the scale lfw
-)
+SPECIALIST_BELOW = 56  # rows in pixels: the paper's phi_mm has models for 28, 14 and 7
+CACHED_BELOW = 56  # rows in pixels: the teacher's maps of larger branches are gigabytes
+# of 1 - cosine to the teacher's embedding, times lambda_branch; chosen at the scale lfw
+EMBEDDING_WEIGHT = 60.0
+COSINE = {"embedding": "cosine", "embedding_weight": EMBEDDING_WEIGHT}
+SWITCHES: dict[str, dict[str, Any]] = {  # one each away from phi_bt
+    "+ embedding MSE (the authors' code)": {"name": "embedding_mse", "embedding_weight": 1.0},
+    "+ embedding cosine": {"name": "embedding_cosine", **COSINE},
+    "+ embedding cosine, both mirror images": {
+        "name": "embedding_both",
+        "embedding_mirrored": True,
+        **COSINE,
+    },
+    "+ embedding cosine, both, moved faces": {
+        "name": "embedding_moved",
+        "embedding_mirrored": True,
+        "shift": 4.0,  # px of 112
+        **COSINE,
+    },
+    "cosine for the feature maps": {"name": "cosine_maps", "distillation": "cosine"},
+    "no labels (distillation alone)": {"name": "no_labels", "influence_weight": 0.0},
+    "no labels, + embedding cosine": {
+        "name": "no_labels_cosine",
+        "influence_weight": 0.0,
+        **COSINE,
+    },
+    "no antialiasing": {"name": "no_antialias", "resize": Resize(antialias=False)},
+    "batch norms of T_r fixed": {"name": "frozen_bn", "bn": "frozen_bn"},
+}
+Runs = dict[str, TrainConfig]  # by name, which is the folder that a run is trained in
+
+
+# ---- Table 1 ----
+
+
+def plan(scale: Scale, models: Path, *, seed: int = 0) -> Runs:
+    """Returns every run of Table 1 at a scale, in the order in which they need each other.
+
+    The folders are under ``models``. phi_hr is not among them where others trained it
+    (``scale.pretrained``): it is expected in ``models/phi_hr``.
+    """
+    runs = [*trunks(scale, models, seed), *specialists(scale, models, seed)]
+    runs += branches(scale, models, seed)
+    return {run.name: run for run in runs}
+
+
+def trunks(scale: Scale, models: Path, seed: int) -> list[TrainConfig]:
+    """Returns phi_hr, unless others trained it, and the variants of phi_mr."""
+    random = {"backbone": scale.backbone, "seed": seed}
+    start = _from_hr(scale, models, seed) if scale.from_hr else random
+    runs = [] if scale.pretrained else [phi_hr(scale.faces, **random, **scale.hr)]
+    return runs + [phi_mr(scale.faces, v, **start, **scale.trunk) for v in scale.variants]
+
+
+def specialists(scale: Scale, models: Path, seed: int) -> list[TrainConfig]:
+    """Returns phi_mm, a network for each resolution, in the readings that the scale lists."""
+    random = {"backbone": scale.backbone, "seed": seed}
+    rows = [r for r in scale.resolutions if r < SPECIALIST_BELOW]
+    runs = []
+    for kind, changes in scale.specialists.items():
+        start = _from_hr(scale, models, seed) if kind == "from_hr" else random
+        method = phi_mm if kind == "native" else phi_mm_scaled_up
+        prefix = SPECIALISTS[kind][1]
+        runs += [
+            method(scale.faces, r, **{**start, "name": f"{prefix}{r}", **changes}) for r in rows
+        ]
+    return runs
+
+
+def branches(scale: Scale, models: Path, seed: int) -> list[TrainConfig]:
+    """Returns phi_bt: a branch for each resolution, all of one BTNet."""
+    trunk, kappa = kept(scale, models, scale.teacher)
+    common = {"btnet": str(models / "phi_bt"), "seed": seed, "validation": scale.pairs}
+    runs = []
+    for r in scale.resolutions:
+        changes = {**common, **scale.branch}
+        if scale.pretrained and r < CACHED_BELOW:
+            changes["cache_dir"] = str(models / "teacher")
+        if r in scale.epochs:
+            changes["epochs"] = scale.epochs[r]
+        runs.append(phi_bt(scale.faces, r, trunk, kappa, **changes))
+    return runs
+
+
+def kept(scale: Scale, models: Path, name: str) -> tuple[str, str]:
+    """Returns the files of a trained trunk and of its classifier.
+
+    A phi_hr that others trained came without: its classifier is "class_means".
+    """
+    trunk, kappa = (str(models / name / f"{part}.safetensors") for part in ("trunk", "classifier"))
+    return trunk, "class_means" if scale.pretrained and name == "phi_hr" else kappa
+
+
+def _from_hr(scale: Scale, models: Path, seed: int) -> dict[str, Any]:
+    """Returns the fields of a run that starts from phi_hr and its classifier."""
+    trunk, kappa = kept(scale, models, "phi_hr")
+    cache = str(models / "teacher") if scale.pretrained else ""
+    return {"init": trunk, "classifier": kappa, "cache_dir": cache, "seed": seed}
+
+
+# ---- Section 5 ----
+
+
+def ablations(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, Runs]:
+    """Returns the runs of Section 5 at ``scale.ablated`` px, by table and row, as the paper has them.
+
+    "table3", "table4", "figure7" (rows are units) and "beyond": what the paper leaves open, each
+    one switch away from phi_bt. Rows of the same configuration share a run (its ``name``). All
+    start from phi_bt's trunk, which must be there, and share the teacher's features.
+    """
+    trunk, kappa = kept(scale, models, scale.teacher)
+    network, r = load_backbone(trunk), scale.ablated
+    changes = {"seed": seed, "cache_dir": str(models / "teacher"), **scale.ablation}
+    data = changes.pop("data", scale.faces)
+
+    def bt(**switch: Any) -> TrainConfig:
+        return phi_bt(data, r, trunk, kappa, **{**changes, **switch})
+
+    def step(name: str, **switch: Any) -> TrainConfig:
+        return table3(data, name, trunk, kappa, r, **changes, **switch)
+
+    standard = bt(name="phi_bt")
+    return {
+        "table3": {
+            "Scratch": step("scratch", backbone=network.config),
+            "Pretraining": step("pretraining"),
+            "Pretraining + BCT": step("bct"),
+            "Pretraining + BCT + Fix Trunk": step("fix_trunk"),
+            "Pretraining + BCT + Fix Trunk + Branch Distillation": standard,
+        },
+        "table4": {
+            "CosFace": bt(name="cosface", loss="cosface"),
+            "ArcFace": bt(name="arcface", loss="arcface"),
+            "CurricularFace": standard,
+        },
+        "figure7": {
+            unit: standard if whole else figure7(data, r, unit, trunk, kappa, **changes)
+            for unit, whole in allocations(network, r).items()
+        },
+        "beyond": {
+            "Eq. 3 alone": standard,
+            **{row: bt(**switch) for row, switch in SWITCHES.items()},
+            "all of the trunk fine-tuned (Section 3.4)": full_finetuning(
+                data, r, trunk, kappa, **changes
+            ),
+        },
+    }
+
+
+def allocations(network: Backbone, r: int) -> dict[str, bool]:
+    """Returns Figure 7's units at which a branch of r ends, and which of them is BTNet's own."""
+    names = [name for name, _ in network.units()]
+    end = names.index(coupling_layer(network, r))
+    places = (0, end // 2, end, (end + len(names)) // 2, len(names) - 1)
+    return {names[i]: i == end for i in places}
+
+
+# ---- what was trained ----
+
+
+def load_methods(models: Path | str, **options: Any) -> dict[str, Embedder]:
+    """Returns the trained methods found under ``models``, by row of Table 1; absent ones are left out.
+
+    phi_mm's network for 112 px is phi_hr, as in the paper. ``options`` are those of Embedder.
+    """
+    models = Path(models)
+    trunks = {path.parent.name: path for path in sorted(models.glob("phi_*/trunk.safetensors"))}
+    found: dict[str, Embedder] = {}
+    if "phi_hr" in trunks:
+        hr = load_backbone(trunks["phi_hr"])
+        found["phi_hr"] = UpsamplingEmbedder(hr, **options)
+        for row, prefix in SPECIALISTS.values():
+            if single := _load_specialists(models, prefix, **options):
+                found[row] = MultiModelEmbedder({hr.config.size[0]: found["phi_hr"], **single})
+    for name in ("phi_mr", "phi_mr_v2", "phi_mr_v3"):
+        if name in trunks:
+            found[name] = UpsamplingEmbedder(load_backbone(trunks[name]), **options)
+    for name in sorted(name for name in trunks if name.startswith("phi_bt")):
+        found[name] = BranchEmbedder(BTNet.load(models / name), **options)
+    return found
+
+
+def _load_specialists(models: Path, prefix: str, **options: Any) -> dict[int, Embedder]:
+    """Returns one reading of phi_mm, by resolution: routes of their own, or whole trunks."""
+    single: dict[int, Embedder] = {}
+    for folder in sorted(models.glob(f"{prefix}*")):
+        r = folder.name.removeprefix(prefix)
+        if not r.isdecimal():
+            continue
+        if (folder / "route.safetensors").is_file():
+            single[int(r)] = BranchEmbedder(load_own_route(folder), **options)
+        elif (folder / "trunk.safetensors").is_file():
+            backbone = load_backbone(folder / "trunk.safetensors")
+            single[int(r)] = UpsamplingEmbedder(backbone, **options)
+    return single
+
+
+def load_own_route(folder: Path) -> BTNet:
+    """Returns the route that a run trained from random weights, in a BTNet of nothing else.
+
+    Raises:
+        CheckpointError: missing, damaged or unfinished.
+    """
+    record = checkpoint.read_record(folder)
+    if record is None:
+        raise CheckpointError(f"{folder}: its training has not been finished")
+    config = BackboneConfig(**record["config"]["backbone"])
+    return load_route(build_backbone(config), folder / "route.safetensors")
 
 
 def load_route(trunk: Backbone, path: Path | str) -> BTNet:
-    """A BTNet of ``trunk`` with a route that has all weights of its own (``route.safetensors``, Table 3's upper rows).
+    """Returns a BTNet of ``trunk`` with a route that has all weights of its own.
 
     Raises:
         CheckpointError: the file holds no route, or one that does not fit.
@@ -46,123 +263,22 @@ def load_route(trunk: Backbone, path: Path | str) -> BTNet:
 
 
 def load_run(trunk: Backbone, folder: Path, **options: Any) -> Embedder:
-    """What a run of ``ablations`` has learned, as an embedder of its resolution; ``options`` are those of Embedder.
+    """Returns what a run of ``ablations`` has learned, as an embedder of its resolution.
 
     Raises:
         CheckpointError: missing, damaged or unfinished.
     """
     if (folder / "route.safetensors").is_file():
         return BranchEmbedder(load_route(trunk, folder / "route.safetensors"), **options)
-    if (
-        folder / "trunk.safetensors"
-    ).is_file():  # fine-tuned for r; larger faces keep the trunk it came from
-        record = checkpoint.read_record(folder)
-        if record is None:
-            raise CheckpointError(f"{folder}: its training has not been finished")
-        own = load_backbone(folder / "trunk.safetensors")
-        return MultiModelEmbedder(
-            {trunk.config.size[0]: trunk, record["config"]["sizes"][0]: own}, **options
-        )
-    return BranchEmbedder(BTNet.load(folder / "btnet"), **options)
-
-
-def plan(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, TrainConfig]:
-    """Every run of Table 1 at a scale, in order, by the folder under ``models`` that it is trained in.
-
-    With ``scale.from_hr`` phi_mr and phi_mm start from phi_hr; where others trained that (``scale.pretrained``, then
-    in ``models/phi_hr``), their classifier starts from class means.
-    """
-    fresh: dict[str, Any] = {"backbone": scale.backbone, "seed": seed}
-    start = fresh
-    if scale.from_hr:
-        trunk, kappa = (
-            str(models / "phi_hr" / f"{part}.safetensors") for part in ("trunk", "classifier")
-        )
-        start = {
-            "backbone": None,
-            "init": trunk,
-            "classifier": "class_means" if scale.pretrained else kappa,
-            "cache_dir": str(models / "teacher") if scale.pretrained else "",
-            "seed": seed,
+    if not (folder / "trunk.safetensors").is_file():
+        return BranchEmbedder(BTNet.load(folder / "btnet"), **options)
+    record = checkpoint.read_record(folder)
+    if record is None:
+        raise CheckpointError(f"{folder}: its training has not been finished")
+    own = load_backbone(folder / "trunk.safetensors")
+    return MultiModelEmbedder(
+        {
+            trunk.config.size[0]: UpsamplingEmbedder(trunk, **options),
+            record["config"]["sizes"][0]: UpsamplingEmbedder(own, **options),
         }
-    runs = [] if scale.pretrained else [phi_hr(scale.faces, **fresh, **scale.hr)]
-    runs += [phi_mr(scale.faces, variant, **start, **scale.trunk) for variant in scale.variants]
-    if scale.specialists:
-        runs += [
-            phi_mm(scale.faces, r, **start, **scale.specialist) for r in scale.resolutions if r < 56
-        ]
-    trunk, kappa = kept(scale, models, scale.teacher)
-    for r in scale.resolutions:
-        changes: dict[str, Any] = {
-            "btnet": str(models / "phi_bt"),
-            "seed": seed,
-            "validation": scale.pairs,
-        }
-        changes |= scale.branch
-        if scale.pretrained and r < 56:  # gigabytes at 56
-            changes["cache_dir"] = str(models / "teacher")
-        if r in scale.epochs:
-            changes["epochs"] = scale.epochs[r]
-        runs.append(phi_bt(scale.faces, r, trunk, kappa, **changes))
-    return {run.name: run for run in runs}
-
-
-def kept(scale: Scale, models: Path, name: str) -> tuple[str, str]:
-    """Files of a trained trunk and its classifier; "class_means" for a phi_hr that others trained."""
-    trunk, kappa = (str(models / name / f"{part}.safetensors") for part in ("trunk", "classifier"))
-    return trunk, "class_means" if scale.pretrained and name == "phi_hr" else kappa
-
-
-def ablations(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, dict[str, TrainConfig]]:
-    """The runs of Section 5 at resolution ``scale.ablated``, by table and row; the paper's names for its rows.
-
-    "table3", "table4", "figure7" (rows are units) and "beyond": what the paper leaves open, each one switch away from
-    phi_bt. Rows of the same configuration share a run (its ``name``). All start from phi_bt's trunk, which must be
-    there, and share the teacher's features.
-    """
-    trunk, kappa = kept(scale, models, scale.teacher)
-    network, r = load_backbone(trunk), scale.ablated
-    changes: dict[str, Any] = {"seed": seed, "cache_dir": str(models / "teacher"), **scale.ablation}
-    data = changes.pop("data", scale.faces)
-
-    def bt(name: str, **switch: Any) -> TrainConfig:
-        return phi_bt(data, r, trunk, kappa, **{"name": name, **changes, **switch})
-
-    cosine = {"embedding": "cosine", "embedding_weight": EMBEDDING_WEIGHT}
-    both = {**cosine, "embedding_mirrored": True}
-    names = [name for name, _ in network.units()]
-    ends = names.index(coupling_layer(network, r))
-    allocations = dict.fromkeys(
-        names[i] for i in (0, ends // 2, ends, (ends + len(names)) // 2, len(names) - 1)
     )
-    steps = {"Scratch": "scratch", "Pretraining": "pretraining", "Pretraining + BCT": "bct",
-             "Pretraining + BCT + Fix Trunk": "fix_trunk",
-             "Pretraining + BCT + Fix Trunk + Branch Distillation": "distillation"}  # fmt: skip
-    standard = table3(data, "distillation", trunk, kappa, r, **{**changes, "name": "phi_bt"})
-    return {
-        "table3": {
-            row: table3(data, step, trunk, kappa, r, **changes, **({"backbone": network.config} if step == "scratch" else {}))
-            for row, step in steps.items()
-            if step != "distillation"
-        }
-        | {list(steps)[-1]: standard},
-        "table4": {"CosFace": bt("cosface", loss="cosface"), "ArcFace": bt("arcface", loss="arcface"),
-                   "CurricularFace": standard},
-        "figure7": {
-            unit: standard if unit == names[ends] else figure7(data, r, unit, trunk, kappa, **changes)
-            for unit in allocations
-        },
-        "beyond": {
-            "Eq. 3 alone": standard,
-            "+ embedding MSE (the authors' code)": bt("embedding_mse", embedding_weight=1.0),
-            "+ embedding cosine": bt("embedding_cosine", **cosine),
-            "+ embedding cosine, both mirror images": bt("embedding_both", **both),
-            "+ embedding cosine, both, moved faces": bt("embedding_moved", shift=4.0, **both),
-            "cosine for the feature maps": bt("cosine_maps", distillation="cosine"),
-            "no labels (distillation alone)": bt("no_labels", influence_weight=0.0),
-            "no labels, + embedding cosine": bt("no_labels_cosine", influence_weight=0.0, **cosine),
-            "no antialiasing": bt("no_antialias", resize=Resize(antialias=False)),
-            "batch norms of T_r fixed": bt("frozen_bn", bn="frozen_bn"),
-            "all of the trunk fine-tuned (Section 3.4)": full_finetuning(data, r, trunk, kappa, **changes),
-        },
-    }  # fmt: skip

@@ -19,7 +19,13 @@ from btnet_core.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # Fields that hold fields of TrainConfig: a page changes those of its base one by one.
-RUNS = ("hr", "trunk", "specialist", "branch", "ablation")
+RUNS = ("hr", "trunk", "branch", "ablation")
+# Readings of phi_mm -> (row of Table 1, how its folders begin)
+SPECIALISTS = {
+    "native": ("phi_mm", "phi_mm_"),
+    "scaled_up": ("phi_mm, scaled up", "phi_mm_up_"),
+    "from_hr": ("phi_mm, from phi_hr", "phi_mm_hr_"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +44,10 @@ class Scale:
     from_hr: bool = False  # Deviation where True: phi_mr starts from phi_hr
     teacher: str = "phi_mr"  # the trunk that the branches join
     variants: tuple[str, ...] = ("v1",)  # of phi_mr: candidate sizes (methods.MR_VARIANTS)
-    specialists: bool = True  # whether phi_mm is trained
     hr: dict[str, Any] = field(default_factory=dict)  # fields of TrainConfig for phi_hr
     trunk: dict[str, Any] = field(default_factory=dict)  # for phi_mr
-    specialist: dict[str, Any] = field(default_factory=dict)  # for each phi_mm
+    # for each network of phi_mm, by reading of it (SPECIALISTS); {}: not trained
+    specialists: dict[str, dict[str, Any]] = field(default_factory=lambda: {"native": {}})
     branch: dict[str, Any] = field(default_factory=dict)  # for each branch of phi_bt
     epochs: dict[int, int] = field(default_factory=dict)  # of the branch of r, where not `branch`'s
     ablation: dict[str, Any] = field(default_factory=dict)  # for the runs of Section 5
@@ -109,7 +115,12 @@ def _check(path: Path, values: dict[str, Any]) -> None:
     known = {entry.name for entry in fields(Scale)} - {"name"} | {"base"}
     if unknown := values.keys() - known:
         raise ConfigError(f"{path}: unknown {sorted(unknown)}, expected some of {sorted(known)}")
+    specialists = values.get("specialists") or {}
+    if unknown := specialists.keys() - SPECIALISTS.keys():
+        raise ConfigError(
+            f"{path}: specialists: unknown {sorted(unknown)}, expected some of {[*SPECIALISTS]}"
+        )
     trained = {entry.name for entry in fields(TrainConfig)}
-    for run in RUNS:
-        if unknown := (values.get(run) or {}).keys() - trained:
+    for run, changes in {**{run: values.get(run) for run in RUNS}, **specialists}.items():
+        if unknown := (changes or {}).keys() - trained:
             raise ConfigError(f"{path}: {run}: unknown {sorted(unknown)}, see TrainConfig")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from btnet_core.device import autocast, resolve_device
 from btnet_core.errors import ConfigError
 from btnet_core.images import Resize, degrade, resize, scaled_size
-from btnet_core.models.backbone import Backbone, load_backbone
+from btnet_core.models.backbone import Backbone
 from btnet_core.models.btnet import BTNet, Route, weights_digest
 
 
@@ -85,24 +84,27 @@ class UpsamplingEmbedder(Embedder):
 
 
 class MultiModelEmbedder(Embedder):
-    """phi_mm: as UpsamplingEmbedder, with a model of its own for each resolution."""
+    """phi_mm: an embedder of its own for each resolution, all of one device and resize."""
 
-    def __init__(
-        self, backbones: dict[int, Backbone], *, how: Resize | None = None, **options
-    ) -> None:
-        super().__init__(*backbones.values(), how=how, **options)
-        self.single = {
-            r: UpsamplingEmbedder(backbone, how=how, **options) for r, backbone in backbones.items()
-        }
+    def __init__(self, single: dict[int, Embedder]) -> None:
+        one = next(iter(single.values()))
+        options = {"precision": one.precision, "batch_size": one.batch_size}
+        super().__init__(how=one.how, device=str(one.device), **options)
+        self.single = single
 
     def network(self, r: int) -> nn.Module:
+        return self._of(r).network(r)
+
+    def fingerprint(self, r: int) -> str:
+        return self._of(r).fingerprint(r)
+
+    def _of(self, r: int) -> Embedder:
         if r not in self.single:
             raise ConfigError(f"resolution {r}: phi_mm has models for {sorted(self.single)}")
-        return self.single[r].backbone
+        return self.single[r]
 
     def _embed(self, pixels: Tensor, r: int) -> Tensor:
-        self.network(r)
-        return self.single[r]._embed(pixels, r)
+        return self._of(r)._embed(pixels, r)
 
 
 class BranchEmbedder(Embedder):
@@ -122,30 +124,3 @@ class BranchEmbedder(Embedder):
         trunk = self.btnet.trunk
         faces = resize(trunk.crop(pixels), scaled_size(r, trunk.config.size), self.how)
         return self.btnet(trunk.normalise(faces).contiguous(memory_format=torch.channels_last), r)
-
-
-def load_methods(models: Path | str, **options) -> dict[str, Embedder]:
-    """The trained methods found under ``models``, by name, in the order of Table 1; absent ones are left out.
-
-    phi_mm's model for canonical size is phi_hr, as in the paper. ``options`` are those of every Embedder.
-    """
-    models = Path(models)
-    trunks = {path.parent.name: path for path in sorted(models.glob("phi_*/trunk.safetensors"))}
-    found: dict[str, Embedder] = {}
-    if "phi_hr" in trunks:
-        hr = load_backbone(trunks["phi_hr"])
-        found["phi_hr"] = UpsamplingEmbedder(hr, **options)
-        mm = {
-            int(name.removeprefix("phi_mm_")): path
-            for name, path in trunks.items()
-            if name.startswith("phi_mm_")
-        }
-        if mm:
-            experts = {hr.config.size[0]: hr} | {r: load_backbone(path) for r, path in mm.items()}
-            found["phi_mm"] = MultiModelEmbedder(experts, **options)
-    for name in ("phi_mr", "phi_mr_v2", "phi_mr_v3"):
-        if name in trunks:
-            found[name] = UpsamplingEmbedder(load_backbone(trunks[name]), **options)
-    for name in sorted(name for name in trunks if name.startswith("phi_bt")):
-        found[name] = BranchEmbedder(BTNet.load(models / name), **options)
-    return found

@@ -29,24 +29,33 @@ RECIPE: dict[str, Any] = {  # of `btnet adapt`, chosen on the real faces of the 
 RECIPE_EPOCHS = {56: 1, 28: 6, 14: 20, 7: 12}  # of the branch of r
 
 
-def phi_hr(data: str, **changes: Any) -> TrainConfig:
+def phi_hr(data: Spec, **changes: Any) -> TrainConfig:
     """High-resolution baseline: the trunk on faces as they are."""
     return TrainConfig(**{"name": "phi_hr", "data": data, **changes})
 
 
-def phi_mm(data: str, r: int, **changes: Any) -> TrainConfig:
-    """One of the independent models: a trunk on faces shrunk to r and scaled back up."""
-    return TrainConfig(**{"name": f"phi_mm_{r}", "data": data, "sizes": (r,), **changes})
+def phi_mm(data: Spec, r: int, **changes: Any) -> TrainConfig:
+    """One of the independent models: the route of r on faces of r px, from random weights.
+
+    It costs what phi_bt does (4.3.1), and is Table 3's "Scratch" (paper-and-code: phi_mm).
+    """
+    own = {"name": f"phi_mm_{r}", "data": data, "resolution": r, "fix_trunk": False}
+    return TrainConfig(**{**own, **changes})
 
 
-def phi_mr(data: str, variant: str = "v1", **changes: Any) -> TrainConfig:
+def phi_mm_scaled_up(data: Spec, r: int, **changes: Any) -> TrainConfig:
+    """Another reading of phi_mm: a whole trunk on faces shrunk to r and scaled back up."""
+    return TrainConfig(**{"name": f"phi_mm_up_{r}", "data": data, "sizes": (r,), **changes})
+
+
+def phi_mr(data: Spec, variant: str = "v1", **changes: Any) -> TrainConfig:
     """Multi-resolution baseline and BTNet's trunk: each face shrunk to a random size; "v1", "v2" or "v3"."""
     name = "phi_mr" if variant == "v1" else f"phi_mr_{variant}"
     return TrainConfig(**{"name": name, "data": data, **MR_VARIANTS[variant], **changes})
 
 
 def phi_bt(
-    data: str, r: int, trunk: str, kappa: str = "class_means", **changes: Any
+    data: Spec, r: int, trunk: str, kappa: str = "class_means", **changes: Any
 ) -> TrainConfig:
     """BTNet's branch r: branch and batch norms learn from Eq. 3 with kappa* fixed and T_r's convolutions fixed."""
     values = {"name": f"phi_bt_{r}", "data": data, "resolution": r, "init": trunk, "classifier": kappa,
@@ -54,12 +63,12 @@ def phi_bt(
     return TrainConfig(**{**values, **changes})
 
 
-def distillation_only(data: str, r: int, trunk: str, **changes: Any) -> TrainConfig:
+def distillation_only(data: Spec, r: int, trunk: str, **changes: Any) -> TrainConfig:
     """phi_bt without labels: the branch learns from the trunk's features alone."""
     return phi_bt(data, r, trunk, **{"name": f"distilled_{r}", "influence_weight": 0.0, **changes})
 
 
-def adapted(data: str, r: int, trunk: str, kappa: str = "", **changes: Any) -> TrainConfig:
+def adapted(data: Spec, r: int, trunk: str, kappa: str = "", **changes: Any) -> TrainConfig:
     """The branch that ``btnet adapt`` gives a recogniser: phi_bt, or from distillation alone where there is no kappa."""
     epochs = RECIPE_EPOCHS.get(r, max(RECIPE_EPOCHS.values()))
     values = {"name": f"branch_{r}", **RECIPE, "epochs": epochs, **changes}
@@ -70,14 +79,14 @@ def adapted(data: str, r: int, trunk: str, kappa: str = "", **changes: Any) -> T
     )
 
 
-def full_finetuning(data: str, r: int, trunk: str, kappa: str, **changes: Any) -> TrainConfig:
+def full_finetuning(data: Spec, r: int, trunk: str, kappa: str, **changes: Any) -> TrainConfig:
     """Section 3.4's expensive alternative: all the trunk's weights fine-tuned for r, on faces scaled back up."""
     values = {"name": f"full_{r}", "data": data, "sizes": (r,), "init": trunk, "classifier": kappa,
               "fix_classifier": True, **BRANCH}  # fmt: skip
     return TrainConfig(**{**values, **changes})
 
 
-def table3(data: str, row: str, trunk: str, kappa: str, r: int = 14, **changes: Any) -> TrainConfig:
+def table3(data: Spec, row: str, trunk: str, kappa: str, r: int = 14, **changes: Any) -> TrainConfig:
     """A row of Table 3 by its name: each adds one thing to the row before.
 
     "scratch": the route from random weights; "pretraining": from trunk and classifier; "bct": the classifier fixed;
@@ -100,7 +109,7 @@ def table3(data: str, row: str, trunk: str, kappa: str, r: int = 14, **changes: 
 
 
 def figure7(
-    data: str, r: int, couple_at: str, trunk: str, kappa: str, **changes: Any
+    data: Spec, r: int, couple_at: str, trunk: str, kappa: str, **changes: Any
 ) -> TrainConfig:
     """Figure 7's allocation: phi_bt whose branch ends at the unit ``couple_at``."""
     return phi_bt(

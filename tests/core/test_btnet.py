@@ -296,7 +296,9 @@ def test_embedders_do_what_the_methods_say(btnet: BTNet) -> None:
         bt(pixels, 14), btnet(backbone.normalise(resize(pixels, 14)), 14), **close
     )
     torch.testing.assert_close(bt(pixels, 112), up(pixels, 112), **close)
-    many = MultiModelEmbedder({112: backbone, 14: trunk("mobilefacenet")}, **options)
+    many = MultiModelEmbedder(
+        {112: up, 14: UpsamplingEmbedder(trunk("mobilefacenet"), **options)}
+    )
     torch.testing.assert_close(many(pixels, 112), up(pixels, 112), **close)
     with pytest.raises(ConfigError, match="7"):
         many(pixels, 7)

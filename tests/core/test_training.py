@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from btnet_core.errors import CheckpointError, ConfigError, DataError, TrainingError
-from btnet_core.evaluation.embedders import load_methods
 from btnet_core.files import read_safetensors
 from btnet_core.images import resize
 from btnet_core.models.backbone import BackboneConfig, load_backbone
@@ -34,6 +33,7 @@ from btnet_core.training.loop import train
 from btnet_core.training.progress import read_metrics
 from btnet_core.training.step import prepare
 from btnet_paper import plans
+from btnet_paper.plans import load_methods
 from btnet_paper.scales import get_scale
 
 FACES = {"kind": "synthetic", "identities": 6, "images": 6, "seed": 0}
@@ -65,7 +65,7 @@ def test_every_run_of_table_1_at_a_tiny_scale(tmp_path: Path) -> None:
     demo = get_scale("demo")
     quick = {**QUICK, "epochs": 1}
     tiny = type(demo)(**{**vars(demo), "faces": FACES, "pairs": (), "backbone": TINY, "hr": quick, "trunk": quick,
-                         "specialist": quick, "branch": quick})  # fmt: skip
+                         "specialists": {"native": quick}, "branch": quick})  # fmt: skip
     for name, config in plans.plan(tiny, tmp_path).items():
         metrics = train(config, tmp_path / name, device="cpu", show="none")
         assert np.isfinite(metrics["loss"]), name

@@ -37,7 +37,9 @@ def test_stages_of_a_branch_are_z_r_and_what_follows(pixels: torch.Tensor) -> No
 
 def test_each_method_by_its_own_network(pixels: torch.Tensor) -> None:
     hr, small = build_backbone(SMALL), build_backbone(SMALL)
-    mm = MultiModelEmbedder({112: hr, 14: small}, device="cpu", precision="fp32")
+    up = {"device": "cpu", "precision": "fp32"}
+    single = {112: UpsamplingEmbedder(hr, **up), 14: UpsamplingEmbedder(small, **up)}
+    mm = MultiModelEmbedder(single)
     assert network(mm, 14) == (small, small)
     assert network(UpsamplingEmbedder(hr, device="cpu"), 14) == (hr, hr)
     one, other = (stage_features(mm, pixels, r)[0] for r in (112, 14))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,8 +11,13 @@ import pytest
 import torch
 
 from btnet_core.errors import CheckpointError, ConfigError
-from btnet_core.evaluation.embedders import BranchEmbedder, MultiModelEmbedder
+from btnet_core.evaluation.embedders import (
+    BranchEmbedder,
+    MultiModelEmbedder,
+    UpsamplingEmbedder,
+)
 from btnet_core.models.backbone import BackboneConfig, build_backbone, load_backbone, save_backbone
+from btnet_core.training import methods
 from btnet_core.training.classifier import fresh_weight, save_classifier
 from btnet_core.training.loop import train
 from btnet_paper import plans, published
@@ -98,6 +104,7 @@ def test_the_quick_scale_has_the_headline_rows_alone(tmp_path: Path) -> None:
     assert list(plans.plan(quick, tmp_path)) == ["phi_mr", "phi_bt_28", "phi_bt_14", "phi_bt_7"]
     names = list(plans.plan(full, tmp_path))
     assert names[:3] == ["phi_mr", "phi_mr_v2", "phi_mr_v3"]
+    assert names[3:9] == [f"phi_mm_{kind}{r}" for kind in ("", "hr_") for r in (28, 14, 7)]
     assert names[-3:] == ["phi_bt_28", "phi_bt_14", "phi_bt_7"]
     epochs = {name: (plans.plan(quick, tmp_path)[name].epochs, plans.plan(full, tmp_path)[name].epochs)
               for name in ("phi_mr", "phi_bt_14")}  # fmt: skip
@@ -121,6 +128,9 @@ def test_the_scale_from_scratch_trains_its_own_trunk(tmp_path: Path) -> None:
         "phi_mm_28",
         "phi_mm_14",
         "phi_mm_7",
+        "phi_mm_hr_28",
+        "phi_mm_hr_14",
+        "phi_mm_hr_7",
         "phi_bt_28",
         "phi_bt_14",
         "phi_bt_7",
@@ -128,3 +138,98 @@ def test_the_scale_from_scratch_trains_its_own_trunk(tmp_path: Path) -> None:
     assert plan["phi_hr"].init == ""
     assert plan["phi_mr"].init == str(tmp_path / "phi_hr" / "trunk.safetensors")
     assert plan["phi_bt_14"].init == str(tmp_path / "phi_mr" / "trunk.safetensors")
+
+
+def test_each_run_is_trained_on_what_its_name_says(tmp_path: Path) -> None:
+    for name in ("demo", "lfw", "lfw-mr", "lfw-scratch", "paper"):
+        scale = get_scale(name)
+        runs = plans.plan(scale, tmp_path, seed=5)
+        assert {run.seed for run in runs.values()} == {5}
+        assert {json.dumps(run.data) for run in runs.values()} == {json.dumps(scale.faces)}
+        for r in scale.resolutions:
+            branch = runs[f"phi_bt_{r}"]
+            assert (branch.resolution, branch.fix_classifier, branch.branch_weight) == (
+                r,
+                True,
+                0.5,
+            )
+            assert branch.epochs == scale.epochs.get(r, scale.branch.get("epochs", 10))
+            assert branch.init == str(tmp_path / scale.teacher / "trunk.safetensors")
+        assert runs["phi_mr"].sizes == (112, 56, 28, 14, 7)
+        assert runs["phi_mr"].size_weights == ()
+
+
+def test_phi_mm_is_the_route_of_r_from_random_weights(tmp_path: Path) -> None:
+    for name in ("demo", "lfw", "lfw-scratch", "paper"):
+        runs = plans.plan(get_scale(name), tmp_path)
+        for r in (28, 14, 7):
+            own = runs[f"phi_mm_{r}"]
+            assert (own.resolution, own.init, own.classifier) == (r, "", "fresh")
+            assert not own.fix_trunk
+            assert not own.fix_classifier
+            assert own.branch_weight == 0
+            assert own.backbone == get_scale(name).backbone
+    up = replace(get_scale("paper"), specialists={"scaled_up": {}, "from_hr": {}})
+    runs = plans.plan(up, tmp_path)
+    for r in (28, 14, 7):
+        assert (runs[f"phi_mm_up_{r}"].sizes, runs[f"phi_mm_up_{r}"].resolution) == ((r,), 0)
+        assert runs[f"phi_mm_up_{r}"].init == ""
+        assert runs[f"phi_mm_hr_{r}"].sizes == (r,)
+        assert runs[f"phi_mm_hr_{r}"].init == str(tmp_path / "phi_hr" / "trunk.safetensors")
+
+
+def test_variants_of_phi_mr(tmp_path: Path) -> None:
+    runs = plans.plan(get_scale("paper"), tmp_path)
+    assert runs["phi_mr_v2"].sizes == (112, 56, 28, 14, 7)
+    assert runs["phi_mr_v2"].size_weights == (0.3, 0.25, 0.2, 0.15, 0.1)
+    assert runs["phi_mr_v3"].sizes == tuple(range(4, 113))
+
+
+def test_each_row_beyond_the_paper_is_one_switch_away(models: Path) -> None:
+    rows = plans.ablations(tiny(), models)["beyond"]
+    standard = rows.pop("Eq. 3 alone")
+    cosine = {"embedding", "embedding_weight"}
+    assert {row: changed(config, standard) for row, config in rows.items()} == {
+        "+ embedding MSE (the authors' code)": {"embedding_weight"},
+        "+ embedding cosine": cosine,
+        "+ embedding cosine, both mirror images": cosine | {"embedding_mirrored"},
+        "+ embedding cosine, both, moved faces": cosine | {"embedding_mirrored", "shift"},
+        "cosine for the feature maps": {"distillation"},
+        "no labels (distillation alone)": {"influence_weight"},
+        "no labels, + embedding cosine": cosine | {"influence_weight"},
+        "no antialiasing": {"resize"},
+        "batch norms of T_r fixed": {"bn"},
+        "all of the trunk fine-tuned (Section 3.4)": {"resolution", "sizes", "branch_weight"},
+    }
+
+
+def test_the_recipe_of_adapt_is_that_of_the_scale_lfw() -> None:
+    lfw = get_scale("lfw")
+    assert {key: value for key, value in lfw.branch.items() if key != "validation"} == {
+        key: value for key, value in methods.RECIPE.items() if key != "validation"
+    }
+    assert lfw.epochs == methods.RECIPE_EPOCHS
+
+
+def test_every_reading_of_phi_mm_is_loaded(models: Path) -> None:
+    quick = {"epochs": 1, "batch": 18, "lr": 0.2, "warmup_epochs": 0.0}
+    scale = replace(tiny(), resolutions=(7,), specialists={"native": quick, "from_hr": quick})
+    for part in ("trunk", "classifier"):
+        given = models / "phi_mr" / f"{part}.safetensors"
+        (models / "phi_hr").mkdir(exist_ok=True)
+        (models / "phi_hr" / given.name).write_bytes(given.read_bytes())
+    for config in plans.specialists(scale, models, seed=0):
+        train(config, models / config.name, device="cpu", show="none")
+    found = plans.load_methods(models, device="cpu")
+    assert list(found) == ["phi_hr", "phi_mm", "phi_mm, from phi_hr", "phi_mr"]
+    own, up = found["phi_mm"].single[7], found["phi_mm, from phi_hr"].single[7]
+    assert type(own) is BranchEmbedder
+    assert type(up) is UpsamplingEmbedder
+    pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
+    assert torch.equal(found["phi_mm"](pixels, 112), found["phi_hr"](pixels, 112))
+    assert torch.equal(found["phi_mm"](pixels, 7), own(pixels, 7))
+    assert found["phi_mm"].fingerprint(7) != found["phi_mm, from phi_hr"].fingerprint(7)
+    assert found["phi_mm"].covered([(112, 14), (112, 7)]) == [(112, 7)]
+    (models / "phi_mm_7" / "run.json").unlink()
+    with pytest.raises(CheckpointError, match=r"phi_mm_7.*not been finished"):
+        plans.load_methods(models)

@@ -67,6 +67,8 @@ def test_real_faces_are_shown_in_no_figure() -> None:
         *((f"{run}: {{epoch: 3}}", rf"{run}: unknown \['epoch'\]") for run in RUNS),
         ("name: other", "unknown \\['name'\\]"),
         ("backbone: {name: iresnet19}", "iresnet19"),
+        ("specialists: {best: {}}", r"unknown \['best'\], expected some of \['native'"),
+        ("specialists: {native: {epoch: 3}}", r"native: unknown \['epoch'\]"),
         ("base: nowhere", "nowhere"),
         ("a: [", "cannot be read"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from btnet_core.data.sources import Spec
 from btnet_core.training.config import TrainConfig
 
 PYRAMID = (112, 56, 28, 14, 7)  # 112 / 2^i, i = 0..4

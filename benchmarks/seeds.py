@@ -28,9 +28,9 @@ from btnet_core.models.backbone import load_backbone, save_backbone
 from btnet_core.training.loop import train
 from btnet_paper import plans, results
 from btnet_paper.plans import load_methods
+from btnet_paper.records import FITTED
 from btnet_paper.scales import Scale, get_scale
 from btnet_paper.standins import survface_standin
-from btnet_paper.summary import FITTED
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("phi_hr", "phi_mr", "phi_bt")

@@ -17,7 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from btnet_core.errors import DataError
-from btnet_paper import plots, published, results, summary
+from btnet_paper import plots, published, results
+from btnet_paper.records import FITTED
 from btnet_paper.scales import get_scale
 
 Arrays = dict[str, np.ndarray]
@@ -39,24 +40,6 @@ def _paper_net() -> Any:
 
     with torch.device("meta"):  # shapes, no memory
         return BTNet(build_backbone(BackboneConfig(name="iresnet50")), (28, 14, 7))
-
-
-def _table(number: int, record: dict[str, Any], _: Arrays) -> Figure:
-    """Table `number`: ours above, with gains by Eqs. 4 and 5 where the paper prints them, and the paper's below."""
-    table, values = f"table{number}", record["values"]
-    blocks = [summary.with_gains(table, summary.ours(record)[table]), summary.printed(table)]
-    if number == 2:
-        names = {share: f"FPIR {share}" for share in ("0.3", "0.2", "0.1")}
-        blocks = [
-            {n: {names.get(c, c): v for c, v in row.items()} for n, row in rows.items()}
-            for rows in blocks
-        ]
-    data = values.get("test") or values.get("data") or ", ".join(values["pairs"])
-    source = f"ours, scale {record['scale']}: {data}"
-    caption = f"Table {number}. {published.title(table)}"
-    return plots.table_figure(
-        *blocks, caption=caption, source=source, digits=1 if number == 2 else 2
-    )
 
 
 def _curves(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -93,7 +76,7 @@ def _templates(record: dict[str, Any], _: Arrays) -> Figure:
         if (
             fitted := values.get("fitted", {}).get(key, {}).get("phi_bt")
         ):  # the same as phi_bt at r&r
-            rows[f"phi_bt{summary.FITTED}"] = {
+            rows[f"phi_bt{FITTED}"] = {
                 setting: value for setting, value in fitted.items() if setting.startswith("112&")
             }
         found = _curves(
@@ -102,7 +85,7 @@ def _templates(record: dict[str, Any], _: Arrays) -> Figure:
                 for name, row in rows.items()
             }
         )
-        found[SAME].pop(f"phi_bt{summary.FITTED}", None)
+        found[SAME].pop(f"phi_bt{FITTED}", None)
         panels |= {f"{title}, {setting}": rows for setting, rows in found.items()}
         for setting, number in zip((CROSS, SAME), numbers, strict=True):
             paper[f"{title}, {setting}"] = _curves(published.table(f"table{number}"))[setting]
@@ -153,14 +136,7 @@ FIGURES: dict[str, tuple[str, Drawing]] = {  # file -> (the result it is made fr
     "loss_trunks": ("03_train_trunk", partial(_history, "loss")),
     "loss_influence": ("04_train_branches", partial(_history, "influence")),
     "loss_branch": ("04_train_branches", partial(_history, "branch")),
-    "table1": ("05_verification", partial(_table, 1)),
     "table1_accuracy": ("05_verification", _accuracy),
-    "table2": ("06_survface_identification", partial(_table, 2)),
-    **{f"table{number}": ("07_ablations", partial(_table, number)) for number in (3, 4)},
-    **{
-        f"table{number}": ("08_template_aggregation", partial(_table, number))
-        for number in (5, 6, 7, 8)
-    },
     "tables5to8_templates": ("08_template_aggregation", _templates),
     "benchmarks": ("bench", lambda r, a: plots.benchmarks(r["values"])),
     "bench_inference": ("bench_inference", lambda r, a: plots.inference(r["values"])),

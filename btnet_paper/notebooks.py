@@ -206,7 +206,9 @@ def code_checksum() -> str:
             "cli.py",
             "__main__.py",
             "report.py",
-            "summary.py",
+            "claims.py",
+            "records.py",
+            "tables.py",
         ):
             digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
         elif path.suffix == ".json":

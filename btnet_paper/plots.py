@@ -8,9 +8,7 @@ Nothing is saved here (results.save_figure does) and no global state of matplotl
 from __future__ import annotations
 
 import functools
-import html
 import itertools
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +21,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
-from btnet_core.errors import ConfigError
 from btnet_core.models.btnet import INDICATORS, ROUNDINGS, BTNet, Route, select_branch
 from btnet_paper import published
 
@@ -764,105 +761,6 @@ def risk_coverage(
     )
     if curves:
         axes.legend()
-    return figure
-
-
-class Table(str):
-    """HTML that JupyterLab shows as a table."""
-
-    def _repr_html_(self) -> str:
-        return str(self)
-
-
-def _cell(value: Any, digits: int) -> str:
-    if isinstance(value, float):
-        return f"{value:,.{digits}f}"
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _blocks(
-    ours: Any, paper: Any, source: str, more: Any = None
-) -> tuple[list[tuple[str, Any]], list[str]]:
-    blocks = [(source, ours), *(more or {}).items(), ("paper, as printed", paper)]
-    blocks = [(title, rows) for title, rows in blocks if rows]
-    columns = list(dict.fromkeys(c for _, rows in blocks for row in rows.values() for c in row))
-    if not columns:
-        raise ConfigError("table: got no rows, expected at least one row with one column")
-    return blocks, columns
-
-
-def table(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str, Any]], *, caption: str = "",
-          source: str = "ours", digits: int = 2,
-          more: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None) -> str:  # fmt: skip
-    """Our numbers and, in a block of its own, the paper's: row -> column -> value; a missing or None one is "–".
-
-    ``source`` says what ours were measured on; ``more`` has further blocks of ours by their source. HTML that a
-    notebook shows. Raises ConfigError where there is nothing to show.
-    """
-    blocks, columns = _blocks(ours, paper, source, more)
-    body = "<tr><th></th>" + "".join(f"<th>{html.escape(c)}</th>" for c in columns) + "</tr>"
-    for title, rows in blocks:
-        left, style = "text-align:left", "color:#777;font-style:italic" if rows is paper else ""
-        body += f'<tr><th colspan="{len(columns) + 1}" style="{left};border-top:2px solid">{html.escape(title)}</th></tr>'
-        for name, row in rows.items():
-            cells = (html.escape(_cell(row.get(c), digits)) for c in columns)
-            cells = "".join(f'<td style="text-align:right">{cell}</td>' for cell in cells)
-            body += f'<tr style="{style}"><td style="{left}">{html.escape(name)}</td>{cells}</tr>'
-    return Table(f"<table><caption>{html.escape(caption)}</caption>{body}</table>")
-
-
-@_paper_ready
-def table_figure(ours: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str, Any]], *, caption: str = "",
-                 source: str = "ours", digits: int = 2,
-                 more: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None) -> Figure:  # fmt: skip
-    """`table` as a figure: ours in black; below a rule the paper's, in grey italics. Raises ConfigError as `table`."""
-    blocks, columns = _blocks(ours, paper, source, more)
-    texts = {
-        (title, name): [_cell(row.get(c), digits) for c in columns]
-        for title, rows in blocks
-        for name, row in rows.items()
-    }
-    em, line = 0.056, 0.155  # inches: a character, a row
-    first = em * max(len(name) for _, name in texts) + 0.1
-    wide = [
-        em * max(len(cell) for cell in column) + 0.16
-        for column in zip(columns, *texts.values(), strict=True)
-    ]
-    width = max(first + sum(wide), 4.2)
-    wide = [w + (width - first - sum(wide)) / len(wide) for w in wide]
-    right = first + np.cumsum(wide)
-    fit = functools.partial(textwrap.wrap, width=int(width / em / 1.15))  # bold
-    head, wrapped = fit(caption), {title: fit(title) for title, _ in blocks}
-    height = line * (
-        len(head) + 1.6 + sum(len(wrapped[title]) + len(rows) + 0.8 for title, rows in blocks)
-    )
-    figure = plt.figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
-    axes.axis("off")
-    y = line / 2
-    rule = functools.partial(axes.plot, (0, width), color="black", clip_on=False)
-
-    def write(cells: Sequence[str], at: Sequence[float], **style: Any) -> None:
-        nonlocal y
-        for index, (cell, x) in enumerate(zip(cells, at, strict=True)):
-            axes.text(x, y, cell, ha="right" if index else "left", va="center", fontsize=7, **style)
-        y += line
-
-    for words in head:
-        write([words], [0], weight="bold")
-    rule((y - 0.35 * line,) * 2, linewidth=1)
-    y += 0.3 * line
-    write(["", *columns], [0, *right])
-    for title, rows in blocks:
-        style: dict[str, Any] = {"color": "#707070", "style": "italic"} if rows is paper else {}
-        rule((y - 0.35 * line,) * 2, linewidth=0.6)
-        y += 0.3 * line
-        for words in wrapped[title]:
-            write([words], [0.0], weight="bold", **style)
-        for name in rows:
-            write([_label(name), *texts[title, name]], [0.06, *right], **style)
-        y += 0.3 * line
-    rule((y - 0.35 * line,) * 2, linewidth=1)
     return figure
 
 

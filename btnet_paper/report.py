@@ -23,7 +23,7 @@ from traitlets.config import Config
 
 from btnet_core.errors import DataError, ReproduceError
 from btnet_core.files import write_atomically
-from btnet_paper import plots, published, results, summary
+from btnet_paper import claims, published, records, results, tables
 from btnet_paper.notebooks import load_notebooks
 from btnet_paper.runner import State
 from btnet_paper.scales import get_scale
@@ -236,19 +236,24 @@ def _ran(
 
 def _front(scale: str, run_dir: Path, ran: dict[str, Any]) -> dict[str, Any]:
     """The tables before the notebooks, as HTML."""
-    records = summary.everything(run_dir)
-    return {
-        "ran": plots.table(ran, {}, source=f"scale {scale}", digits=1),
-        "claims": plots.table(
-            summary.compare_claims(records), {}, source="for how many settings, or by how much"
+    found = records.everything(run_dir)
+    long = records.all_numbers(found)
+    shown = {
+        "ran": tables.show(ran, caption=f"scale {scale}", digits=1),
+        "claims": tables.show(
+            claims.verdicts(long),
+            caption="for how many settings, and by how many points (lowest to highest)",
         ),
-        "coverage": plots.table(
-            summary.coverage(records), {}, source="recorded of the paper's figures and numbers"
+        "coverage": tables.show(
+            claims.coverage(found), caption="recorded of the paper's figures and numbers"
         ),
-        "tables": {
-            published.title(table): summary.show(table, records) for table in summary.TABLES
-        },
     }
+    front: dict[str, Any] = {name: styled.to_html() for name, styled in shown.items()}
+    front["coverage"] += tables.show(records.origins(found), caption="measured on").to_html()
+    front["tables"] = {
+        published.title(table): tables.beside(table, long).to_html() for table in published.TABLES
+    }
+    return front
 
 
 def _figures(run_dir: Path, state: dict[str, Any]) -> list[dict[str, Any]]:

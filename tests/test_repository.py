@@ -128,8 +128,8 @@ def test_the_readmes_commands_exist() -> None:
     assert {"reproduce", "test", "lab"} <= set(re.findall(r"make (\w+)", readme))
 
 
-def test_the_readmes_numbers_are_the_recorded_ones() -> None:
+def test_the_pages_numbers_are_the_recorded_ones() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "readme.py", "--check"], capture_output=True, text=True
+        [sys.executable, ROOT / "scripts" / "results.py", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr

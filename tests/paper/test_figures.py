@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from btnet_core.errors import DataError
-from btnet_paper import figures, published
+from btnet_paper import figures
 from btnet_tools.cli import main
 
 COMMITTED = Path(__file__).resolve().parents[2] / "figures"
@@ -21,7 +21,6 @@ COMMITTED = Path(__file__).resolve().parents[2] / "figures"
 
 def test_every_figure_and_table_of_the_paper_is_committed() -> None:
     assert {f"figure{n}" for n in range(1, 10)} <= {name.split("_")[0] for name in figures.FIGURES}
-    assert {f"table{n}" for n in range(1, 9)} <= figures.FIGURES.keys()
     manifest = json.loads((COMMITTED / "manifest.json").read_text())
     assert manifest.keys() >= figures.FIGURES.keys()
     assert {path.stem for path in COMMITTED.glob("*.p??")} == manifest.keys()
@@ -36,9 +35,7 @@ def test_every_figure_and_table_of_the_paper_is_committed() -> None:
             assert b"CreationDate" not in content
 
 
-@pytest.mark.parametrize(
-    "name", ["figure1_error_maps", "figure9_feature_maps", "table1", "table1_accuracy"]
-)
+@pytest.mark.parametrize("name", ["figure1_error_maps", "figure9_feature_maps", "table1_accuracy"])
 def test_committed_figures_are_what_the_results_give(name: str, tmp_path: Path) -> None:
     """Twice the same bytes; and the committed picture, unless another matplotlib drew it."""
     source = figures.FIGURES[name][0]
@@ -79,26 +76,18 @@ def test_btnet_figures_draws_what_is_recorded_and_says_what_is_not(
     shutil.copy(COMMITTED / "results" / "05_verification.json", run / "results")
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert said.startswith("2 figures and tables in ")
+    assert said.startswith("1 figures and tables in ")
     assert "figure9_feature_maps" in said
     assert {path.name for path in (tmp_path / "out").glob("*.p??")} == {
         f"{name}.{suffix}"
-        for name in ("table1", "table1_accuracy", "explore_face")
+        for name in ("table1_accuracy", "explore_face")
         for suffix in ("png", "pdf")
     }
     recorded = json.loads((tmp_path / "out" / "results" / "05_verification.json").read_text())
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    entry = manifest["table1"]
+    entry = manifest["table1_accuracy"]
     assert manifest["explore_face"]["seconds"] == 1.5
     assert (entry["commit"], entry["seconds"]) == (recorded["commit"], recorded["seconds"])
-
-
-def test_table_1_shows_our_gains_and_the_printed_ones() -> None:
-    texts = {text.get_text() for text in figures.draw("table1", COMMITTED).axes[0].texts}
-    assert f"90.90 ({published.gain('table1', 'phi_bt', '14&14')})" in texts
-    rows = json.loads((COMMITTED / "results" / "05_verification.json").read_text())["values"]
-    value, gain = rows["accuracy"]["phi_bt"]["14&14"]["accuracy"], rows["gains"]["phi_bt"]["14&14"]
-    assert f"{value:.2f} ({gain:+.2f})" in texts
 
 
 def test_templates_with_fitted_lengths_are_a_curve_of_their_own() -> None:
@@ -135,7 +124,7 @@ def test_a_result_of_an_older_version_is_named(tmp_path: Path) -> None:
         figures.remake(tmp_path, "08_template_aggregation")
     path.write_text(path.read_text()[:-9])
     with pytest.raises(DataError, match="is not JSON"):
-        figures.draw("table5", tmp_path)
+        figures.draw("tables5to8_templates", tmp_path)
 
 
 def test_a_scale_of_real_faces_leaves_what_holds_no_face(
@@ -151,9 +140,9 @@ def test_a_scale_of_real_faces_leaves_what_holds_no_face(
     )  # pictures of faces
     for folder in (tmp_path / "runs", out):  # from the run, then from what that has left
         assert main(["figures", "--scale", "lfw", "--runs", str(folder), "--out", str(out)]) == 0
-        assert capsys.readouterr().out.startswith("2 figures and tables")
+        assert capsys.readouterr().out.startswith("1 figures and tables")
         assert {path.name for path in (out / "results").iterdir()} == {"lfw_05_verification.json"}
-        assert {path.stem for path in out.glob("**/*.png")} == {"table1", "table1_accuracy"}
-    entry = json.loads((out / "lfw" / "manifest.json").read_text())["table1"]
+        assert {path.stem for path in out.glob("**/*.png")} == {"table1_accuracy"}
+    entry = json.loads((out / "lfw" / "manifest.json").read_text())["table1_accuracy"]
     assert entry["results"] == "results/lfw_05_verification.json"
     assert entry["parameters"]["scale"] == "lfw"

@@ -7,10 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 
-from btnet_core.errors import ConfigError
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet, select_branch
 from btnet_paper import plots, published
@@ -289,39 +287,6 @@ def test_loss_curves_on_plain_numbers():
     assert axes.get_legend().get_texts()[0].get_text() == r"$\phi_{bt}$, 14 px"
     assert axes.get_yscale() == "log"
     assert [float(tick.get_text()) for tick in axes.get_yticklabels()]  # no powers of ten
-
-
-def test_table_keeps_ours_and_the_paper_apart():
-    ours = {"phi_bt": {"14&14": 80.123, "n": 2_293_568, "x": None}}
-    shown = plots.table(ours, {"phi_bt": {"14&14": 90.9}}, source="demo <b>")
-    assert shown._repr_html_() == shown
-    before, after = shown.split("paper, as printed")
-    assert "80.12" in before
-    assert "2,293,568" in before
-    assert "90.90" in after
-    assert "80.12" not in after
-    assert "demo &lt;b&gt;" in shown
-    with pytest.raises(ConfigError, match="no rows"):
-        plots.table({}, {})
-
-
-def test_table_figure_keeps_ours_and_the_paper_apart():
-    ours = {"phi_bt": {"14&14": 80.123, "x": None}, "phi_mr(v2)": {"14&14": 70.0}}
-    caption = "Table 1. " + 20 * "long "
-    axes = plots.table_figure(
-        ours, {"phi_bt": {"14&14": 90.9}}, caption=caption, source="demo"
-    ).axes[0]
-    style = {t.get_text(): (t.get_color(), t.get_style()) for t in axes.texts}
-    assert style["80.12"] == ("black", "normal")
-    assert style["90.90"] == ("#707070", "italic")
-    place = {t.get_text(): t.get_position()[1] for t in axes.texts}
-    assert place["demo"] < place["80.12"] < place["paper, as printed"] < place["90.90"]
-    assert {r"$\phi_{bt}$", r"$\phi_{mr(v2)}$"} <= set(place)
-    assert len([text for text in place if "long" in text]) == 2  # wrapped
-    renderer = FigureCanvasAgg(axes.figure).get_renderer()
-    assert all(axes.bbox.x1 + 1 >= t.get_window_extent(renderer).x1 for t in axes.texts)
-    with pytest.raises(ConfigError, match="no rows"):
-        plots.table_figure({}, {})
 
 
 def test_figures_leave_no_trace_and_keep_their_style(costs):

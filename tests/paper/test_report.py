@@ -173,15 +173,15 @@ def test_everything_is_there_and_what_is_missing_is_named(html: str, page: Beaut
     assert "values # <tag> & more" in text
     assert "90.9" in text
     assert "HBox" not in text
-    assert "03_train_trunkNOT FINISHED" in text
-    assert "05_verificationexecuted1.5" in text
+    assert "03_train_trunk NOT FINISHED" in text
+    assert "05_verification executed 1.5" in text
     assert (
         text.count("MISSING: btnet reproduce --scale demo --only 07") == 2
     )  # in the list and in its place
     assert page.find(id="07_ablations")
-    assert "ours, scale demo, seed 0: toy" in text
+    assert "scale demo: 05_verification 0 toy" in text
     assert "12.34" in text
-    assert "paper, as printed" in text
+    assert "the paper" in text
     assert str(Path.cwd()) not in html
 
 

@@ -1,18 +1,21 @@
-"""Losses: margins over cosines, metric losses, and the distillation at the coupling layer (Section 3.3).
+"""Losses: margins over cosines (Eq. 1), metric losses, distillation at the coupling layer (Eq. 2).
 
-A margin turns cosines into logits and leaves the softmax to the caller, so that a classifier cut over several
-processes needs one exchange only: each process holds the cosines ``(B, C_shard)`` of its own classes, ``column``
-``(B,)`` says where in the shard the true class is (-1: on another process), ``target`` ``(B,)`` is the cosine of the
-true class wherever it lives. Nothing else depends on the number of processes (paper-and-code: CurricularFace over processes).
+A margin turns cosines into logits and leaves the softmax to the caller, so that a classifier cut
+over several processes needs one exchange only. Each process gives
 
-Half-precision cosines are computed in float32. Near |cos| = 1 the angle has no finite derivative; there the
-margin continues with slope 1 (``_extended``), so the value is right to 1e-6 and the gradient neither NaN nor zero.
+    cosine  (B, C_shard)  of its own classes,
+    column  (B,)          where in the shard the true class is, -1: on another process,
+    target  (B,)          the cosine of the true class, wherever it lives.
+
+Nothing else depends on the number of processes (paper-and-code: CurricularFace over processes).
+Half-precision inputs are computed in float32; float64 stays float64.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +23,7 @@ from torch.nn import functional as F
 
 from btnet_core.errors import ConfigError
 
-EDGE = 1e-6  # cosines beyond 1 - EDGE are continued linearly
-
-
-def _extended(function: Callable[[Tensor], Tensor], cosine: Tensor) -> Tensor:
-    inner = cosine.clamp(-1 + EDGE, 1 - EDGE)
-    return function(inner) + (cosine - inner)
-
-
-def _add_angle(cosine: Tensor, angle: float | Tensor) -> Tensor:
-    """cos(theta + angle), written without acos."""
-    if not isinstance(angle, Tensor):
-        angle = cosine.new_tensor(angle)
-    sine = (1 - cosine * cosine).sqrt()
-    return cosine * angle.cos() - sine * angle.sin()
-
-
-def _add_angle_monotone(cosine: Tensor, angle: float | Tensor) -> Tensor:
-    """cos(theta + m) up to theta = pi - m, then cos(theta) - m sin(m): keeps falling where cos(theta + m) would rise."""
-    if not isinstance(angle, Tensor):
-        angle = cosine.new_tensor(angle)
-    return torch.where(
-        cosine > -angle.cos(), _add_angle(cosine, angle), cosine - angle * angle.sin()
-    )
+EDGE = 1e-6  # near |cos| = 1 the angle has no finite derivative: see _extended
 
 
 class Margin(nn.Module):
@@ -50,24 +31,25 @@ class Margin(nn.Module):
 
     Args:
         margin: m; the unit depends on the loss (radians, cosine or factor).
-        scale: s, the length that normalised embeddings are given.
+        s: the length that normalised embeddings are given.
+
+    Raises:
+        ConfigError: m < 0, s <= 0, or one of them not finite.
     """
 
-    default_margin, default_scale, identity_margin = 0.0, 64.0, 0.0
+    default_margin, default_s = 0.0, 64.0
+    needs_norms = False
+    statistics: ClassVar[dict[str, float]] = {}  # saved state and where it starts
 
-    def __init__(self, *, margin: float | None = None, scale: float | None = None) -> None:
+    def __init__(self, *, margin: float | None = None, s: float | None = None) -> None:
         super().__init__()
         self.margin = self.default_margin if margin is None else float(margin)
-        self.scale = self.default_scale if scale is None else float(scale)
-        if not (
-            math.isfinite(self.margin)
-            and self.margin >= 0
-            and math.isfinite(self.scale)
-            and self.scale > 0
-        ):
-            raise ConfigError(
-                f"{type(self).__name__}: got margin {margin}, scale {scale}; expected m >= 0, s > 0"
-            )
+        self.s = self.default_s if s is None else float(s)
+        if not (0 <= self.margin < math.inf and 0 < self.s < math.inf):
+            name = type(self).__name__
+            raise ConfigError(f"{name}: got margin {margin}, s {s}; expected m >= 0, s > 0")
+        for statistic, start in self.statistics.items():
+            self.register_buffer(statistic, torch.tensor(start))
 
     def forward(
         self,
@@ -76,16 +58,18 @@ class Margin(nn.Module):
         target: Tensor | None = None,
         norms: Tensor | None = None,
     ) -> Tensor:
-        """Logits ``(B, C_shard)`` in float32 (float64 if given so).
+        """Returns logits ``(B, C_shard)``.
 
         Args:
             cosine: ``(B, C_shard)`` in [-1, 1].
             column: ``(B,)`` int64, the true class within the shard, -1 if it is elsewhere.
-            target: ``(B,)`` cosine of the true class, without gradient; taken from ``cosine`` if there is one shard.
-            norms: ``(B,)`` lengths of the embeddings (AdaFace, MagFace).
+            target: ``(B,)`` cosine of the true class; may be left out where there is one shard.
+            norms: ``(B,)`` lengths of the embeddings, for AdaFace.
+
+        Raises:
+            ConfigError: target or norms are needed and missing.
         """
-        if cosine.dtype in (torch.float16, torch.bfloat16):
-            cosine = cosine.float()
+        cosine = at_least_float32(cosine)
         if self.needs_norms and norms is None:
             raise ConfigError(f"{type(self).__name__} needs the norms of the embeddings")
         rows = torch.nonzero(column >= 0).squeeze(1)
@@ -97,16 +81,13 @@ class Margin(nn.Module):
         target = target.detach().to(cosine.dtype)
         if self.training:
             self.observe(target, norms)
-        positive = _extended(
-            lambda c: self.positive(c, None if norms is None else norms[rows].to(c.dtype)), own
-        )
+        own_norms = None if norms is None else norms[rows].detach().to(cosine.dtype)
+        positive = _extended(lambda inner: self.positive(inner, own_norms), own)
         logits = self.negatives(cosine, target).index_put((rows, column[rows]), positive)
-        return logits * self.scale
-
-    needs_norms = False
+        return logits * self.s
 
     def positive(self, cosine: Tensor, norms: Tensor | None) -> Tensor:
-        """T(cos theta_y) ``(P,)``."""
+        """T(cos theta_y) of the P true classes that live here; ``norms`` (P,) are constants."""
         return cosine
 
     def negatives(self, cosine: Tensor, target: Tensor) -> Tensor:
@@ -114,30 +95,27 @@ class Margin(nn.Module):
         return cosine
 
     def observe(self, target: Tensor, norms: Tensor | None) -> None:
-        """Update running statistics from the whole batch (same on every process)."""
-
-    def penalty(self, norms: Tensor) -> Tensor | None:
-        """A term of each sample ``(B,)`` beside the softmax; None where the loss has none."""
-        return None
+        """Update running statistics from the whole batch, the same on every process."""
 
 
 class SphereFace(Margin):
-    """``psi(theta_y) = (-1)^k cos(m theta_y) - 2k``, k = floor(m theta_y / pi) (Liu et al. 2017, A-Softmax); identity at m = 1.
+    """``(-1)^k cos(m theta_y) - 2k``, k = floor(m theta_y / pi) (Liu et al. 2017).
 
-    Deviation: embeddings are normalised and scaled (s = 30, m = 1.5 of SphereFace Revived, Liu et al. 2022) instead of
-    m = 4 on unnormalised ones with annealing, so that it is a function of cosines like the rest.
+    Without margin at m = 1. Deviation: embeddings are normalised, s = 30 and m = 1.5 (SphereFace
+    Revived, Liu et al. 2022), instead of m = 4 on unnormalised ones with annealing.
     """
 
-    default_margin, default_scale, identity_margin = 1.5, 30.0, 1.0
+    default_margin, default_s = 1.5, 30.0
 
     def positive(self, cosine: Tensor, norms: Tensor | None) -> Tensor:
         angle = cosine.acos() * self.margin
         k = (angle.detach() / math.pi).floor()
-        return (1 - 2 * k.remainder(2)) * angle.cos() - 2 * k
+        sign = 1 - 2 * k.remainder(2)
+        return sign * angle.cos() - 2 * k
 
 
 class CosFace(Margin):
-    """``cos(theta_y) - m`` (Wang et al. 2018); m = 0.35 is the paper's, in units of cosine."""
+    """``cos(theta_y) - m`` (Wang et al. 2018); m = 0.35, in units of cosine."""
 
     default_margin = 0.35
 
@@ -146,62 +124,53 @@ class CosFace(Margin):
 
 
 class ArcFace(Margin):
-    """``cos(theta_y + m)``, m = 0.5 rad (Deng et al. 2019); beyond theta_y = pi - m: ``cos(theta_y) - m sin m``."""
+    """``cos(theta_y + m)``, m = 0.5 rad (Deng et al. 2019).
+
+    Beyond theta_y = pi - m, where that would rise again: ``cos(theta_y) - m sin m``.
+    """
 
     default_margin = 0.5
 
     def positive(self, cosine: Tensor, norms: Tensor | None) -> Tensor:
-        return _add_angle_monotone(cosine, self.margin)
+        m = cosine.new_tensor(self.margin)
+        return torch.where(cosine > -m.cos(), _add_angle(cosine, m), cosine - m * m.sin())
 
 
 class CurricularFace(ArcFace):
-    """Eq. 1's loss (Huang et al. 2020): ArcFace's positive, and negatives reweighted by the curriculum t.
+    """Eq. 1's loss (Huang et al. 2020): ArcFace's positive, negatives weighted by a curriculum t.
 
-    ``N(t, cos theta_j) = cos theta_j`` if ``cos(theta_y + m) >= cos theta_j``, else ``cos theta_j (t + cos theta_j)``;
-    ``t <- alpha mean_batch(cos theta_y) + (1 - alpha) t`` before each use, alpha = 0.99, t0 = 0. ``t`` is saved state.
-    Identity at m = 0 where no negative is harder than the true class (the reweighting does not depend on m otherwise).
-    The released code of CurricularFace has 0.01 where the equation has alpha = 0.99; ``alpha=0.01`` gives it.
+    ``N(t, cos theta_j) = cos theta_j``                   if cos theta_j <= cos(theta_y + m),
+    ``                   cos theta_j (t + cos theta_j)``  else: a hard negative.
+
+    ``t <- alpha mean_batch(cos theta_y) + (1 - alpha) t`` before each use; alpha = 0.99, t0 = 0.
+    t is saved state. The released code of CurricularFace has 0.01 where the equation has alpha.
     """
 
-    t: Tensor
-
-    def __init__(
-        self, *, margin: float | None = None, scale: float | None = None, alpha: float = 0.99
-    ) -> None:
-        super().__init__(margin=margin, scale=scale)
-        if not 0 <= alpha <= 1:
-            raise ConfigError(f"alpha: got {alpha}, expected 0..1")
-        self.alpha = alpha
-        self.register_buffer("t", torch.zeros(()))
+    alpha = 0.99
+    statistics: ClassVar = {"t": 0.0}
 
     def observe(self, target: Tensor, norms: Tensor | None) -> None:
         self.t.lerp_(target.mean().to(self.t.dtype), self.alpha)
 
     def negatives(self, cosine: Tensor, target: Tensor) -> Tensor:
-        threshold = _extended(lambda c: _add_angle(c, self.margin), target)[:, None]
-        return torch.where(
-            cosine > threshold, cosine * (self.t.to(cosine.dtype, copy=True) + cosine), cosine
-        )
+        m = cosine.new_tensor(self.margin)
+        threshold = _extended(lambda inner: _add_angle(inner, m), target)[:, None]
+        t = self.t.to(cosine.dtype, copy=True)  # the buffer moves before backward
+        return torch.where(cosine > threshold, cosine * (t + cosine), cosine)
 
 
 class AdaFace(Margin):
-    """``cos(theta_y - m q) - (m + m q)``, q = clip(h (||z|| - mu) / sigma, -1, 1) (Kim et al. 2022).
+    """``cos(theta_y - m q) - (m + m q)``, q the image quality (Kim et al. 2022).
 
-    mu, sigma: running mean and deviation of the embedding norms (weight 0.01 for each batch, start 20 and 100);
-    m = 0.4, h = 0.333, s = 64. q carries no gradient.
+    ``q = clip(h (||z|| - mu) / sigma, -1, 1)``, without gradient. mu and sigma are the running mean
+    and deviation of the norms: weight 0.01 for each batch, before its use, from 20 and 100.
+    m = 0.4, h = 0.333, s = 64. Norms are cut to [0.001, 100].
     """
 
-    default_margin, needs_norms = 0.4, True
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self, *, margin: float | None = None, scale: float | None = None, h: float = 0.333
-    ) -> None:
-        super().__init__(margin=margin, scale=scale)
-        self.h = h
-        self.register_buffer("mean", torch.tensor(20.0))
-        self.register_buffer("std", torch.tensor(100.0))
+    default_margin = 0.4
+    needs_norms = True
+    h = 0.333
+    statistics: ClassVar = {"mean": 20.0, "std": 100.0}
 
     def observe(self, target: Tensor, norms: Tensor | None) -> None:
         if norms is not None and norms.numel() > 1:
@@ -210,172 +179,163 @@ class AdaFace(Margin):
             self.std.lerp_(safe.std(), 0.01)
 
     def positive(self, cosine: Tensor, norms: Tensor | None) -> Tensor:
-        if norms is None:
-            raise ConfigError("AdaFace needs the norms of the embeddings")
-        quality = (norms.detach().clamp(1e-3, 100) - self.mean) / (self.std + 1e-3)
+        quality = (norms.clamp(1e-3, 100) - self.mean) / (self.std + 1e-3)
         quality = (self.h * quality).clamp(-1, 1)
-        angle = (
-            (cosine.acos() - self.margin * quality).clamp(1e-3, math.pi - 1e-3)
-            if self.margin
-            else cosine.acos()
-        )
+        angle = cosine.acos() - self.margin * quality
+        if self.margin:
+            angle = angle.clamp(1e-3, math.pi - 1e-3)
         return angle.cos() - self.margin * (1 + quality)
 
 
-class MagFace(Margin):
-    """``cos(theta_y + m(a))``, a = ||z|| in [10, 110], m(a) from 0.45 to 0.8 rad (Meng et al. 2021), plus
-    ``lambda_g g(a)``, g(a) = 1/a + a / 110^2, lambda_g = 35. The gradient runs through a.
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-    ``margin`` is m(110); m(10) keeps the published ratio 0.45 / 0.8. Margin 0 also switches the penalty's reason off;
-    set ``lambda_g=0`` with it.
+
+def _extended(function: Callable[[Tensor], Tensor], cosine: Tensor) -> Tensor:
+    """``function``, continued with slope 1 beyond |cosine| = 1 - EDGE.
+
+    The value there is right to 1e-6, the gradient neither NaN nor zero.
     """
+    inner = cosine.clamp(-1 + EDGE, 1 - EDGE)
+    return function(inner) + (cosine - inner)
 
-    default_margin, needs_norms = 0.8, True
-    low, high = 10.0, 110.0
 
-    def __init__(
-        self, *, margin: float | None = None, scale: float | None = None, lambda_g: float = 35.0
-    ) -> None:
-        super().__init__(margin=margin, scale=scale)
-        self.lambda_g = lambda_g
-
-    def positive(self, cosine: Tensor, norms: Tensor | None) -> Tensor:
-        if norms is None:
-            raise ConfigError("MagFace needs the norms of the embeddings")
-        share = (norms.clamp(self.low, self.high) - self.low) / (self.high - self.low)
-        return _add_angle_monotone(cosine, self.margin * (0.5625 + 0.4375 * share))
-
-    def penalty(self, norms: Tensor) -> Tensor:
-        a = norms.clamp(self.low, self.high)
-        return self.lambda_g * (1 / a + a / self.high**2)
+def _add_angle(cosine: Tensor, angle: Tensor) -> Tensor:
+    """cos(theta + angle), written without acos."""
+    sine = (1 - cosine * cosine).sqrt()
+    return cosine * angle.cos() - sine * angle.sin()
 
 
 class Triplet(nn.Module):
-    """Batch-hard triplets: ``mean_i max(0, max_p d(i,p) - min_n d(i,n) + m)``, d = squared distance of unit vectors.
+    """``mean_i max(0, max_p d(i,p) - min_n d(i,n) + m)``, d the squared distance of unit vectors.
 
-    m = 0.2 (Schroff et al. 2015), hardest pairs of the batch (Hermans et al. 2017). Anchors without a positive or a
-    negative in the batch are left out; z ``(B, D)``, labels ``(B,)``.
+    m = 0.2 (Schroff et al. 2015), the hardest pairs of the batch (Hermans et al. 2017). Anchors
+    without a positive or a negative in the batch are left out. z ``(B, D)``, labels ``(B,)``.
     """
 
-    def __init__(self, *, margin: float = 0.2) -> None:
-        super().__init__()
-        self.margin = margin
+    margin = 0.2
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         distance = 2 - 2 * _similarities(z)
-        positive, negative = _pairs(labels)
-        hardest = distance.masked_fill(~positive, -math.inf).amax(1)
+        positive, negative, anchors = _pairs(labels)
+        farthest = distance.masked_fill(~positive, -math.inf).amax(1)
         nearest = distance.masked_fill(~negative, math.inf).amin(1)
-        anchors = positive.any(1) & negative.any(1)
-        return (hardest - nearest + self.margin)[anchors].clamp_min(
-            0
-        ).sum() / anchors.sum().clamp_min(1)
-
-
-class Center(nn.Module):
-    """``1/2 mean_i ||z_i - c_{y_i}||^2`` (Wen et al. 2016), joined to a softmax with weight 0.003 by the training loop.
-
-    In training the centres move by ``alpha sum_{y_i = j} (z_i - c_j) / (1 + n_j)``, alpha = 0.5, after the loss.
-    """
-
-    centres: Tensor
-
-    def __init__(self, num_classes: int, dim: int, *, alpha: float = 0.5) -> None:
-        super().__init__()
-        self.alpha = alpha
-        self.register_buffer("centres", torch.zeros(num_classes, dim))
-
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        z = z.double() if z.dtype == torch.float64 else z.float()
-        difference = z - self.centres.to(z.dtype, copy=True)[labels]
-        if self.training:
-            ones = torch.ones_like(labels, dtype=self.centres.dtype)
-            count = torch.ones(len(self.centres), dtype=ones.dtype, device=ones.device).index_add_(
-                0, labels, ones
-            )
-            step = difference.detach().to(self.centres.dtype) / count[labels, None]
-            self.centres.index_add_(0, labels, step, alpha=self.alpha)
-        return difference.square().sum(1).mean() / 2
+        loss = (farthest - nearest + self.margin)[anchors].clamp_min(0)
+        return loss.sum() / anchors.sum().clamp_min(1)
 
 
 class Circle(nn.Module):
-    """``mean_i log(1 + sum_n e^{gamma a_n (s_n - m)} sum_p e^{-gamma a_p (s_p - 1 + m)})`` over the pairs of anchor i
-    (Sun et al. 2020), a_n = [s_n + m]_+, a_p = [1 + m - s_p]_+ without gradient; m = 0.25, gamma = 256 (face recognition).
+    """Circle loss (Sun et al. 2020) over the pairs (i, p) and (i, n) of each anchor i.
+
+    ``mean_i log(1 + sum_n exp(gamma a_n (s_n - m)) sum_p exp(-gamma a_p (s_p - 1 + m)))`` with
+    a_n = [s_n + m]_+ and a_p = [1 + m - s_p]_+ without gradient; m = 0.25, gamma = 256.
     """
 
-    def __init__(self, *, margin: float = 0.25, gamma: float = 256.0) -> None:
-        super().__init__()
-        self.margin, self.gamma = margin, gamma
+    margin, gamma = 0.25, 256.0
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         s, m = _similarities(z), self.margin
-        positive, negative = _pairs(labels)
+        positive, negative, anchors = _pairs(labels)
         push = self.gamma * (s.detach() + m).clamp_min(0) * (s - m)
         pull = -self.gamma * (1 + m - s.detach()).clamp_min(0) * (s - 1 + m)
-        anchors = positive.any(1) & negative.any(1)
         push = push.masked_fill(~negative, -math.inf)[anchors].logsumexp(1)
         pull = pull.masked_fill(~positive, -math.inf)[anchors].logsumexp(1)
         return F.softplus(push + pull).sum() / anchors.sum().clamp_min(1)
 
 
 def _similarities(z: Tensor) -> Tensor:
-    """Cosines of all pairs ``(B, B)``, float32 at least."""
-    unit = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+    """Cosines of all pairs ``(B, B)``."""
+    unit = F.normalize(at_least_float32(z), dim=1)
     return unit @ unit.T
 
 
-def _pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks ``(B, B)`` of the positive pairs (not with oneself) and the negative pairs."""
+def _pairs(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks: positive pairs ``(B, B)`` (not with oneself), negative ones, anchors with both."""
     same = labels[:, None] == labels[None]
-    return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~same
+    positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    return positive, ~same, positive.any(1) & (~same).any(1)
+
+
+class Center(nn.Module):
+    """``1/2 mean_i ||z_i - c_{y_i}||^2`` (Wen et al. 2016); joins a softmax with weight 0.003.
+
+    In training the centres move after the loss: ``c_j <- c_j + alpha sum (z_i - c_j) / (1 + n_j)``
+    over the n_j samples of class j; alpha = 0.5. z ``(B, D)``, labels ``(B,)``.
+    """
+
+    alpha = 0.5
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("centres", torch.zeros(num_classes, dim))
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        z = at_least_float32(z)
+        difference = z - self.centres.to(z.dtype, copy=True)[labels]
+        if self.training:
+            counts = torch.bincount(labels, minlength=len(self.centres)).to(self.centres.dtype)
+            step = difference.detach().to(self.centres.dtype) / (1 + counts)[labels, None]
+            self.centres.index_add_(0, labels, step, alpha=self.alpha)
+        return difference.square().sum(1).mean() / 2
 
 
 def branch_loss(z_r: Tensor, z_s: Tensor, kind: str = "mean", *, channels: int = 1) -> Tensor:
-    """Eq. 2, the distillation of ``z_r`` to the trunk's ``z_s``, both ``(B, C_r, r, r)``; no gradient into ``z_s``.
+    """Eq. 2: the distance of the branch's ``z_r`` to the trunk's ``z_s``, which gets no gradient.
 
-    ``mean``: squared difference over all elements (paper-and-code: mean in Eq. 2); ``batch_sum``: divided by the batch size V
-    alone, as Eq. 2 is written (C_r r r times as large); ``cosine``: 1 - cosine over channels, mean over positions.
-    ``channels``: their axis; the gradient lies in memory as the axes are given.
+    Args:
+        z_r, z_s: ``(B, C_r, r, r)``, or with their channels on another axis, ``channels``.
+        kind: "mean" squared difference over all elements (paper-and-code: mean in Eq. 2);
+            "batch_sum": its sum over the batch size V, as Eq. 2 is written (C_r r r times as
+            large); "cosine": 1 - cosine over channels, mean over positions.
+
+    Raises:
+        ConfigError: the shapes differ, or an unknown kind.
     """
     if z_r.shape != z_s.shape:
-        raise ConfigError(
-            f"branch_loss: got z_r {tuple(z_r.shape)} and z_s {tuple(z_s.shape)}, expected one shape"
-        )
-    if z_r.dtype != torch.float64:
-        z_r, z_s = z_r.float(), z_s.float()
-    z_s = z_s.detach()
+        shapes = f"got z_r {tuple(z_r.shape)} and z_s {tuple(z_s.shape)}, expected one shape"
+        raise ConfigError(f"branch_loss: {shapes}")
+    z_r, z_s = at_least_float32(z_r), at_least_float32(z_s).detach()
+    if kind == "mean":
+        return F.mse_loss(z_r, z_s)
+    if kind == "batch_sum":
+        return F.mse_loss(z_r, z_s, reduction="sum") / len(z_r)
     if kind == "cosine":
         return 1 - F.cosine_similarity(z_r, z_s, dim=channels, eps=1e-6).mean()
-    if kind not in ("mean", "batch_sum"):
-        raise ConfigError(f"distillation: got {kind!r}, expected mean, batch_sum or cosine")
-    return (
-        F.mse_loss(z_r, z_s) if kind == "mean" else F.mse_loss(z_r, z_s, reduction="sum") / len(z_r)
-    )
+    raise ConfigError(f"distillation: got {kind!r}, expected mean, batch_sum or cosine")
 
 
 def embedding_loss(z: Tensor, z_teacher: Tensor, kind: str = "mse") -> Tensor:
-    """Distance of the embeddings ``(B, D)``; no gradient into the teacher's.
+    """The distance of embeddings ``(B, D)``; no gradient into the teacher's.
 
-    ``mse``: mean squared difference of the un-normalised ones (paper-and-code: embedding MSE, the authors' extra); ``cosine``:
-    1 - cosine, the distance by which faces are compared.
+    Args:
+        kind: "mse", the mean squared difference of the un-normalised ones (paper-and-code:
+            embedding MSE); "cosine", 1 - cosine, the distance by which faces are compared.
+
+    Raises:
+        ConfigError: an unknown kind.
     """
-    z, z_teacher = z.float(), z_teacher.detach().float()
-    return (
-        F.mse_loss(z, z_teacher) if kind == "mse" else 1 - F.cosine_similarity(z, z_teacher).mean()
-    )
+    z, z_teacher = at_least_float32(z), at_least_float32(z_teacher).detach()
+    if kind == "mse":
+        return F.mse_loss(z, z_teacher)
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(z, z_teacher).mean()
+    raise ConfigError(f"embedding: got {kind!r}, expected mse or cosine")
 
 
 MARGINS: dict[str, type[Margin]] = {
-    "normface": Margin, "sphereface": SphereFace, "cosface": CosFace, "arcface": ArcFace,
-    "curricularface": CurricularFace, "adaface": AdaFace, "magface": MagFace,
-}  # fmt: skip
+    "normface": Margin,
+    "sphereface": SphereFace,
+    "cosface": CosFace,
+    "arcface": ArcFace,
+    "curricularface": CurricularFace,
+    "adaface": AdaFace,
+}
 METRICS = ("triplet", "center", "circle")
 
 
-def build_margin(
-    name: str, *, margin: float | None = None, scale: float | None = None, **options: float
-) -> Margin:
+def build_margin(name: str, *, margin: float | None = None, s: float | None = None) -> Margin:
     """A margin by its name in ``MARGINS``, with the published m and s where they are None."""
     if name not in MARGINS:
         raise ConfigError(f"loss: got {name!r}, expected one of {', '.join([*MARGINS, *METRICS])}")
-    return MARGINS[name](margin=margin, scale=scale, **options)
+    return MARGINS[name](margin=margin, s=s)

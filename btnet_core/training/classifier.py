@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         """Embeddings ``(b, D)`` and labels ``(b,)`` of this process -> its share of the mean loss of the whole batch.
 
         The softmax part is the same value on every process and is counted once; its gradient reaches every z and
-        every shard. A per-sample penalty (MagFace) adds this process's samples only.
+        every shard.
         """
         with torch.autocast(z.device.type, enabled=False):
             z = z if z.dtype == torch.float64 else z.float()
@@ -54,16 +54,8 @@ class Classifier(nn.Module):
             cosine = F.normalize(everyone) @ F.normalize(weight.to(z.dtype)).T
             target = self._target(cosine, column)
             norms = everyone.norm(dim=1) if self.margin.needs_norms else None
-            loss = distributed.sharded_cross_entropy(
-                self.margin(cosine, column, target, norms), column
-            )
-            own = self.margin.penalty(z.norm(dim=1))
-            return loss if own is None else loss + self._share(own.sum() / len(everyone))
-
-    @staticmethod
-    def _share(own: Tensor) -> Tensor:
-        """The total over processes as value, this process's part as gradient."""
-        return own + (distributed.all_sum(own) - own.detach())
+            logits = self.margin(cosine, column, target, norms)
+            return distributed.sharded_cross_entropy(logits, column)
 
     def _rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Weight rows that take part, and where in them each label is (-1: not on this process)."""

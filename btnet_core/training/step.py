@@ -361,7 +361,7 @@ def _criteria(
     else:
         weight = classifier.load_classifier(config.classifier, faces.num_identities, dim)
     name = "normface" if config.loss == "center" else config.loss
-    margin = losses.build_margin(name, margin=config.margin, scale=config.s)
+    margin = losses.build_margin(name, margin=config.margin, s=config.s)
     kappa = classifier.Classifier(
         weight, margin, sample_rate=config.sample_rate, seed=config.seed
     ).to(device)

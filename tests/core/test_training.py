@@ -209,7 +209,7 @@ def test_rows_of_table_3(trunk: Path, tmp_path: Path, row: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"loss": "cosface"}, {"loss": "arcface"}, {"loss": "adaface"}, {"loss": "magface"}, {"loss": "sphereface"},
+        {"loss": "cosface"}, {"loss": "arcface"}, {"loss": "adaface"}, {"loss": "sphereface"},
         {"loss": "normface"}, {"loss": "triplet", "per_identity": 2}, {"loss": "center"},
         {"loss": "circle", "per_identity": 2}, {"distillation": "cosine"}, {"distillation": "batch_sum", "lr": 0.01},
         {"couple_at": "S4U1"}, {"couple_at": "S2U1"}, {"classifier": "class_means"}, {"influence_weight": 0.0},

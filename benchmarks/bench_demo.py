@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from btnet_tools import bench
+import harness as bench
 
 KEYS = ("versions", "commit", "cpu", "gpu", "threads", "date")
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import harness as bench
 import numpy as np
 import torch
 from PIL import Image
@@ -23,7 +24,6 @@ from btnet_core import BTNet
 from btnet_core.images import resize
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import to_pixels
-from btnet_tools import bench
 
 SIDES = (112, 28, 14, 7)
 

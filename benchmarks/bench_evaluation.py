@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import harness as bench
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -21,7 +22,6 @@ from torch.nn import functional as F
 from btnet_core.evaluation.identification import CHUNK, open_set, search
 from btnet_core.evaluation.templates import pair_scores
 from btnet_core.evaluation.verification import tar_at_far, ten_fold_accuracy
-from btnet_tools import bench
 
 
 def seconds(call: Callable[[], object], repeats: int = 1) -> float:

@@ -1,7 +1,6 @@
-"""How cost grows with images, identities, gallery and resolutions; and, on paper, what MS1Mv3 costs (cost_model.py).
+"""How cost grows with images, identities, gallery and resolutions.
 
     python benchmarks/bench_growth.py [--out figures/results/bench_growth.json]
-    python benchmarks/bench_growth.py --page docs/costs.md      # the page's tables from the recorded results, no run
 
 Images: a step of the demo trunk (batch 32) on faces in memory, and the epoch's draw of order, flips and sizes alone.
 Identities: a step of the classifier, batch 64, D = 512: learned, learned with a tenth of the classes in each step
@@ -12,7 +11,6 @@ a million learned classes with all taking part would need more.
 
 from __future__ import annotations
 
-import re
 import statistics
 import tempfile
 import time
@@ -20,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness as bench
 import numpy as np
 import torch
 from bench_evaluation import PeakMemory, seconds
 from bench_training import DEMO, train_step
-from cost_model import classifier_bytes, tables
 
 from btnet_core.evaluation.identification import search
 from btnet_core.losses import build_margin
@@ -35,8 +33,6 @@ from btnet_core.training import methods
 from btnet_core.training.batches import Sampler
 from btnet_core.training.classifier import Classifier
 from btnet_core.training.step import prepare
-from btnet_paper import results
-from btnet_tools import bench
 
 WIDTH, CPU = 512, torch.device("cpu")
 
@@ -97,7 +93,7 @@ def classifier_step(kappa: Classifier, optimiser: torch.optim.Optimizer | None, 
 
 
 def identities(cases: list[tuple[str, int]], batch: int, repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds and MiB of the classifier's step, and the MiB that the model on paper gives."""
+    """Milliseconds and MiB of the classifier's step."""
     rows = []
     for kind, count in cases:
         share = 0.1 if kind == "PartialFC 0.1" else 1.0
@@ -120,10 +116,7 @@ def identities(cases: list[tuple[str, int]], batch: int, repeats: int) -> list[d
             return 1e3 * statistics.median(times)
 
         took, memory = with_memory(case)
-        paper = classifier_bytes(count, 1, fixed=kind == "fixed", share=share, batch=batch) / 2**20
-        rows.append(
-            {"kind": kind, "classes": count, "ms": took, "MiB": memory, "MiB on paper": paper}
-        )
+        rows.append({"kind": kind, "classes": count, "ms": took, "MiB": memory})
         print(rows[-1], flush=True)
     return rows
 
@@ -162,29 +155,16 @@ def resolutions(trunk: BackboneConfig, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def page(path: Path) -> None:
-    """Write the blocks between <!-- name --> and <!-- /name --> of the page anew."""
-    recordio = results.load(bench.RECORDED, "bench_recordio")
-    grown = results.load(bench.RECORDED, "bench_growth")
-    text = path.read_text("utf-8")
-    for name, block in [*measured(grown), *tables(recordio["values"])]:
-        text, count = re.subn(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", lambda _, b=block: b + "\n", text,
-                              flags=re.DOTALL)  # fmt: skip
-        if count != 1:
-            raise SystemExit(f"{path} has {count} blocks {name}, expected one")
-    path.write_text(text, "utf-8")
-
-
-def measured(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """The measured blocks of the page."""
-    values, blocks = record["values"], []
+def measured(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured as tables, by name."""
+    blocks = []
     for name, rows in (("images", values["images"]["steps"]), ("draws", values["images"]["draws"]),
                        ("identities", values["identities"]), ("gallery", values["gallery"]),
                        ("resolutions", values["resolutions"])):  # fmt: skip
         head = "| " + " | ".join(rows[0]) + " |\n|" + "---:|" * len(rows[0])
         lines = ["| " + " | ".join(cell(v) for v in row.values()) + " |" for row in rows]
         blocks.append((name, "\n".join([head, *lines])))
-    return [*blocks, ("machine", f"Measured on {bench.describe(record)}.")]
+    return blocks
 
 
 def cell(value: Any) -> str:
@@ -195,12 +175,7 @@ def cell(value: Any) -> str:
 
 def main() -> None:
     began, parser = time.monotonic(), bench.options(__doc__)
-    parser.add_argument(
-        "--page", type=Path, metavar="FILE", help="write the tables of this page and run nothing"
-    )
     options = parser.parse_args()
-    if options.page:
-        return page(options.page)
     torch.manual_seed(0)
     quick, kinds = options.quick, ("learned", "PartialFC 0.1", "fixed")
     counts = [100, 1000] if quick else [10_000, 93_431, 1_000_000]
@@ -217,7 +192,7 @@ def main() -> None:
         "gallery": gallery([100, 1000] if quick else [10_000, 100_000, 1_000_000], 8 if quick else 64),
         "resolutions": resolutions(DEMO if quick else BackboneConfig(name="iresnet50"), 1 if quick else 3),
     }  # fmt: skip
-    for name, block in measured({"values": values, **results.environment()}):
+    for name, block in measured(values):
         print(f"{name}\n{block}")
     bench.write(options, [], values, began)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import harness as bench
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,7 +33,6 @@ from btnet_core.evaluation.verification import evaluate_pairs
 from btnet_core.models import fast
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.costs import count_macs
-from btnet_tools import bench
 
 ROWS, BATCHES = (112, 28, 14, 7), (32, 1)
 FACTORS = {"bf16": 2.5, "int8": 3.5}  # against onnxruntime in fp32

@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import harness as bench
 import numpy as np
 import torch
 from PIL import Image
@@ -35,7 +36,6 @@ from torch.utils.data import DataLoader, Subset
 
 from btnet_core.data.faces import StoredFaces, open_faces
 from btnet_core.data.recordio import RecordFile, RecordWriter
-from btnet_tools import bench
 
 MXNET = """
 import json, sys, time, warnings

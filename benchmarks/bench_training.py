@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import harness as bench
 import torch
 from torch import nn
 
@@ -37,7 +38,6 @@ from btnet_core.training import methods
 from btnet_core.training.batches import TeacherCache
 from btnet_core.training.loop import _clip
 from btnet_core.training.step import Run, prepare
-from btnet_tools import bench
 
 LOOPS = ("plain", "full", "cached")
 

@@ -1,53 +1,93 @@
-"""Give a trained recogniser its branches: what it will cost, the training of each branch, what it brought."""
+"""`btnet adapt`: give a trained recogniser its branches: what it will take, their training, what they brought."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from itertools import combinations_with_replacement
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch.nn import functional as F
 
 from btnet_core.data.faces import FaceSet, open_faces
-from btnet_core.data.pairs import PairSet, open_pairs
-from btnet_core.data.sources import Spec
-from btnet_core.device import resolve_device
+from btnet_core.data.pairs import PairSet, draw_pairs, open_pairs
+from btnet_core.data.sources import Spec, spec_text
+from btnet_core.device import autocast, resolve_device
 from btnet_core.errors import CheckpointError, ConfigError, DataError
-from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
-from btnet_core.evaluation.verification import evaluate_pairs
 from btnet_core.files import read_safetensors
 from btnet_core.models.backbone import Backbone, load_backbone
 from btnet_core.models.btnet import BTNet, coupling_layer, weights_digest
-from btnet_core.models.costs import measure_time, route_cost
+from btnet_core.models.costs import Cost, route_cost
 from btnet_core.training import checkpoint, methods
-from btnet_core.training.batches import cache_place, open_pixels
+from btnet_core.training.batches import open_pixels
 from btnet_core.training.classifier import class_means, save_classifier
 from btnet_core.training.config import TrainConfig
-from btnet_core.training.loop import _batches, train
-from btnet_core.training.step import embed_all, prepare
+from btnet_core.training.loop import train
+from btnet_core.training.step import embed_all
 from btnet_paper import results
+from btnet_tools.evaluate import compare, table
 
+# Chosen on the real faces of the scale lfw, on folds 1-5 of its pairs.
+RECIPE: dict[str, Any] = {
+    "batch": 128,  # images
+    "lr": 0.5,  # at 512 images, scaled linearly with the batch
+    "margin": 0.2,  # m of the influence loss; 0.5 asks too much of small faces
+    "s": 32.0,  # of the influence loss
+    "embedding": "cosine",  # the teacher's embedding is a second target (Deviation from Eq. 3)
+    "embedding_weight": 60.0,  # of 1 - cosine, times lambda_branch
+    "embedding_mirrored": True,  # that target is of the face and its mirror image
+    "shift": 4.0,  # of 112 pixels, each way: faces are seldom aligned as well as those learnt from
+}
+EPOCHS = {56: 1, 28: 6, 14: 20, 7: 12}  # of the branch of r; 30 at 7 px learn faces by heart
+MOST_EPOCHS = max(EPOCHS.values())
 PAIR_COUNTS = (6000, 3000, 1000, 600, 300, 100, 40, 20)  # as many as the held-out people allow
-FIDELITY_FACES = (
-    1000  # held-out faces compared with the trunk's own embedding, where no pairs can be drawn
-)
+FORWARD_AND_BACKWARD = 3  # times the MACs of the forward pass
+TIMED = 16  # images of the timed step
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptOptions:
+    """How ``adapt`` works; the defaults are those of the command."""
+
+    resolutions: Sequence[int] = (28, 14, 7)  # rows of the branches, in pixels
+    labels: bool = True  # False: learn from the trunk alone
+    pairs: Sequence[Spec] = ()  # compare on these specs of open_pairs; (): on held-out people
+    percent: int = 10  # of the people, held out where no pairs are given
+    adapter: type[Backbone] | None = None  # class of a trunk of one's own
+    device: str = "auto"
+    fresh: bool = False  # start over, whatever the folder holds
+    changes: Mapping[str, Any] = field(default_factory=dict)  # fields of TrainConfig
+
+    @property
+    def seed(self) -> int:
+        """Of the training, and of who is held out."""
+        return int(self.changes.get("seed", 0))
+
+    def recipe(self, r: int) -> dict[str, Any]:
+        """Fields of TrainConfig for the branch of r.
+
+        Raises:
+            ConfigError: ``changes`` has one that TrainConfig has not.
+        """
+        known = [one.name for one in fields(TrainConfig)]
+        if unknown := self.changes.keys() - set(known):
+            raise ConfigError(f"recipe: no field {sorted(unknown)}; known: {known}")
+        epochs = EPOCHS.get(r, MOST_EPOCHS)
+        return {"name": f"branch_{r}", **RECIPE, "epochs": epochs, **self.changes}
 
 
 def adapt(
-    trunk: str, faces: Spec, out: Path | str, *, resolutions: Sequence[int] = (28, 14, 7), labels: bool = True,
-    pairs: Sequence[Spec] = (), percent: int = 10, adapter: type[Backbone] | None = None, device: str = "auto",
-    fresh: bool = False, say: Callable[[str], None] = print, **changes: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Train a branch for each resolution on ``faces`` (a spec of open_faces) and write the BTNet into ``out``.
+    trunk: Path | str,
+    faces: Spec,
+    out: Path | str,
+    options: AdaptOptions | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train a branch for each resolution on ``faces`` (a spec of open_faces); write the BTNet into ``out``.
 
-    The recipe is ``methods.adapted``; ``changes`` are fields of TrainConfig. Goes on where an earlier call stopped.
-    Without ``pairs`` (specs of open_pairs), ``percent`` of the identities are held out for the comparison.
+    Goes on where an earlier call stopped.
 
     Returns:
         What ``compare`` measured, and ``seconds`` of this call.
@@ -55,68 +95,68 @@ def adapt(
     Raises:
         ConfigError, DataError, CheckpointError: before the first step; TrainingError: see ``train``.
     """
-    began, out = time.monotonic(), Path(out)
-    backbone, seed = load_backbone(trunk, adapter), int(changes.get("seed", 0))
-    btnet = BTNet(backbone, sorted(resolutions, reverse=True))
+    began, out, options = time.monotonic(), Path(out), options or AdaptOptions()
+    backbone = load_backbone(trunk, options.adapter)
+    btnet = BTNet(backbone, sorted(options.resolutions, reverse=True))
     check_routes(btnet)
-    if unknown := changes.keys() - {field.name for field in fields(TrainConfig)}:
-        raise ConfigError(
-            f"recipe: no field {sorted(unknown)}; known: {[field.name for field in fields(TrainConfig)]}"
-        )
-    part = {"kind": "part", "faces": faces, "percent": percent, "seed": seed}
-    data = faces if pairs else {**part, "held": False}
-    held = list(pairs) or [_held_pairs({**part, "held": True}, seed)]
-    training, opened = (
-        open_faces(data),
-        [_open(spec) for spec in held],
-    )  # whatever cannot be read is told now
-    if labels and len(training) == training.num_identities:
-        raise DataError(
-            f"{faces}: every identity has a single image, nothing tells people apart; use --no-labels"
-        )
-    _store_trunk(out, backbone)
+    data, held = parts(faces, options)
+    training = open_faces(data)
+    if options.labels and len(training) == training.num_identities:
+        told = "every identity has a single image, nothing tells people apart; use --no-labels"
+        raise DataError(f"{spec_text(faces)}: {told}")
     kappa = out / "train" / f"kappa-{training.checksum[-12:]}.safetensors"
-    changes = {"btnet": str(out), **changes}
-    runs = [
-        methods.adapted(
-            data, r, str(out / "trunk.safetensors"), str(kappa) if labels else "", **changes
-        )
-        for r in btnet.resolutions[-2::-1]
-    ]
-    place, compared = (
-        resolve_device(device),
-        sum(one.num_images if isinstance(one, PairSet) else len(one) for one in opened),
-    )
-    say(
-        forecast(
-            runs, btnet.to(place), training, out, fresh, labels and not kappa.is_file(), compared
-        )
-    )
-    if labels and not kappa.is_file():
-        z = embed_all(backbone, open_pixels(data, runs[0].workers), place, "fp32")
+    runs = plan(btnet, data, out, kappa, options)
+    store_trunk(out, backbone)
+    device = resolve_device(options.device)
+    say(forecast(runs, btnet.to(device), len(training), out, options.fresh))
+    if options.labels and not kappa.is_file():
+        z = embed_all(backbone, open_pixels(data, runs[0].workers), device, "fp32")
         save_classifier(kappa, class_means(z, training.labels, training.num_identities))
     for run in runs:
-        train(run, _place(out, run), device=device, fresh=fresh)
-    found = compare(BTNet.load(out, [run.resolution for run in runs]), held, device=device)
-    say(report(found))
-    worse = [
-        r for r in btnet.resolutions[:-1] if _own(found["after"], r) < _own(found["before"], r)
-    ]
-    if worse:
+        train(run, place_of(out, run), device=options.device, fresh=options.fresh)
+    net = BTNet.load(out, [run.resolution for run in runs])
+    values = compare(net, held, device=options.device)
+    say(table(values))
+    if worse := no_gain(values, btnet.resolutions):
         say(
-            f"branches {worse} are no gain yet: more faces, or more epochs in a new folder (--set epochs=20)"
+            f"branches {worse} are no gain yet: more faces, or more epochs (--set epochs=30 --fresh)"
         )
-    values = {**found, "seconds": time.monotonic() - began}
-    results.record(
-        out,
-        "adapt",
-        values,
-        config=runs[0],
-        data=training.checksum,
-        kernel=runs[0].resize.name,
-        seed=seed,
-    )
+    values["seconds"] = time.monotonic() - began
+    results.record(out, "adapt", values, config=runs[0], data=training.checksum,
+                   kernel=runs[0].resize.name, seed=options.seed)  # fmt: skip
     return values
+
+
+def parts(faces: Spec, options: AdaptOptions) -> tuple[Spec, list[PairSet | FaceSet]]:
+    """The spec of the faces to learn from, and the opened sets to compare on: nobody is in both.
+
+    As many pairs are drawn as the held-out people allow; where they allow none, the held-out faces.
+    """
+    if options.pairs:
+        return faces, [open_pairs(spec) for spec in options.pairs]
+    part = {"kind": "part", "faces": faces, "percent": options.percent, "seed": options.seed}
+    rest, held = {**part, "held": False}, open_faces({**part, "held": True})
+    for count in PAIR_COUNTS:
+        try:
+            return rest, [draw_pairs(held, count, options.seed)]
+        except DataError:
+            continue
+    return rest, [held]
+
+
+def plan(
+    btnet: BTNet, data: Spec, out: Path, kappa: Path, options: AdaptOptions
+) -> list[TrainConfig]:
+    """The training of each branch, from the largest down: phi_bt, or distillation alone without labels."""
+    runs = []
+    for r in btnet.resolutions[-2::-1]:
+        recipe = {"btnet": str(out), **options.recipe(r)}
+        trunk = str(out / "trunk.safetensors")
+        if options.labels:
+            runs.append(methods.phi_bt(data, r, trunk, str(kappa), **recipe))
+        else:
+            runs.append(methods.distillation_only(data, r, trunk, **recipe))
+    return runs
 
 
 def check_routes(btnet: BTNet) -> None:
@@ -125,220 +165,100 @@ def check_routes(btnet: BTNet) -> None:
     Raises:
         ConfigError: another shape, as where a unit down-samples in its own code.
     """
-    trunk = btnet.trunk
-    if trunk.config.size[0] != 112:
-        raise ConfigError(
-            f"size: the trunk works at {trunk.config.size}, faces are read with 112 rows"
-        )
-    maps = {
-        name: z.shape for name, z in trunk.eval().features(torch.zeros(1, 3, *trunk.config.size))
-    }
+    trunk = btnet.trunk.eval()
+    size = trunk.config.size
+    if size[0] != 112:
+        raise ConfigError(f"size: the trunk works at {size}, faces are read with 112 rows")
+    maps = {name: z.shape for name, z in trunk.features(torch.zeros(1, 3, *size))}
     for r, route in btnet.routes.items():
         z = route.eval().encode(torch.zeros(1, 3, *route.size))
-        if z.shape != maps[coupling_layer(trunk, int(r))]:
+        wanted = maps[coupling_layer(trunk, int(r))]
+        if z.shape != wanted:
             raise ConfigError(
-                f"branch {r}: gives {tuple(z.shape[1:])} where the trunk has {tuple(maps[str(route.couple_at)][1:])} after "
-                f"{route.couple_at}; a unit down-samples in its own code: override abandon_stride in the adapter's unit"
+                f"branch {r}: gives {tuple(z.shape[1:])} where the trunk has {tuple(wanted[1:])} "
+                f"after {route.couple_at}; a unit down-samples in its own code: override "
+                "abandon_stride in the adapter's unit"
             )
 
 
-def _store_trunk(out: Path, backbone: Backbone) -> None:
-    if not (out / "trunk.safetensors").is_file():
+def store_trunk(out: Path, backbone: Backbone) -> None:
+    """Write ``out/trunk.safetensors``, or check that it holds the same weights.
+
+    Raises:
+        CheckpointError: it cannot be written, or ``out`` holds branches of another trunk.
+    """
+    file = out / "trunk.safetensors"
+    if not file.is_file():
         try:
             BTNet(backbone, ()).save(out)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"--out {out}: cannot be written ({error})") from error
-    elif read_safetensors(out / "trunk.safetensors")[1].get("digest") != weights_digest(backbone):
-        raise CheckpointError(
-            f"{out}: holds branches of another trunk; choose another folder for this one"
-        )
+    elif read_safetensors(file)[1].get("digest") != weights_digest(backbone):
+        raise CheckpointError(f"{out}: holds branches of another trunk; choose another folder")
 
 
-def _place(out: Path, run: TrainConfig) -> Path:
+def place_of(out: Path, run: TrainConfig) -> Path:
+    """The folder of a branch's training."""
     return out / "train" / f"branch_{run.resolution}"
 
 
-def _held_pairs(held: Spec, seed: int) -> Spec:
-    """Spec of as many pairs as the held-out people allow; of the held-out faces alone where they allow none."""
-    for count in PAIR_COUNTS:
-        spec = {"kind": "drawn", "faces": held, "count": count, "seed": seed}
-        try:
-            open_pairs(spec)
-            return spec
-        except DataError:
-            continue
-    return held
-
-
-# ---- before: what it will take ------------------------------------------------------------------------------------
-
-
-def forecast(
-    runs: Sequence[TrainConfig],
-    btnet: BTNet,
-    faces: FaceSet,
-    out: Path,
-    fresh: bool,
-    means: bool,
-    compared: int,
-) -> str:
-    """Storage, and time measured on a few steps of each branch; ``means``: class means too; ``compared`` images after."""
-    whole, device = (
-        sum(p.numel() for p in btnet.trunk.parameters()),
-        next(btnet.parameters()).device,
-    )
-    lines = [
-        f"trunk: {btnet.trunk.config.name}, {whole:,} parameters, stays as it is; {len(faces):,} faces"
-    ]
-    each = (
-        measure_time(btnet, 112, device=device, batch_size=16, repeats=2, warmup=1)["median"] / 1e3
-    )
-    more = each * (
-        means * len(faces) + 2 * compared * (2 * len(runs) + 1)
-    )  # mirrored too; a branch costs at most a trunk
-    total = more
+def forecast(runs: Sequence[TrainConfig], btnet: BTNet, faces: int, out: Path, fresh: bool) -> str:
+    """What each branch stores, and about how long it takes: MACs, at the speed of one timed step."""
+    trunk = route_cost(btnet, btnet.resolutions[-1])
+    speed = macs_per_second(btnet, trunk)
+    name = btnet.trunk.config.name
+    lines = [f"trunk: {name}, {trunk.stored:,} parameters, stays as it is; {faces:,} faces"]
+    total = 0.0
     for run in runs:
-        cost, place = route_cost(btnet, run.resolution), _place(out, run)
-        seconds, steps, where = _measure(run, out, device, len(faces))
-        state = None if fresh else checkpoint.load_state(place)
-        left = (
-            0.0
-            if not fresh and checkpoint.read_record(place)
-            else 1 - (state["step"] / steps if state else 0)
-        )
-        total += left * seconds
-        done = {1.0: "", 0.0: ", done"}.get(left, f", {100 * (1 - left):.0f} % done")
+        cost, steps = route_cost(btnet, run.resolution), run.epochs * (faces // run.batch)
+        state = None if fresh else checkpoint.load_state(place_of(out, run))
+        left = 1 - state["step"] / max(1, steps) if state else 1.0
+        if not fresh and checkpoint.read_record(place_of(out, run)):
+            left = 0.0
+        macs = trunk.macs + FORWARD_AND_BACKWARD * cost.macs  # the teacher's pass and the branch's
+        seconds = left * steps * run.batch * macs / speed
+        total += seconds
+        megabytes = 4 * (cost.stored + cost.running) / 1e6
+        done = f", {100 * (1 - left):.0f} % done" if left < 1 else ""
         lines.append(
-            f"branch {run.resolution}: stores {cost.stored:,} parameters ({100 * cost.share:.1f} % of the trunk) and "
-            f"{cost.running:,} statistics, {4 * (cost.stored + cost.running) / 1e6:.1f} MB; {steps:,} steps of "
-            f"{run.batch}, about {_minutes(left * seconds)}{done}; {where}"
+            f"branch {run.resolution}: stores {cost.stored:,} parameters ({100 * cost.share:.1f} % "
+            f"of the trunk), {megabytes:.1f} MB; {steps:,} steps of {run.batch}, "
+            f"about {duration(seconds)}{done}"
         )
-    what = "the comparison" + " and class means" * means
-    return "\n".join([*lines, f"in all about {_minutes(total)}, {_minutes(more)} of it for {what}"])
+    return "\n".join([*lines, f"in all about {duration(total)}, and the comparison"])
 
 
-def _measure(
-    run: TrainConfig, out: Path, device: torch.device, count: int, steps: int = 3
-) -> tuple[float, int, str]:
-    """Seconds that a run takes from its start, its steps, and where the teacher's features will be."""
-    trial = prepare(
-        run.replace(classifier="fresh", fix_classifier=False, validation=()), out, device
-    )
-    row = trial.branch_rows(trial.pixels.get(torch.arange(1)).to(device))
-    size = sum(2 * count * part.numel() * part.element_size() for part in row)
-    place, where = cache_place(run.cache, size, run.epochs, out)
-    trial.modes(training=True)
-    inputs, rest = [], []
-    for _, (batch, pixels) in zip(range(steps + 1), _batches(trial), strict=False):
+def macs_per_second(btnet: BTNet, trunk: Cost) -> float:
+    """Multiply-accumulates of one forward and backward pass of the trunk, divided by its seconds."""
+    device = next(btnet.parameters()).device
+    x = torch.zeros(TIMED, 3, *btnet.trunk.config.size, device=device)
+    for _ in range(2):  # the first warms up
         start = time.perf_counter()
-        x, teacher = trial.inputs(batch, pixels)
-        middle = _now(device)
-        trial.optimiser.zero_grad(set_to_none=True)
-        sum(trial.losses(batch, x, teacher).values()).backward()  # type: ignore[union-attr]
-        trial.optimiser.step()
-        inputs.append(middle - start)
-        rest.append(_now(device) - middle)
-    passes = trial.total if place == "off" else 2 * count / run.batch
-    each = (
-        np.median(inputs[1:] or inputs) * passes + np.median(rest[1:] or rest) * trial.total
-    )  # the first warms up
-    return float(each), trial.total, where
+        with autocast(device):
+            z = btnet.trunk.eval()(x)
+        z.sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    btnet.zero_grad()
+    return FORWARD_AND_BACKWARD * TIMED * trunk.macs / seconds
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def duration(seconds: float) -> str:
+    """Seconds below 90, minutes below 90, else hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _minutes(seconds: float) -> str:
-    value, unit = (seconds, "s") if seconds < 90 else (seconds / 60, "min")
-    return f"{value:.0f} {unit}"
-
-
-# ---- after: what it brought ---------------------------------------------------------------------------------------
-
-
-def compare(
-    btnet: BTNet, held: Sequence[Spec], *, baseline: bool = True, device: str = "auto"
-) -> dict[str, Any]:
-    """Before (faces scaled up to the trunk) and after (branches), at every pair of resolutions.
-
-    Returns:
-        ``pairs`` (what it was measured on), ``before`` and ``after``: {"112&14": %, …}, ``thresholds`` of ``after``.
-        Where ``held`` is a face set and no pairs, the numbers are the mean cosine to the trunk's own embedding of the
-        face at full size.
-    """
-    embedders: dict[str, Any] = (
-        {"before": UpsamplingEmbedder(btnet.trunk, device=device)} if baseline else {}
-    )
-    embedders["after"] = BranchEmbedder(btnet, device=device)
-    opened = [_open(spec) for spec in held]
-    if isinstance(faces := opened[0], FaceSet):
-        found = {
-            name: _fidelity(embedder, faces, btnet.resolutions)
-            for name, embedder in embedders.items()
-        }
-        return {
-            "pairs": [faces.name],
-            "measure": "cosine to the full-size face",
-            **found,
-            "thresholds": {},
-        }
-    settings = list(combinations_with_replacement(reversed(btnet.resolutions), 2))
-    sets = [one for one in opened if isinstance(one, PairSet)]
-    found, thresholds = {}, {}
-    for name, embedder in embedders.items():
-        reports = [evaluate_pairs(embedder, one, settings) for one in sets]
-        found[name] = {
-            key: float(np.mean([one[key]["accuracy"] for one in reports])) for key in reports[0]
-        }
-        thresholds = {
-            key: float(
-                np.mean([way["thresholds"] for one in reports for way in one[key]["directions"]])
-            )
-            for key in reports[0]
-        }
-    return {
-        "pairs": [one.name for one in sets],
-        "measure": "accuracy (%)",
-        **found,
-        "thresholds": thresholds,
-    }
-
-
-def _open(spec: Spec) -> FaceSet | PairSet:
-    faces = not isinstance(spec, str) and spec.get("kind") == "part"
-    return open_faces(spec) if faces else open_pairs(spec)
-
-
-def _fidelity(embedder: Any, faces: FaceSet, resolutions: Sequence[int]) -> dict[str, float]:
-    pixels = faces.images(range(min(len(faces), FIDELITY_FACES)))
-    whole = embedder(pixels, resolutions[-1])
-    return {
-        str(r): float(F.cosine_similarity(embedder(pixels, r), whole).mean())
-        for r in resolutions[-2::-1]
-    }
-
-
-def _own(found: dict[str, float], r: int) -> float:
-    return found.get(f"{r}&{r}", found.get(str(r), 0.0))
-
-
-def report(found: dict[str, Any]) -> str:
-    """A table of what ``compare`` returned, full size against each resolution and each against itself first."""
-    ways = {"before": "scaled up to the trunk", "after": "through the branch"}
-    keys = sorted(
-        found["after"],
-        key=lambda key: not (key.startswith("112&") or len(set(key.split("&"))) == 1),
-    )
-    lines = [
-        f"{found['measure']} on {', '.join(found['pairs'])}",
-        " " * 24 + "".join(f"{key:>9}" for key in keys),
-    ]
-    digits = 2 if "%" in found["measure"] else 3
-    for name in (name for name in ways if name in found):
-        lines.append(
-            f"{ways[name]:<24}" + "".join(f"{found[name][key]:9.{digits}f}" for key in keys)
+def no_gain(values: dict[str, Any], resolutions: Sequence[int]) -> list[int]:
+    """The branches that are worse at their own resolution than scaling up to the trunk."""
+    worse = []
+    for r in resolutions[:-1]:
+        after, before = (
+            values[way].get(f"{r}&{r}") or values[way][str(r)] for way in ("after", "before")
         )
-    return "\n".join(lines)
+        measure = "cosine" if "cosine" in after else "accuracy"
+        if after[measure] < before[measure]:
+            worse.append(r)
+    return worse

@@ -33,7 +33,7 @@ class Layer(nn.Sequential):
 
 
 class Adapter(Backbone):
-    """Subclass, set the five facts, and write ``build`` and ``split``; the class is then known by its name.
+    """Subclass, set the four facts, write ``build`` and ``split``; the class is then known by its name.
 
     ``state`` are weights with the names that ``build()``'s network has, ``where`` their file.
 
@@ -51,7 +51,7 @@ class Adapter(Backbone):
         raise ConfigError(f"{type(self).__name__}: an Adapter needs its own method build()")
 
     def split(self, network: nn.Module) -> tuple[dict[str, nn.Module], nn.Module]:
-        """Its layers in the order in which they run, by name, and the head: last feature map -> embedding."""
+        """Its layers in the order in which they run, by name, and the head: last map -> embedding."""
         raise ConfigError(f"{type(self).__name__}: an Adapter needs its own method split()")
 
     def __init_subclass__(cls) -> None:
@@ -59,22 +59,13 @@ class Adapter(Backbone):
         ADAPTERS[cls.__name__] = cls
 
     def __init__(self, state: dict[str, Tensor] | None = None, where: str = "") -> None:
-        network = self.build()
+        network, name = self.build(), type(self).__name__
         if state is not None:
             load_strictly(network, state, where)
-        config = BackboneConfig(
-            name=type(self).__name__,
-            size=self.size,
-            embedding=self.embedding,
-            mean=self.mean,
-            std=self.std,
-        )
+        facts = {"size": self.size, "embedding": self.embedding, "mean": self.mean, "std": self.std}
         body, head = self.split(network)
-        super().__init__(
-            OrderedDict((k.replace(".", "_"), Layer(unit)) for k, unit in body.items()),
-            head,
-            config,
-        )
+        units = OrderedDict((key.replace(".", "_"), Layer(unit)) for key, unit in body.items())
+        super().__init__(units, head, BackboneConfig(name=name, **facts))
         self._measure(network.eval())
 
     @torch.no_grad()
@@ -86,17 +77,14 @@ class Adapter(Backbone):
             expected, maps = network(x), OrderedDict(self.features(x))
             z = self.head(maps[next(reversed(maps))])
         except Exception as error:  # whatever the user's own modules raise
-            raise ConfigError(
-                f"{name}: does not run on {tuple(x.shape)} ({type(error).__name__}: {error})"
-            ) from error
+            told = f"does not run on {tuple(x.shape)} ({type(error).__name__}: {error})"
+            raise ConfigError(f"{name}: {told}") from error
         if not isinstance(expected, Tensor) or tuple(z.shape) != (2, self.embedding):
-            raise ConfigError(
-                f"{name}: gives {tuple(z.shape)}, expected embeddings (2, {self.embedding})"
-            )
+            wanted = f"expected embeddings (2, {self.embedding})"
+            raise ConfigError(f"{name}: gives {tuple(z.shape)}, {wanted}")
         if z.shape != expected.shape or not torch.allclose(z, expected, rtol=1e-3, atol=1e-4):
-            raise ConfigError(
-                f"{name}: the units and head of split() compute something else than build()'s network"
-            )
+            told = "the units and head of split() compute something else than build()'s network"
+            raise ConfigError(f"{name}: {told}")
         self._rows = OrderedDict((unit, value.shape[-2]) for unit, value in maps.items())
         self.train()
 
@@ -115,17 +103,15 @@ def find_adapter(spec: str) -> type[Backbone]:
     try:
         found = runpy.run_path(f"{place}.py" if name else spec)
     except Exception as error:  # whatever the user's file raises
-        raise ConfigError(
-            f"--adapter {spec}: cannot be run ({type(error).__name__}: {error})"
-        ) from error
+        told = f"cannot be run ({type(error).__name__}: {error})"
+        raise ConfigError(f"--adapter {spec}: {told}") from error
     classes = {
-        k: v
-        for k, v in found.items()
-        if isinstance(v, type) and issubclass(v, Adapter) and v is not Adapter
+        key: value
+        for key, value in found.items()
+        if isinstance(value, type) and issubclass(value, Adapter) and value is not Adapter
     }
     mine = [classes[name]] if name in classes else list(classes.values())
     if len(mine) != 1:
-        raise ConfigError(
-            f"--adapter {spec}: holds Adapter classes {sorted(classes)}, expected one (FILE.py:Class)"
-        )
+        told = f"holds Adapter classes {sorted(classes)}, expected one (FILE.py:Class)"
+        raise ConfigError(f"--adapter {spec}: {told}")
     return mine[0]

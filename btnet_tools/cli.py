@@ -1,608 +1,367 @@
-"""The command line: `btnet COMMAND`. Each command imports what it needs when it runs, so that --help is quick.
-
-A command is an `add_NAME(commands)` function, listed in COMMANDS, that adds its parser and a `run_NAME(options)`.
-"""
+"""The command line: `btnet COMMAND`. A command imports what it needs when it runs, so that --help is quick."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from btnet_core.errors import BTNetError, ConfigError, ReproduceError
+import click
+
+from btnet_core.errors import BTNetError, ReproduceError
 
 # Those of scales.py, which --help does not import.
 HEADLINE = "03,04,05"  # notebooks
 SCALES = ("demo", "lfw", "lfw-mr", "lfw-quick", "lfw-scratch", "paper")
-Commands = Any  # argparse's own type of the object that adds sub-parsers is private
-
-
-def add_command(
-    commands: Commands,
-    name: str,
-    run: Callable[[argparse.Namespace], int | None],
-    *,
-    help: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    """Add the command `name`, whose --help ends with `example`, and return its parser for the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=help,
-        description=help[0].upper() + help[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--debug", action="store_true", help="show the traceback of an error (or BTNET_DEBUG=1)"
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def add_reproduce(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "reproduce",
-        run_reproduce,
-        help="run the notebooks in order and collect their results under runs/",
-        example="btnet reproduce --scale demo --only 01,05 -p seed=1",
-    )
-    parser.add_argument("--scale", choices=SCALES, default="demo",
-                        help="size of the experiments; -p quick=true shortens it")  # fmt: skip
-    parser.add_argument("--only", default="", metavar="01,05", help="only these notebooks, by number or name "
-                        f"(default: all; of lfw-…, which compare the headline rows, {HEADLINE})")  # fmt: skip
-    parser.add_argument(
-        "-p",
-        "--parameter",
-        dest="parameters",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a parameter, for the notebooks that know it; may be repeated",
-    )
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        default=True,
-        help="do not repeat notebooks whose inputs are unchanged (the default)",
-    )
-    group.add_argument(
-        "--fresh", dest="resume", action="store_false", help="run all of the selected ones again"
-    )
-    parser.add_argument(
-        "--device", default=None, help="auto, cpu, cuda or cuda:N (default: the notebooks')"
-    )
-    parser.add_argument(
-        "--runs", default="runs", metavar="DIR", help="where runs are kept (default: runs)"
-    )
-
-
-def run_reproduce(options: argparse.Namespace) -> None:
-    from btnet_paper.runner import reproduce
-
-    parameters = dict(_pair(text) for text in options.parameters)
-    quick = parameters.pop("quick", "false").lower() == "true"  # of the scale, not of a notebook
-    scale = options.scale + "-quick" * quick
-    reproduce(
-        scale,
-        only=(options.only or HEADLINE * ("-" in scale)).split(","),
-        parameters=parameters,
-        resume=options.resume,
-        device=options.device,
-        runs=options.runs,
-    )
-
-
-def add_train(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "train",
-        run_train,
-        help="train a trunk or a branch from a configuration file, going on from its checkpoint",
-        example="btnet train --config phi_bt_14.json --out runs/mine/phi_bt_14   (several GPUs: torchrun -m btnet_tools train ...)",
-    )
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="JSON fields of btnet_core.training.config.TrainConfig",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="folder for checkpoint, weights and metrics.jsonl",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-    parser.add_argument("--fresh", action="store_true", help="start over, whatever DIR holds")
-
-
-def run_train(options: argparse.Namespace) -> None:
-    from btnet_core.training.launch import train_from_file
-
-    train_from_file(options.config, options.out, device=options.device, fresh=options.fresh)
-
-
-def add_data(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "data",
-        run_data,
-        help="list the data sets: where each is looked for, counts, checksum, licence, how to get it",
-        example="btnet data   (or: btnet data get lfw)",
-    )
-    parser.add_argument(
-        "action", nargs="*", metavar="get lfw", help="download LFW through scikit-learn and pack it"
-    )
-
-
-def run_data(options: argparse.Namespace) -> None:
-    from btnet_core.files import data_root
-    from btnet_tools import data as registry
-
-    if not options.action:
-        print(registry.table())
-    elif options.action == ["get", "lfw"]:
-        out = data_root() / "lfw"
-        print(f"{registry.get_lfw(out):,} images packed into {out}")
-    else:
-        raise ConfigError(
-            f"got {' '.join(options.action)!r}; only LFW can be fetched: btnet data get lfw"
-        )
-
-
-def add_pack(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "pack",
-        run_pack,
-        help="write a folder of faces as RecordIO, or a pair list as a verification set",
-        example="btnet pack faces/ packed/   (or: btnet pack --pairs pairs.txt pairs.bin)",
-    )
-    parser.add_argument(
-        "source", metavar="FOLDER", help="a folder per identity; with --pairs the file to write"
-    )
-    parser.add_argument("out", nargs="?", metavar="OUT", help="the folder to write")
-    parser.add_argument(
-        "--pairs", metavar="FILE", help="LFW-style pairs.txt, images beside it or under --images"
-    )
-    parser.add_argument("--images", metavar="DIR", help="folder of the images that --pairs names")
-
-
-def run_pack(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from btnet_tools import data as registry
-
-    if options.pairs:
-        folder = Path(options.images) if options.images else None
-        print(
-            f"{registry.pack_pairs(Path(options.pairs), Path(options.source), folder):,} pairs in {options.source}"
-        )
-    elif options.out:
-        print(
-            f"{registry.pack_folder(Path(options.source), Path(options.out)):,} images in {options.out}"
-        )
-    else:
-        raise ConfigError("pack takes FOLDER and OUT, or --pairs FILE and the .bin to write")
-
-
-def add_adapt(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "adapt",
-        run_adapt,
-        help="give a trained face recogniser its branches for small faces; the same command goes on after a stop",
-        example="btnet adapt --trunk backbone.pth --faces my_faces/ --resolutions 28 14 7 --out my_btnet/",
-    )
-    parser.add_argument(
-        "--trunk",
-        required=True,
-        metavar="FILE",
-        help="IResNet, MobileFaceNet, … (.pth, .safetensors)",
-    )
-    parser.add_argument(
-        "--faces",
-        required=True,
-        metavar="PATH",
-        help="a folder for each person, RecordIO, a list file",
-    )
-    parser.add_argument(
-        "--no-labels", dest="labels", action="store_false", help="learn from the trunk alone"
-    )
-    parser.add_argument(
-        "--resolutions",
-        type=int,
-        nargs="+",
-        default=[28, 14, 7],
-        metavar="R",
-        help="default: 28 14 7",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the BTNet")
-    parser.add_argument(
-        "--pairs", action="append", default=[], metavar="SET", help="compare on it; may be repeated"
-    )
-    parser.add_argument(
-        "--hold-out",
-        type=int,
-        default=10,
-        metavar="PERCENT",
-        help="people to compare on (default: 10)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of the recipe, e.g. epochs=4",
-    )
-    parser.add_argument("--fresh", action="store_true", help="start over, whatever DIR holds")
-    _add_machine(parser)
-
-
-def run_adapt(options: argparse.Namespace) -> None:
-    from btnet_tools.adapt import adapt
-
-    changes = {name: _value(text) for name, text in map(_pair, options.set)}
-    adapt(
-        options.trunk, options.faces, options.out, resolutions=options.resolutions, labels=options.labels,
-        pairs=options.pairs, percent=options.hold_out, adapter=_adapter(options), device=options.device,
-        fresh=options.fresh, **changes,
-    )  # fmt: skip
-
-
-def add_export(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "export",
-        run_export,
-        help="write a model for other programs: pixels in, embedding of unit length and its norm out",
-        example="btnet export --model my_btnet --format onnx --out exported/   (or: --resolution 14 7)",
-    )
-    parser.add_argument("--format", required=True, choices=("onnx", "torchscript", "pt2"))
-    parser.add_argument(
-        "--resolution",
-        nargs="+",
-        default=["all"],
-        metavar="R",
-        help="a file each; default: all in one",
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="receives btnet.onnx, or btnet_14.onnx, …"
-    )
-    _add_model(parser, select=False)
-
-
-def run_export(options: argparse.Namespace) -> None:
-    from btnet_tools.export import export
-
-    if options.resolution != ["all"] and not all(text.isdecimal() for text in options.resolution):
-        raise ConfigError(
-            f"--resolution {' '.join(options.resolution)}: expected rows of branches, or all"
-        )
-    rows = [int(text) for text in options.resolution if text != "all"]
-    for path in export(_model(options), options.format, options.out, rows):
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-
-
-def add_report(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "report",
-        run_report,
-        help="make one HTML file of a run: summary, figures, tables beside the paper's, every executed notebook",
-        example="btnet report --scale demo --out report.html",
-    )
-    parser.add_argument("--scale", choices=SCALES, default="demo", help="whose run (default: demo)")
-    parser.add_argument(
-        "--runs", default="runs", metavar="DIR", help="where runs are kept (default: runs)"
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", help="the file to write (default: DIR/SCALE/report.html)"
-    )
-
-
-def run_report(options: argparse.Namespace) -> None:
-    from btnet_paper.report import report
-
-    print(report(options.scale, runs=options.runs, out=options.out))
-
-
-def add_embed(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "embed",
-        run_embed,
-        help="embed all face images under a folder, of any sizes, into one .npz file",
-        example="btnet embed faces/ --model my_btnet --out embeddings.npz",
-    )
-    parser.add_argument(
-        "source", metavar="FOLDER", help="searched with its sub-folders; or one image"
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="FILE.npz", help="names, embeddings, branch, reliability, …"
-    )
-    parser.add_argument(
-        "--keep-going", action="store_true", help="leave out unreadable images and list them"
-    )
-    _add_model(parser)
-    _add_mode(parser)
-
-
-def run_embed(options: argparse.Namespace) -> int:
-    from btnet_tools.embed import embed_folder
-
-    rule = _selection(options.select)
-    count, failed = embed_folder(
-        _model(options), options.source, options.out, keep_going=options.keep_going, **rule
-    )
-    print(f"{count:,} embeddings in {options.out}")
-    for name, reason in failed.items():
-        print(f"left out {name}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def add_verify(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "verify",
-        run_verify,
-        help="tell how alike two faces are, and whether they are one person",
-        example="btnet verify passport.jpg camera.png --model my_btnet",
-    )
-    parser.add_argument("first", metavar="A", help="an aligned face image of any size")
-    parser.add_argument("second", metavar="B")
-    parser.add_argument(
-        "--threshold", type=float, help="cosine above which it is one person (default: the model's)"
-    )
-    _add_model(parser)
-    _add_mode(parser)
-
-
-def run_verify(options: argparse.Namespace) -> None:
-    from btnet_tools.embed import verify
-
-    rule = _selection(options.select)
-    print(
-        verify(
-            _model(options), options.first, options.second, options.model, options.threshold, **rule
-        )
-    )
-
-
-def add_evaluate(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "evaluate",
-        run_evaluate,
-        help="ten-fold verification accuracy of a model at every pair of its resolutions",
-        example="btnet evaluate --model my_btnet --pairs lfw.bin --baseline",
-    )
-    parser.add_argument(
-        "--pairs",
-        action="append",
-        required=True,
-        metavar="SET",
-        help=".bin or pairs.txt; repeatable",
-    )
-    parser.add_argument("--baseline", action="store_true", help="also the trunk on faces scaled up")
-    _add_model(parser, select=False)
-    _add_mode(parser)
-
-
-def run_evaluate(options: argparse.Namespace) -> None:
-    from btnet_tools.adapt import compare, report
-
-    print(
-        report(
-            compare(
-                _model(options), options.pairs, baseline=options.baseline, device=options.device
-            )
-        )
-    )
-
-
-def add_figures(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "figures",
-        run_figures,
-        help="draw every figure and table of the paper again from recorded results, without training",
-        example="btnet figures --out figures   (or, from the repository's own results: btnet figures --runs figures)",
-    )
-    parser.add_argument("--scale", choices=SCALES, default="demo", help="whose run (default: demo)")
-    parser.add_argument(
-        "--runs",
-        default="runs",
-        metavar="DIR",
-        help="where runs, or results/, are kept (default: runs)",
-    )
-    parser.add_argument(
-        "--out",
-        default="figures",
-        metavar="DIR",
-        help="where figures and results go (default: figures)",
-    )
-
-
-def run_figures(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from btnet_paper.figures import remake
-
-    runs = Path(options.runs)
-    folder = runs if (runs / "results").is_dir() else runs / options.scale
-    made, missing = remake(folder, out=options.out, scale=options.scale)
-    if not made:
-        raise ReproduceError(
-            f"{folder / 'results'} holds no results: btnet reproduce --scale {options.scale} makes them"
-        )
-    print(
-        f"{len(made)} figures and tables in {options.out}"
-        + (f"; not recorded: {', '.join(missing)}" * bool(missing))
-    )
-
-
-def add_bench(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "bench",
-        run_bench,
-        help="measure how fast everything is on this machine, and hold it to the project's goals",
-        example="btnet bench training recordio --out runs/bench   (or, what the repository has recorded: btnet bench --recorded)",
-    )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="of benchmarks/bench_NAME.py (default: all of them)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes: shows that it runs, measures nothing"
-    )
-    parser.add_argument(
-        "--recorded",
-        action="store_true",
-        help="run nothing: the table and figure of what DIR holds",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        help="receives results/bench_*.json and the figure (default: runs/bench, or figures)",
-    )
-
-
-def run_bench(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from btnet_tools import bench
-
-    folder = Path(options.out or ("figures" if options.recorded else "runs/bench"))
-    if not options.recorded:
-        bench.measure(options.names, folder, quick=options.quick)
-    print(bench.report(folder, options.names))
-
-
-COMMANDS: tuple[Callable[[Commands], None], ...] = (
-    add_reproduce,
-    add_train,
-    add_data,
-    add_pack,
-    add_adapt,
-    add_embed,
-    add_verify,
-    add_evaluate,
-    add_export,
-    add_report,
-    add_figures,
-    add_bench,
+
+
+class Failure(click.ClickException):
+    """An error that the user can mend, as one line: `btnet COMMAND: message`."""
+
+    def __init__(self, command: str, error: BTNetError | OSError, out: str) -> None:
+        message = str(error)
+        if not isinstance(error, BTNetError):  # an OSError of a full disk names no file
+            message = f"{error.filename or out or command}: {error.strerror or error}"
+        super().__init__(f"btnet {command}: {message}")
+
+    def show(self, file: Any = None) -> None:
+        click.echo(self.message, err=True)
+
+
+class Command(click.Command):
+    """A command with --debug, whose errors are one line; ``resumes`` where it goes on after Ctrl-C."""
+
+    def __init__(self, *args: Any, resumes: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.resumes = resumes
+        said = "Show the traceback of an error (or BTNET_DEBUG=1)."
+        self.params.append(click.Option(["--debug"], is_flag=True, help=said))
+
+    def invoke(self, context: click.Context) -> Any:
+        debug = context.params.pop("debug") or os.environ.get("BTNET_DEBUG", "0") not in ("", "0")
+        name = str(self.name)
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:  # the reader of our output, e.g. head, has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (BTNetError, OSError) as error:
+            if debug:
+                raise
+            raise Failure(name, error, str(context.params.get("out") or "")) from error
+        except KeyboardInterrupt:
+            then = "the same command goes on from here" if self.resumes else "nothing was written"
+            click.echo(f"btnet {name}: interrupted; {then}", err=True)
+            return 130
+
+
+@click.group(no_args_is_help=False, epilog="btnet COMMAND --help shows options and an example.")
+def btnet() -> None:
+    """BTNet: unified representations for multi-resolution face recognition."""
+
+
+def command(example: str, resumes: bool = False) -> Callable[..., Command]:
+    """The function becomes a command; its docstring is the help, which ends with ``example``."""
+    return btnet.command(cls=Command, epilog=f"\b\nexample:\n  {example}", resumes=resumes)
+
+
+def option(*names: str, **settings: Any) -> Callable[..., Any]:
+    """A click option whose help tells its default."""
+    return click.option(*names, **{"show_default": True, **settings})
+
+
+def pairs_of(context: click.Context, parameter: click.Parameter, given: Any) -> dict[str, str]:
+    """NAME=VALUE, given several times, as a dictionary."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (equals and name.isidentifier()):
+            raise click.BadParameter(f"expected NAME=VALUE, got {text!r}")
+        found[name] = value
+    return found
+
+
+scale_option = option("--scale", type=click.Choice(SCALES), default="demo", help="Whose run.")
+runs_option = option("--runs", default="runs", metavar="DIR", help="Where runs are kept.")
+fresh_option = option("--fresh", is_flag=True, help="Start over, whatever the folder holds.")
+device_option = option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+adapter_option = option(
+    "--adapter", metavar="FILE.py", help="File with the Adapter class of a trunk of your own."
+)
+select_option = option(
+    "--select", default="max+ceil", metavar="RULE", help="How a face's branch is chosen."
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 0; 2 for an error with a message of its own; 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="btnet",
-        description="BTNet: unified representations for multi-resolution face recognition.",
-        epilog="btnet COMMAND --help shows the options of a command and an example.",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in COMMANDS:
-        add(commands)
-    options = parser.parse_args(arguments)
-    # Stopped by a scheduler: as orderly as by Ctrl-C. Set for SIGINT too: a shell that starts a job in the background
-    # hands it down ignored, and Python then leaves it so.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        return options.run(options) or 0
-    except (BTNetError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output, e.g. head, has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        if options.debug or os.environ.get("BTNET_DEBUG", "0") not in ("", "0"):
-            raise
-        said = str(error)
-        if isinstance(error, OSError):  # one of a full disk names no file
-            said = f"{error.filename or getattr(options, 'out', options.command)}: {error.strerror or error}"
-        print(f"btnet {options.command}: {said}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"btnet {options.command}: interrupted", file=sys.stderr)
-        return 130
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of :func:`open_model`."""
+    for decorate in (
+        option("--model", required=True, metavar="DIR", help="Folder of a BTNet."),
+        adapter_option,
+        device_option,
+        option("--precision", help="Quick inference on a CPU: fp32, bf16 or int8."),
+        option("--calibrate", metavar="FACES", help="For int8: some full-size faces."),
+    ):
+        function = decorate(function)
+    return function
 
 
-def _add_model(parser: argparse.ArgumentParser, select: bool = True) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a BTNet")
-    if select:
-        parser.add_argument(
-            "--select",
-            default="max+ceil",
-            metavar="RULE",
-            help="max+ceil (default), detail+near, …",
-        )
-    _add_machine(parser)
-
-
-def _add_mode(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--mode", metavar="MODE", help="quick inference on a CPU: fp32, bf16 or int8 (docs/fast.md)"
-    )
-    parser.add_argument(
-        "--calibrate", metavar="FACES", help="for int8: a folder or RecordIO of full-size faces"
-    )
-
-
-def _selection(rule: str) -> dict[str, str]:
-    indicator, _, rounding = rule.partition("+")
-    return {"indicator": indicator, "rounding": rounding}
-
-
-def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--adapter", metavar="FILE.py", help="file with the Adapter class of a trunk of your own"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-
-
-def _adapter(options: argparse.Namespace) -> Any:
-    from btnet_tools.adapter import find_adapter
-
-    return find_adapter(options.adapter) if options.adapter else None
-
-
-def _model(options: argparse.Namespace) -> Any:
+def open_model(
+    model: str, adapter: str | None, device: str, precision: str | None, calibrate: str | None
+) -> Any:
+    """The BTNet in the folder ``model``, ready to embed."""
     from btnet_core.device import resolve_device
     from btnet_core.models.btnet import BTNet
-
-    _adapter(options)  # importing it is enough: the model names its class
-    net = BTNet.load(options.model).to(resolve_device(options.device)).eval()
-    if not getattr(options, "mode", None):
-        return net
     from btnet_core.models.fast import some_faces
+    from btnet_tools.adapter import find_adapter
 
-    return net.fast(options.mode, some_faces(options.calibrate) if options.calibrate else ())
+    if adapter:
+        find_adapter(adapter)  # importing it is enough: the model names its class
+    net = BTNet.load(model).to(resolve_device(device)).eval()
+    if not precision:
+        return net
+    return net.fast(precision, some_faces(calibrate) if calibrate else ())
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (equals and name.isidentifier()):
-        raise ReproduceError(f"expected NAME=VALUE, got {text!r}")
-    return name, value
+# ---- the reproduction ------------------------------------------------------------------------
 
 
-def _value(text: str) -> Any:
+@command("btnet reproduce --scale demo --only 01,05 -p seed=1", resumes=True)
+@scale_option
+@option("--only", default="", metavar="01,05", help="Only these notebooks, by number or name.")
+@option("-p", "--parameter", "parameters", multiple=True, callback=pairs_of, metavar="NAME=VALUE",
+        help="A parameter of those notebooks that know it, or quick=true; repeatable.")  # fmt: skip
+@option("--fresh", is_flag=True, help="Run also those notebooks whose inputs are unchanged.")
+@option("--device", help="auto, cpu, cuda or cuda:N (default: the notebooks').")
+@runs_option
+def reproduce(
+    scale: str, only: str, parameters: dict[str, str], fresh: bool, device: str | None, runs: str
+) -> None:
+    """Run the notebooks in order and collect their results."""
+    from btnet_paper import runner
+
+    if parameters.pop("quick", "false").lower() == "true":  # of the scale, not of a notebook
+        scale += "-quick"
+    headline = HEADLINE if "-" in scale else ""
+    runner.reproduce(scale, only=(only or headline).split(","), parameters=parameters,
+                     resume=not fresh, device=device, runs=runs)  # fmt: skip
+
+
+@command("btnet figures --runs figures   (from the repository's own results)")
+@scale_option
+@runs_option
+@option("--out", default="figures", metavar="DIR", help="Where figures and results go.")
+def figures(scale: str, runs: str, out: str) -> None:
+    """Draw every figure and table of the paper again from recorded results, without training."""
+    from btnet_paper.figures import remake
+
+    folder = Path(runs) if (Path(runs) / "results").is_dir() else Path(runs) / scale
+    made, missing = remake(folder, out=out, scale=scale)
+    if not made:
+        raise ReproduceError(
+            f"{folder / 'results'} holds no results: btnet reproduce --scale {scale} makes them"
+        )
+    click.echo(f"{len(made)} figures and tables in {out}")
+    if missing:
+        click.echo(f"not recorded: {', '.join(missing)}")
+
+
+@command("btnet report --scale demo --out report.html")
+@scale_option
+@runs_option
+@option("--out", metavar="FILE", help="The file to write (default: DIR/SCALE/report.html).")
+def report(scale: str, runs: str, out: str | None) -> None:
+    """Make one HTML page of a run: summary, figures, tables, every executed notebook."""
+    from btnet_paper import report as page
+
+    click.echo(page.report(scale, runs=runs, out=out))
+
+
+@command("btnet train --config phi_bt_14.json --out runs/mine/phi_bt_14", resumes=True)
+@option("--config", required=True, metavar="FILE", help="Fields of training.config.TrainConfig.")
+@option("--out", required=True, metavar="DIR", help="For checkpoint, weights, metrics.jsonl.")
+@device_option
+@fresh_option
+def train(config: str, out: str, device: str, fresh: bool) -> None:
+    """Train a trunk or a branch from a configuration file, going on from its checkpoint."""
+    from btnet_core.training.launch import train_from_file
+
+    train_from_file(config, out, device=device, fresh=fresh)
+
+
+# ---- data ------------------------------------------------------------------------------------
+
+
+@command("btnet data")
+def data() -> None:
+    """List the data sets: where each is looked for, counts, checksum, licence, how to get it."""
+    from btnet_tools.data import describe_all
+
+    click.echo(describe_all())
+
+
+@command("btnet pack faces/ packed/   (or: btnet pack --pairs pairs.txt pairs.bin)")
+@click.argument("source", metavar="FOLDER")
+@click.argument("out", required=False)
+@option("--pairs", metavar="FILE", help="LFW's pairs.txt; FOLDER is then the .bin to write.")
+@option("--images", metavar="DIR", help="The images of --pairs (default: its own folder).")
+def pack(source: str, out: str | None, pairs: str | None, images: str | None) -> None:
+    """Write a folder for each person as RecordIO, or a pair list as a verification set."""
+    from btnet_tools.data import pack_folder, pack_pairs
+
+    if pairs:
+        folder = Path(images) if images else None
+        count = pack_pairs(Path(pairs), Path(source), folder)
+        click.echo(f"{count:,} pairs in {source}")
+    elif out:
+        click.echo(f"{pack_folder(Path(source), Path(out)):,} images in {out}")
+    else:
+        raise click.UsageError("pack takes FOLDER and OUT, or --pairs FILE and the .bin to write")
+
+
+# ---- a recogniser of your own ----------------------------------------------------------------
+
+
+def numbers(context: click.Context, parameter: click.Parameter, given: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas; those that follow after blanks are the argument ``more``."""
+    try:
+        return tuple(int(text) for text in given.split(",") if text)
+    except ValueError:
+        raise click.BadParameter(f"expected numbers as in 28,14,7, got {given!r}") from None
+
+
+more_numbers = click.argument("more", nargs=-1, type=int, metavar="")  # "--resolutions 28 14 7"
+
+
+@command(
+    "btnet adapt --trunk backbone.pth --faces my_faces/ --resolutions 28,14,7 --out my_btnet/",
+    resumes=True,
+)
+@option("--trunk", required=True, metavar="FILE", help="IResNet, MobileFaceNet, … (docs).")
+@option("--faces", required=True, metavar="PATH", help="A folder a person, RecordIO, a list.")
+@option("--no-labels", is_flag=True, help="Learn from the trunk alone; nobody needs a name.")
+@option("--resolutions", default="28,14,7", callback=numbers, metavar="R,R", help="Of branches.")
+@option("--out", required=True, metavar="DIR", help="Folder of the BTNet.")
+@option("--pairs", multiple=True, metavar="SET", help="Compare on it; repeatable.")
+@option("--hold-out", default=10, metavar="PERCENT", help="Of the people, to compare on.")
+@option("--set", "changes", multiple=True, callback=pairs_of, metavar="NAME=VALUE",
+        help="A field of the recipe, e.g. epochs=4; repeatable.")  # fmt: skip
+@more_numbers
+@fresh_option
+@adapter_option
+@device_option
+def adapt(trunk: str, faces: str, out: str, **given: Any) -> None:
+    """Give a trained face recogniser its branches for small faces."""
+    from btnet_tools import adapt as work
+    from btnet_tools.adapter import find_adapter
+
+    options = work.AdaptOptions(
+        resolutions=(*given["resolutions"], *given["more"]),
+        labels=not given["no_labels"],
+        pairs=given["pairs"],
+        percent=given["hold_out"],
+        adapter=find_adapter(given["adapter"]) if given["adapter"] else None,
+        device=given["device"],
+        fresh=given["fresh"],
+        changes={name: value_of(text) for name, text in given["changes"].items()},
+    )
+    work.adapt(trunk, faces, out, options)
+
+
+def value_of(text: str) -> Any:
+    """The JSON value that ``text`` is, or itself."""
     try:
         return json.loads(text)
     except ValueError:
         return text
+
+
+@command("btnet embed faces/ --model my_btnet --out embeddings.npz")
+@click.argument("source", metavar="FOLDER")
+@option("--out", required=True, metavar="FILE.npz", help="Receives a row for each image.")
+@option("--keep-going", is_flag=True, help="Leave out unreadable images and list them.")
+@select_option
+@model_options
+def embed(source: str, out: str, keep_going: bool, select: str, **model: Any) -> int:
+    """Embed all face images under a folder, of any sizes, into one .npz file."""
+    from btnet_tools.embed import embed_folder
+
+    count, failed = embed_folder(open_model(**model), source, out, select, keep_going)
+    click.echo(f"{count:,} embeddings in {out}")
+    for name, reason in failed.items():
+        click.echo(f"left out {name}: {reason}", err=True)
+    return 1 if failed else 0
+
+
+@command("btnet verify passport.jpg camera.png --model my_btnet")
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@option("--threshold", type=float, help="Cosine above which it is one person (default: known).")
+@select_option
+@model_options
+def verify(first: str, second: str, threshold: float | None, select: str, **model: Any) -> None:
+    """Tell how alike two aligned faces are, and whether they are one person."""
+    from btnet_tools.evaluate import verify
+
+    click.echo(verify(open_model(**model), first, second, select, model["model"], threshold))
+
+
+@command("btnet evaluate --model my_btnet --pairs lfw.bin --baseline")
+@option("--pairs", multiple=True, required=True, metavar="SET", help=".bin or pairs.txt.")
+@option("--baseline", is_flag=True, help="Also the trunk on faces scaled up.")
+@model_options
+def evaluate(pairs: tuple[str, ...], baseline: bool, **model: Any) -> None:
+    """Ten-fold verification accuracy of a model at every pair of its resolutions."""
+    from btnet_core.data.pairs import open_pairs
+    from btnet_tools import evaluate as work
+
+    net, sets = open_model(**model), [open_pairs(spec) for spec in pairs]
+    found = work.compare(net, sets, baseline=baseline, device=model["device"])
+    click.echo(work.table(found))
+
+
+@command("btnet export --model my_btnet --format onnx --out exported/")
+@option("--format", "kind", required=True, type=click.Choice(("onnx", "pt2")), help="Of the file.")
+@option("--resolution", default="", callback=numbers, metavar="R,R",
+        help="A file each (default: all in one).")  # fmt: skip
+@option("--out", required=True, metavar="DIR", help="Receives btnet.onnx, or btnet_14.onnx, …")
+@option("--model", required=True, metavar="DIR", help="Folder of a BTNet.")
+@adapter_option
+@more_numbers
+def export(
+    kind: str,
+    resolution: tuple[int, ...],
+    more: tuple[int, ...],
+    out: str,
+    model: str,
+    adapter: str,
+) -> None:
+    """Write a model for other programs: pixels in, embedding of unit length and its norm out."""
+    from btnet_tools.export import export
+
+    net = open_model(model, adapter, "cpu", None, None)
+    for path in export(net, kind, out, (*resolution, *more)):
+        click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    # Stopped by a scheduler: as orderly as by Ctrl-C. Set for SIGINT too: a shell that starts a
+    # job in the background hands it down ignored, and Python then leaves it so.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+    warnings.formatwarning = lambda message, *_: f"btnet: {message}\n"
+    try:
+        return btnet.main(arguments, prog_name="btnet", standalone_mode=False) or 0
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "btnet"
+        click.echo(f"{where}: {error.format_message()} ({where} --help)", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code

@@ -1,207 +1,137 @@
-"""Which data sets there are, where they are looked for, and what each scale needs (``btnet data``)."""
+"""Which data sets there are and where they are looked for (`btnet data`), and packing one's own (`btnet pack`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from btnet_core.data.faces import open_faces
 from btnet_core.data.folders import identity_folders
+from btnet_core.data.ijbc import read_templates
 from btnet_core.data.pairs import parse_bin, parse_pairs, write_bin
 from btnet_core.data.recordio import write_face_records
 from btnet_core.data.sources import spec_text
+from btnet_core.data.survface import read_open_set
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.files import checksum, find
 from btnet_core.images import decode, encode, read, resize
+from btnet_paper.scales import get_scale, pages
 
-RESEARCH = "research only; faces of real people, do not redistribute"
+LICENCE = "research only; faces of real people, do not redistribute"
+PLAIN = (b"\xff\xd8\xff", b"\x89PNG")  # files that MXNet's readers take as they are
+SIX_SETS = ("lfw", "cfp_ff", "cfp_fp", "agedb_30", "calfw", "cplfw")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Entry:
-    """One data set of the project."""
+    """One data set: its ``path`` is under the data root, ``source`` says how to get it."""
 
     name: str
-    path: str  # under the data root
+    path: str
     kind: str  # faces, pairs, open set, templates, weights
-    scales: str  # which need it
-    licence: str
-    source: str  # how to get it
+    scale: str  # which needs it
+    source: str
 
 
-ENTRIES = tuple(
-    Entry(name=name, path=path, kind=kind, scales=scales, licence=licence, source=source)
-    for name, path, kind, scales, licence, source in (
-        (
-            "faces_train",
-            "faces_train",
-            "faces",
-            "lfw",
-            RESEARCH,
-            "LFW peopleDevTrain and CelebA crops, RecordIO",
-        ),
-        (
-            "lfw_devtest",
-            "lfw_devtest",
-            "faces",
-            "lfw",
-            RESEARCH,
-            "LFW peopleDevTest crops, RecordIO",
-        ),
-        (
-            "lfw_devtest_6000",
-            "lfw_devtest_6000.bin",
-            "pairs",
-            "lfw",
-            RESEARCH,
-            "6,000 pairs of the same people",
-        ),
-        (
-            "mobilefacenet",
-            "mobilefacenet_casia.safetensors",
-            "weights",
-            "lfw",
-            RESEARCH,
-            "trained on CASIA-WebFace",
-        ),
-        ("lfw", "lfw", "faces", "paper", RESEARCH, "btnet data get lfw (through scikit-learn)"),
-        (
-            "ms1mv3",
-            "ms1m-retinaface-t1",
-            "faces",
-            "paper",
-            RESEARCH,
-            "InsightFace's data set zoo: MS1M-RetinaFace",
-        ),
-        *(
-            (name, f"{name}.bin", "pairs", "paper", RESEARCH, "in the same archive as MS1Mv3")
-            for name in ("lfw", "cfp_ff", "cfp_fp", "agedb_30", "calfw", "cplfw")
-        ),
-        ("survface", "QMUL-SurvFace", "open set", "paper", RESEARCH, "on request from QMUL"),
-        (
-            "ijbc",
-            "IJBC",
-            "templates",
-            "paper",
-            RESEARCH,
-            "on request from NIST; InsightFace's meta files",
-        ),
-    )
+ENTRIES = (
+    Entry("faces_train", "faces_train", "faces", "lfw", "LFW peopleDevTrain and CelebA, crops"),
+    Entry("lfw_devtest", "lfw_devtest", "faces", "lfw", "LFW peopleDevTest, crops"),
+    Entry("lfw_devtest_6000", "lfw_devtest_6000.bin", "pairs", "lfw", "pairs of these people"),
+    Entry(
+        "mobilefacenet",
+        "mobilefacenet_casia.safetensors",
+        "weights",
+        "lfw",
+        "trained on CASIA-WebFace by others: github.com/Xiaoccer/MobileFaceNet_Pytorch",
+    ),
+    Entry("lfw", "lfw", "faces", "paper", "aligned crops of LFW, packed by `btnet pack`"),
+    Entry("ms1mv3", "ms1m-retinaface-t1", "faces", "paper", "InsightFace's data set zoo"),
+    *(Entry(name, f"{name}.bin", "pairs", "paper", "in MS1Mv3's archive") for name in SIX_SETS),
+    Entry("survface", "QMUL-SurvFace", "open set", "paper", "on request from QMUL"),
+    Entry("ijbc", "IJBC", "templates", "paper", "from NIST; InsightFace's meta files"),
 )
 
 
-def describe(entry: Entry) -> dict[str, Any]:
-    """Where an entry is looked for, whether it is there and sound, its counts and checksum."""
+# ---- what is there ---------------------------------------------------------------------------
+
+
+def count_faces(path: Path) -> tuple[str, str]:
+    """Counts and checksum of a face set."""
+    faces = open_faces(str(path))
+    return f"{len(faces):,} images, {faces.num_identities:,} identities", faces.checksum
+
+
+def count_pairs(path: Path) -> tuple[str, str]:
+    """Counts and checksum of a verification set."""
+    _, same = parse_bin(path.read_bytes(), where=str(path))
+    return f"{len(same):,} pairs, {int(same.sum()):,} same", checksum([path])
+
+
+def count_open_set(path: Path) -> tuple[str, str]:
+    """Counts and checksum of QMUL-SurvFace's test."""
+    test = read_open_set(path)
+    gallery = int(test.in_gallery.sum())
+    return f"{gallery:,} gallery images, {len(test.in_gallery) - gallery:,} probes", test.checksum
+
+
+def count_templates(path: Path) -> tuple[str, str]:
+    """Counts and checksum of IJB-C."""
+    found = read_templates(path)
+    templates = len(np.unique(found.template))
+    return f"{templates:,} templates, {len(found.same):,} pairs", found.checksum
+
+
+def count_bytes(path: Path) -> tuple[str, str]:
+    """Size and checksum of a file."""
+    return f"{path.stat().st_size:,} bytes", checksum([path])
+
+
+COUNTERS: dict[str, Callable[[Path], tuple[str, str]]] = {
+    "faces": count_faces,
+    "pairs": count_pairs,
+    "open set": count_open_set,
+    "templates": count_templates,
+    "weights": count_bytes,
+}
+
+
+def describe(entry: Entry) -> list[str]:
+    """Where an entry is looked for, and its counts and checksum, or how to get it."""
     path = find(entry.path)
-    row: dict[str, Any] = {"path": str(path), "found": path.exists(), "counts": "", "checksum": ""}
-    if not row["found"]:
-        return row
+    state = "found" if path.exists() else "NOT FOUND"
+    lines = [f"{entry.name} ({entry.kind}, scale {entry.scale}): {state}", f"  {path}"]
+    if not path.exists():
+        return [*lines, f"  get it: {entry.source}", f"  {LICENCE}"]
     try:
-        if entry.kind == "faces":
-            faces = open_faces(entry.path)
-            row["counts"] = f"{len(faces):,} images, {faces.num_identities:,} identities"
-            row["checksum"] = faces.checksum
-        elif entry.kind == "pairs":
-            _, same = parse_bin(path.read_bytes(), where=str(path))
-            row["counts"] = f"{len(same):,} pairs, {int(same.sum()):,} same"
-            row["checksum"] = checksum([path])
-        elif entry.kind == "open set":
-            from btnet_core.data.survface import read_open_set
-
-            test = read_open_set(path)
-            row["counts"] = (
-                f"{int(test.in_gallery.sum()):,} gallery images, {int((~test.in_gallery).sum()):,} probes"
-            )
-            row["checksum"] = test.checksum
-        elif entry.kind == "templates":
-            from btnet_core.data.ijbc import read_templates
-
-            templates = read_templates(path)
-            row["counts"] = (
-                f"{len(np.unique(templates.template)):,} templates, {len(templates.same):,} pairs"
-            )
-            row["checksum"] = templates.checksum
-        else:
-            row["counts"], row["checksum"] = f"{path.stat().st_size:,} bytes", checksum([path])
+        counts, digest = COUNTERS[entry.kind](path)
+        return [*lines, f"  {counts}", f"  {digest}", f"  {LICENCE}"]
     except DataError as error:
-        row["counts"] = f"damaged: {error}"
-    return row
+        return [*lines, f"  damaged: {error}", f"  {LICENCE}"]
 
 
-def table() -> str:
-    """What ``btnet data`` prints."""
-    from btnet_paper.scales import get_scale, pages
-
+def describe_all() -> str:
+    """What `btnet data` prints."""
     lines = []
-    for scale in map(get_scale, pages()):
-        pairs = ", ".join(map(spec_text, scale.pairs))
-        lines.append(f"scale {scale.name}: faces {spec_text(scale.faces)}; pairs {pairs}")
+    for one in map(get_scale, pages()):
+        pairs = ", ".join(map(spec_text, one.pairs))
+        lines.append(f"scale {one.name}: faces {spec_text(one.faces)}; pairs {pairs}")
     for entry in ENTRIES:
-        row = describe(entry)
-        lines += [
-            f"\n{entry.name} ({entry.kind}, scale {entry.scales}): {'found' if row['found'] else 'NOT FOUND'}",
-            f"  {row['path']}",
-            *(
-                [f"  {row['counts']}", f"  {row['checksum']}"]
-                if row["found"]
-                else [f"  get it: {entry.source}"]
-            ),
-            f"  {entry.licence}",
-        ]
+        lines += ["", *describe(entry)]
     return "\n".join(lines)
 
 
-def crop_lfw(file: Path) -> bytes:
-    """The face of a funneled 250x250 LFW picture as JPEG, 112x112.
-
-    The centred square of 140 pixels, a little above the middle: LFW's faces all lie there. It is no five-point
-    alignment: accuracies are lower than on aligned crops.
-    """
-    picture = decode(read(file), where=str(file))
-    if tuple(picture.shape) != (3, 250, 250):
-        raise DataError(f"{file}: got {tuple(picture.shape)}, expected a picture of (3, 250, 250)")
-    return encode(resize(picture[:, 50:190, 55:195], 112).round().to(torch.uint8), "JPEG")
-
-
-def get_lfw(out: Path, fetch: Callable[..., Any] | None = None) -> int:
-    """Download LFW through scikit-learn, crop it, and write RecordIO and ``pairs.bin`` (LFW's 6,000 pairs) to ``out``.
-
-    The fetcher would hold every picture as float32, about 10 GB; it is asked for the one person with 500 pictures, and
-    the files that it leaves in scikit-learn's data folder are read one by one. Returns the number of images.
-
-    Raises:
-        DataError: it could not be downloaded.
-    """
-    from sklearn.datasets import fetch_lfw_people, get_data_home
-
-    try:
-        (fetch or fetch_lfw_people)(color=True, resize=0.1, funneled=True, min_faces_per_person=500)
-    except Exception as error:  # urllib, ssl, checksum and disk errors alike
-        raise DataError(
-            f"LFW could not be downloaded ({type(error).__name__}: {error}); is the machine online?"
-        ) from error
-    home = Path(get_data_home()) / "lfw_home"
-    count = _write_folders(home / "lfw_funneled", out, crop_lfw)
-    files, same = parse_pairs(home / "pairs.txt", home / "lfw_funneled")
-    crops = {file: crop_lfw(file) for file in files}
-    write_bin(out / "pairs.bin", [crops[file] for file in files], same)
-    return count
-
-
-def _write_folders(folder: Path, out: Path, read: Callable[[Path], bytes]) -> int:
-    groups = identity_folders(folder)
-    faces = ((read(file), label) for label, group in enumerate(groups) for file in group)
-    return write_face_records(out, faces, (112, 112))
+# ---- packing ---------------------------------------------------------------------------------
 
 
 def pack_folder(folder: Path, out: Path) -> int:
-    """One sub-folder per identity -> RecordIO with property and index (:func:`face_bytes`); the number of images."""
-    return _write_folders(folder, out, face_bytes)
+    """One sub-folder per identity -> RecordIO with property and index; returns the number of images."""
+    groups = identity_folders(folder)
+    faces = ((face_bytes(file), label) for label, group in enumerate(groups) for file in group)
+    return write_face_records(out, faces, (112, 112))
 
 
 def pack_pairs(pairs: Path, out: Path, folder: Path | None = None) -> int:
@@ -217,6 +147,6 @@ def face_bytes(file: Path) -> bytes:
     """The file's own bytes if it is a JPEG or PNG of 112x112, else the face resized to that, as PNG."""
     data = read(file)
     image = decode(data, where=str(file))
-    if tuple(image.shape[1:]) == (112, 112) and data.startswith((b"\xff\xd8\xff", b"\x89PNG")):
+    if tuple(image.shape[1:]) == (112, 112) and data.startswith(PLAIN):
         return data
     return encode(resize(image, 112).round().to(torch.uint8))

@@ -17,17 +17,6 @@ MR_VARIANTS: dict[str, dict[str, Any]] = {  # paper-and-code: sizes of phi_mr
     "v3": {"sizes": tuple(range(4, 113))},
 }
 BRANCH = {"lr": 0.02, "warmup_epochs": 0.0, "epochs": 10}  # A.2, paper-and-code: branch epochs
-RECIPE: dict[str, Any] = {  # of `btnet adapt`, chosen on the real faces of the scale lfw
-    "batch": 128,
-    "lr": 0.5,
-    "margin": 0.2,
-    "s": 32.0,
-    "embedding": "cosine",
-    "embedding_weight": 60.0,
-    "embedding_mirrored": True,
-    "shift": 4.0,
-}
-RECIPE_EPOCHS = {56: 1, 28: 6, 14: 20, 7: 12}  # of the branch of r
 
 
 def phi_hr(data: Spec, **changes: Any) -> TrainConfig:
@@ -67,17 +56,6 @@ def phi_bt(
 def distillation_only(data: Spec, r: int, trunk: str, **changes: Any) -> TrainConfig:
     """phi_bt without labels: the branch learns from the trunk's features alone."""
     return phi_bt(data, r, trunk, **{"name": f"distilled_{r}", "influence_weight": 0.0, **changes})
-
-
-def adapted(data: Spec, r: int, trunk: str, kappa: str = "", **changes: Any) -> TrainConfig:
-    """The branch that ``btnet adapt`` gives a recogniser: phi_bt, or from distillation alone where there is no kappa."""
-    epochs = RECIPE_EPOCHS.get(r, max(RECIPE_EPOCHS.values()))
-    values = {"name": f"branch_{r}", **RECIPE, "epochs": epochs, **changes}
-    return (
-        phi_bt(data, r, trunk, kappa, **values)
-        if kappa
-        else distillation_only(data, r, trunk, **values)
-    )
 
 
 def full_finetuning(data: Spec, r: int, trunk: str, kappa: str, **changes: Any) -> TrainConfig:

@@ -2,45 +2,98 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
-from btnet_core.errors import ConfigError
-from btnet_tools.cli import COMMANDS, main
+from btnet_core.errors import ConfigError, WriteError
+from btnet_paper import runner, scales
+from btnet_tools import cli
+from btnet_tools.cli import btnet, main
+
+COMMANDS = ("reproduce", "figures", "report", "train", "data", "pack")
+COMMANDS += ("adapt", "embed", "verify", "evaluate", "export")
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
-    code = "import sys; from btnet_tools.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+def test_no_help_imports_torch() -> None:
+    code = f"""
+import sys
+from btnet_tools.cli import main
+for command in ([], *([name] for name in {COMMANDS})):
+    assert main([*command, "--help"]) == 0
+print("torch" in sys.modules, "numpy" in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("False")
-    assert "reproduce" in done.stdout
+    assert done.stdout.endswith("False False\n")
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda add: add.__name__)
-def test_every_command_has_an_example(command, capsys: pytest.CaptureFixture) -> None:
-    name = command.__name__.removeprefix("add_")
-    with pytest.raises(SystemExit):
-        main([name, "--help"])
-    assert f"example:\n  btnet {name}" in capsys.readouterr().out
+def test_every_command_has_help_and_an_example(capsys: pytest.CaptureFixture) -> None:
+    assert set(COMMANDS) <= set(btnet.commands)
+    for name, command in btnet.commands.items():
+        assert main([name, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert f"example:\n    btnet {name}" in said
+        assert command.help
+        undocumented = [
+            option.name
+            for option in command.params
+            if isinstance(option, click.Option) and not option.help
+        ]
+        assert not undocumented
 
 
-def test_python_dash_m(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "btnet_tools", "--help"], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, "usage: btnet" in done.stdout) == (0, True)
+def test_python_dash_m() -> None:
+    command = [sys.executable, "-m", "btnet_tools", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Usage: btnet" in done.stdout) == (0, True)
 
 
-def test_an_error_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["train", "--config", str(tmp_path / "none.json"), "--out", str(tmp_path)]) == 2
+@pytest.mark.parametrize(
+    ("line", "status", "told"),
+    [
+        ("train --config none.json --out .", 1, "btnet train: none.json"),
+        ("reproduce --only 77", 1, "77"),
+        ("reproduce --scale huge", 2, "btnet reproduce: Invalid value for '--scale': 'huge'"),
+        ("reproduce -p seed", 2, "expected NAME=VALUE, got 'seed'"),
+        ("export --model . --out . --format onnx --resolution a", 2, "got 'a'"),
+        ("train", 2, "Missing option '--config'"),
+        ("fly", 2, "No such command 'fly'"),
+        ("", 2, "Missing command"),
+    ],
+)
+def test_an_error_is_one_line(
+    line: str, status: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == status
     error = capsys.readouterr().err.strip()
-    assert "none.json" in error
+    assert told in error
+    assert error.startswith("btnet")
     assert "\n" not in error
-    assert main(["reproduce", "--only", "77"]) == 2
-    assert "77" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "here: No space left on device"),
+        (PermissionError(13, "Permission denied", "/root/x"), "/root/x: Permission denied"),
+        (WriteError("page.html: cannot be written"), "page.html: cannot be written"),
+    ],
+)
+def test_the_systems_errors_name_a_file(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(btnet.commands["figures"], "callback", fail)
+    assert main(["figures", "--out", "here"]) == 1
+    assert capsys.readouterr().err == f"btnet figures: {said}\n"
 
 
 def test_debug_shows_where_an_error_comes_from(
@@ -54,21 +107,35 @@ def test_debug_shows_where_an_error_comes_from(
         main(command)
 
 
-def test_the_scales_offered_are_those_there_are() -> None:
-    from btnet_paper import scales
-    from btnet_tools import cli
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_says_what_goes_on(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(**options: object) -> None:
+        os.kill(os.getpid(), number)
 
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for name, then in (("reproduce", "goes on from here"), ("embed", "nothing was written")):
+            monkeypatch.setattr(btnet.commands[name], "callback", interrupted)
+            given = [] if name == "reproduce" else [".", "--model", ".", "--out", "x.npz"]
+            assert main([name, *given]) == 130
+            assert then in capsys.readouterr().err
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+
+
+def test_the_scales_offered_are_those_there_are() -> None:
     assert set(cli.SCALES) == set(scales.pages())
 
 
 def test_quick_is_a_scale_of_its_own_with_the_headline_notebooks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from btnet_paper import runner as reproduce
-
     seen = []
     monkeypatch.setattr(
-        reproduce, "reproduce", lambda scale, *, only, **options: seen.append((scale, only))
+        runner, "reproduce", lambda scale, *, only, **options: seen.append((scale, only))
     )
     for arguments in ("lfw", "lfw -p quick=true", "lfw -p quick=true --only 07", "lfw-mr"):
         main(["reproduce", "--scale", *arguments.split()])

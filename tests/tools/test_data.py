@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import fetch_lfw_people
 
 from btnet_core.data.faces import open_faces
 from btnet_core.data.pairs import open_pairs
 from btnet_core.data.recordio import FaceRecords
-from btnet_core.errors import DataError
 from btnet_core.images import encode
 from btnet_tools.cli import main
-from btnet_tools.data import ENTRIES, crop_lfw, get_lfw, pack_folder
+from btnet_tools.data import ENTRIES, pack_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,13 +54,13 @@ def test_pack_pairs(folder: Path, tmp_path: Path) -> None:
 
 
 def test_pack_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for arguments, message in (
-        ([str(tmp_path / "none"), str(tmp_path / "o")], "none"),
-        ([str(tmp_path)], "OUT"),
-        (["--pairs", str(tmp_path / "p.txt"), str(tmp_path / "o.rec")], r".bin"),
-        (["--pairs", str(tmp_path / "p.txt"), str(tmp_path / "o.bin")], "p.txt"),
+    for arguments, message, status in (
+        ([str(tmp_path / "none"), str(tmp_path / "o")], "none", 1),
+        ([str(tmp_path)], "OUT", 2),
+        (["--pairs", str(tmp_path / "p.txt"), str(tmp_path / "o.rec")], r".bin", 1),
+        (["--pairs", str(tmp_path / "p.txt"), str(tmp_path / "o.bin")], "p.txt", 1),
     ):
-        assert main(["pack", *arguments]) == 2
+        assert main(["pack", *arguments]) == status
         assert message in capsys.readouterr().err
 
 
@@ -77,7 +74,6 @@ def test_data_lists_every_set_found_or_not(
     assert all(entry.path in out for entry in ENTRIES)
     assert "damaged" in out
     assert "NOT FOUND" in out
-    assert main(["data", "get", "msra"]) == 2
 
 
 def test_the_readme_of_data_names_every_set() -> None:
@@ -101,42 +97,3 @@ def test_a_picture_of_another_format_is_packed_as_png(folder: Path, tmp_path: Pa
     assert records.image(0) == (folder / "ann" / "ann_0001.png").read_bytes()
     assert records.image(3).startswith(b"\x89PNG")
     assert torch.equal(open_faces(str(tmp_path / "out"))[3][0], image)
-
-
-def test_lfw_through_scikit_learns_fetcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake of what fetch_lfw_people leaves on disk: lfw_home/lfw_funneled/<name>/<name>_0001.jpg and pairs.txt."""
-    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "sk"))
-    home, asked = tmp_path / "sk" / "lfw_home", {}
-    ramp = torch.linspace(0, 250, 250).expand(3, 250, 250).round().to(torch.uint8)
-
-    def fetch(**options):
-        asked.update(options)
-        for name, count in (("Ann_A", 2), ("Bob_B", 1), ("Cy_C", 2)):
-            (home / "lfw_funneled" / name).mkdir(parents=True)
-            for k in range(1, count + 1):
-                (home / "lfw_funneled" / name / f"{name}_{k:04d}.jpg").write_bytes(
-                    encode(ramp, "JPEG")
-                )
-        (home / "pairs.txt").write_text("1\t1\nCy_C\t1\t2\nAnn_A\t2\tBob_B\t1\n")
-
-    out = tmp_path / "lfw"
-    assert get_lfw(out, fetch) == 5
-    assert asked["min_faces_per_person"] >= 500  # all pictures at once would be 10 GB
-    assert set(asked) <= set(inspect.signature(fetch_lfw_people).parameters)
-    faces, pairs = open_faces(str(out)), open_pairs(str(out / "pairs.bin"))
-    assert faces.labels.tolist() == [0, 0, 1, 2, 2]
-    assert pairs.same.tolist() == [True, False]
-    expected = torch.linspace(
-        55 + 0.125, 195 - 1.125, 112
-    )  # a ramp stays a ramp; columns 55 to 194
-    assert (faces[0][0][0, 50].float() - expected).abs().max() < 4
-    crop_me = tmp_path / "small.png"
-    crop_me.write_bytes(picture(0, 100))
-    with pytest.raises(DataError, match=r"small\.png.*250"):
-        crop_lfw(crop_me)
-
-    def offline(**options):
-        raise OSError("no route to host")
-
-    with pytest.raises(DataError, match="no route to host"):
-        get_lfw(tmp_path, offline)

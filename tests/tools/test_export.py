@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from btnet_core.errors import ConfigError, DataError
+from btnet_core.errors import ConfigError, WriteError
 from btnet_core.models.backbone import Backbone, BackboneConfig, PReLU, build_backbone
 from btnet_core.models.btnet import BTNet
+from btnet_tools import export as module
 from btnet_tools.adapter import Adapter
 from btnet_tools.cli import main
-from btnet_tools.export import SUFFIXES, export
+from btnet_tools.export import export
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -72,11 +72,7 @@ def run(path: Path, kind: str, r: int, x: torch.Tensor) -> list[torch.Tensor]:
             torch.from_numpy(value)
             for value in session.run(["embedding", "norm"], {"pixels": x.numpy()})
         ]
-    if kind == "torchscript":
-        return list(torch.jit.load(path)(x))
-    from torch.export.pt2_archive._package import load_pt2
-
-    return list(load_pt2(str(path)).exported_programs[str(r)].module()(x))
+    return list(torch.export.load(path).module()(x))
 
 
 @torch.no_grad()
@@ -90,18 +86,17 @@ def check(net: BTNet, path: Path, kind: str, r: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", sorted(SUFFIXES))
-def test_all_routes_in_one_file(net: BTNet, kind: str, tmp_path: Path) -> None:
-    (path,) = export(net, kind, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [f"btnet{SUFFIXES[kind]}"]
+def test_all_routes_in_one_file(net: BTNet, tmp_path: Path) -> None:
+    (path,) = export(net, "onnx", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["btnet.onnx"]
     for r in net.resolutions:
-        check(net, path, kind, r)
+        check(net, path, "onnx", r)
     shared = 4 * sum(p.numel() for p in net.trunk.parameters())
     assert (
         shared < path.stat().st_size < 2 * shared
     )  # of three routes that each pass through the head
     with pytest.raises(Exception, match=str(net.resolutions[0])):
-        run(path, kind, 7, pixels(net, 7, 2)[:, :, :5])
+        run(path, "onnx", 7, pixels(net, 7, 2)[:, :, :5])
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -125,21 +120,22 @@ def test_the_papers_trunks_in_onnxruntime(name: str, size: tuple[int, int], tmp_
 def test_the_command(net: BTNet, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     net.save(tmp_path / "net")
     line = ["export", "--model", str(tmp_path / "net"), "--out", str(tmp_path / "out"), "--format"]
-    assert main([*line, "torchscript", "--resolution", "7", "112"]) == 0
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "btnet_112.ts",
-        "btnet_7.ts",
-    ]
+    assert main([*line, "pt2", "--resolution", "7", "112"]) == 0
+    names = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert names == ["btnet_112.pt2", "btnet_7.pt2"]
     for r in (7, 112):
-        check(net, tmp_path / "out" / f"btnet_{r}.ts", "torchscript", r)
-    for wrong in ("28", "all 7", "seven"):
-        assert main([*line, "torchscript", "--resolution", *wrong.split()]) == 2
-        assert wrong.split()[0] in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    assert main([*line, "onnx"]) == 2
-    assert "btnet-core[export]" in capsys.readouterr().err
+        check(net, tmp_path / "out" / f"btnet_{r}.pt2", "pt2", r)
+    assert [path.name for path in export(net, "pt2", tmp_path)] == [
+        f"btnet_{r}.pt2" for r in net.resolutions
+    ]
+    for wrong, status in (("28", 1), ("7,all", 2), ("seven", 2)):
+        assert main([*line, "pt2", "--resolution", wrong]) == status
+        assert wrong in capsys.readouterr().err
+    monkeypatch.setattr(module, "onnx", None)
+    assert main([*line, "onnx"]) == 1
+    assert "btnet-core[tools]" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="tflite"):
         export(net, "tflite", tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="file"):
-        export(net, "torchscript", tmp_path / "file")
+    with pytest.raises(WriteError, match="file"):
+        export(net, "pt2", tmp_path / "file")

@@ -1,25 +1,26 @@
-"""`btnet bench`: run the scripts of the repository's folder benchmarks/ and hold what they measured to their goals.
+"""What the scripts benchmarks/bench_NAME.py share: their options, their goals, and the table of what they recorded.
 
-A script benchmarks/bench_NAME.py takes `--out FILE --quick` and writes, through `write`, its goals and whatever else it
-measured. The table, bench.json and the figure are made from those files alone.
+    python benchmarks/bench_recordio.py --out figures/results/bench_recordio.json   (--quick: shows that it runs)
+    python benchmarks/harness.py [FOLDER]    the table of FOLDER/results/bench_*.json (default: figures)
+
+A script writes, through `write`, its goals and whatever else it measured; table and bench.json are made from those
+files alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from btnet_core.errors import ConfigError, DataError, ReproduceError
+from btnet_core.errors import DataError
 from btnet_core.files import write_atomically
 from btnet_paper import results
 
-FOLDER = results.ROOT / "benchmarks"
 RECORDED = results.ROOT / "figures"
 
 
@@ -65,37 +66,6 @@ def describe(machine: dict[str, Any]) -> str:
     return f"{machine['gpu'] or machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
 
 
-def names() -> list[str]:
-    """The benchmarks that there are. Raises ConfigError where their folder is missing."""
-    found = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
-    if not found:
-        raise ConfigError(
-            f"{FOLDER} holds no benchmarks: they are part of the repository, not of an installed package; "
-            "clone it and `pip install -e .` there"
-        )
-    return found
-
-
-def measure(wanted: Sequence[str], out: Path, *, quick: bool = False) -> None:
-    """Run the benchmarks one after the other, each in a process of its own, into ``out/results/bench_*.json``.
-
-    Raises:
-        ConfigError: a name that no benchmark has.
-        ReproduceError: one failed; the others have been run.
-    """
-    known, failed = names(), []
-    if unknown := sorted(set(wanted) - set(known)):
-        raise ConfigError(f"no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
-    for name in wanted or known:
-        script, target = FOLDER / f"bench_{name}.py", out / "results" / f"bench_{name}.json"
-        print(f"--- {script.name}{' --quick' * quick}", flush=True)
-        command = [sys.executable, script, "--out", target.absolute(), *["--quick"] * quick]
-        if subprocess.run(list(map(str, command)), check=False).returncode:
-            failed.append(name)
-    if failed:
-        raise ReproduceError(f"failed: {', '.join(failed)}; what went wrong is printed above")
-
-
 def collect(folder: Path, wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The goals recorded in ``folder/results/bench_*.json``, with benchmark and machine of each.
 
@@ -107,7 +77,7 @@ def collect(folder: Path, wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
     )
     if not paths:
         raise DataError(
-            f"{folder / 'results'} holds no bench_*.json: btnet bench --out {folder} makes them"
+            f"{folder / 'results'} holds no bench_*.json: benchmarks/bench_NAME.py --out makes them"
         )
     rows = []
     for path in paths:
@@ -117,9 +87,7 @@ def collect(folder: Path, wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
                      "quick": record["quick"]}  # fmt: skip
             rows += [row | about | {"reached": reached(row)} for row in record["goals"]]
         except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: lacks {error}, run `btnet bench {path.stem[6:]}` again"
-            ) from None
+            raise DataError(f"{path}: lacks {error}, run benchmarks/{path.stem}.py again") from None
     return rows
 
 
@@ -140,14 +108,14 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def report(folder: Path, wanted: Sequence[str] = ()) -> str:
-    """The table of ``folder``; without ``wanted`` also bench.json of all of it, and the figures made from there."""
-    from btnet_paper.figures import remake
-
-    rows = collect(folder, wanted)
-    if not wanted and not any(row["quick"] for row in rows):
+def main() -> None:
+    """Print the table of a folder, and write its bench.json."""
+    folder = Path(sys.argv[1]) if sys.argv[1:] else RECORDED
+    rows = collect(folder)
+    print(table(rows))
+    if not any(row["quick"] for row in rows):
         results.record(folder, "bench", {"rows": rows})
-        for source in ("bench", "bench_growth", "bench_inference"):
-            if (folder / "results" / f"{source}.json").is_file():
-                remake(folder, source, out=folder)
-    return table(rows)
+
+
+if __name__ == "__main__":
+    main()

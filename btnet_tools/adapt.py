@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from btnet_core.data.faces import FaceSet, open_faces
 from btnet_core.data.pairs import PairSet, draw_pairs, open_pairs
-from btnet_core.data.sources import Spec, spec_text
+from btnet_core.data.sources import Spec, parse_spec, spec_text
 from btnet_core.device import autocast, resolve_device
 from btnet_core.errors import CheckpointError, ConfigError, DataError
 from btnet_core.files import read_safetensors
@@ -96,7 +96,7 @@ def adapt(
         ConfigError, DataError, CheckpointError: before the first step; TrainingError: see ``train``.
     """
     began, out, options = time.monotonic(), Path(out), options or AdaptOptions()
-    backbone = load_backbone(trunk, options.adapter)
+    faces, backbone = parse_spec(faces), load_backbone(trunk, options.adapter)
     btnet = BTNet(backbone, sorted(options.resolutions, reverse=True))
     check_routes(btnet)
     data, held = parts(faces, options)

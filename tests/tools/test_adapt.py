@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from btnet_core.data.faces import open_faces
+from btnet_core.data.pairs import draw_pairs
 from btnet_core.errors import CheckpointError, ConfigError, DataError
 from btnet_core.images import encode
 from btnet_core.models.backbone import (
@@ -22,7 +24,7 @@ from btnet_core.models.backbone import (
 )
 from btnet_core.models.btnet import BTNet, weights_digest
 from btnet_tools import adapt as module
-from btnet_tools.adapt import AdaptOptions, adapt
+from btnet_tools.adapt import AdaptOptions, adapt, parts
 from btnet_tools.adapter import Adapter, find_adapter
 from btnet_tools.cli import main
 
@@ -86,6 +88,21 @@ def test_adapt_trains_branches_and_compares(
         adapt(other, FACES, tmp_path / "net", options, said.append)
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_nobody_is_both_learnt_from_and_compared_on(seed: int) -> None:
+    """The two parts are drawn with one seed, and together they are all of the people."""
+    options = AdaptOptions(percent=25, changes={"seed": seed})
+    rest, (held,) = parts(FACES, options)
+    learnt, everybody = open_faces(rest), open_faces(FACES)
+    part = {"kind": "part", "faces": FACES, "held": True, "percent": 25, "seed": seed}
+    compared = open_faces(part)
+    assert held.checksum == draw_pairs(compared, len(held), seed).checksum
+    assert rest == {**part, "held": False}
+    assert not set(learnt.indices.tolist()) & set(compared.indices.tolist())  # type: ignore[attr-defined]
+    assert learnt.num_identities + compared.num_identities == everybody.num_identities
+    assert len(learnt) + len(compared) == len(everybody)
+
+
 def test_loose_images_without_labels(
     trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -93,16 +110,17 @@ def test_loose_images_without_labels(
     (tmp_path / "loose").mkdir()
     for i in range(40):
         (tmp_path / "loose" / f"{i:02d}.png").write_bytes(encode(faces[i][0]))
-    line = [
-        "adapt",
-        "--trunk",
-        str(trunk),
-        "--faces",
-        str(tmp_path / "loose"),
+    line = ["adapt", "--trunk", str(trunk), "--faces", str(tmp_path / "loose")]
+    line += [
         "--out",
         str(tmp_path / "net"),
+        "--resolutions",
+        "14",
+        "--set",
+        "epochs=1",
+        "--set",
+        "batch=16",
     ]
-    line += ["--resolutions", "14", "--set", "epochs=1", "--set", "batch=16"]
     assert main(line) == 1
     assert "--no-labels" in capsys.readouterr().err
     assert main([*line, "--no-labels"]) == 0
@@ -135,7 +153,7 @@ def test_wrong_input_is_named(
         "--trunk",
         str(trunk),
         "--faces",
-        FACES,
+        json.dumps(FACES),
         "--out",
         str(tmp_path / "net"),
         "--set",

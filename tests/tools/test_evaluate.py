@@ -88,6 +88,23 @@ def test_thresholds_are_those_of_the_way_they_stand_at(monkeypatch: pytest.Monke
     ]
 
 
+def test_both_directions_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the first image at 112 tells people apart, accuracy is the mean of 100 and 50 %."""
+    same = np.tile([True, False], 200)
+    told = {True: np.where(same, 0.9, 0.1), False: np.zeros(400)}
+    monkeypatch.setattr(
+        module,
+        "pair_similarities",
+        lambda embedder, pairs, ways: {(a, b): told[a >= b] for a, b in ways},
+    )
+    sets = [SimpleNamespace(same=same), SimpleNamespace(same=same)]
+    found = module.measure(None, sets, (14, 112))
+    assert found["112&14"]["accuracy"] == 0.75
+    assert found["112&112"]["accuracy"] == found["14&14"]["accuracy"] == 1
+    assert found["112&14"]["tar"]["0.01"]["rate"] == 0.5
+    assert found["112&14"]["pairs"] == 800
+
+
 def test_the_command_prints_every_pair_of_resolutions(model: Path, tmp_path: Path, capsys) -> None:
     for i in range(24):
         (tmp_path / f"p{i // 2}").mkdir(exist_ok=True)

@@ -54,5 +54,5 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	echo "Preparing $(VENV) with $$($$found --version): some minutes, about 6 GB with CUDA ..."; \
 	$$found -m venv $(VENV)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test,dev]'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[tools,paper,test,dev]'
 	@rm -f $(VENV)/.ready-*; touch $@

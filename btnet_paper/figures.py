@@ -6,6 +6,8 @@ beside it) is all that a figure needs; Figures 2 and 3 are drawn from the model 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -13,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from btnet_core.errors import DataError
+from btnet_core.files import write_atomically
 from btnet_paper import plots, published, results
 from btnet_paper.records import FITTED
 from btnet_paper.scales import get_scale
@@ -194,7 +198,7 @@ def remake(
             continue
         about = {"notebook": source, "parameters": {"scale": record["scale"], "seed": record["seed"]},
                  "results": f"results/{kept}{source}.json", "commit": record["commit"], "seconds": record["seconds"]}  # fmt: skip
-        results.save_figure(figure, place, name, about, folder=folder)
+        save_figure(figure, place, name, about, folder=folder)
         made.append(name)
     if out and Path(out).resolve() != run_dir.resolve():
         _copy(run_dir, Path(out), kept)
@@ -216,3 +220,29 @@ def _copy(run_dir: Path, out: Path, prefix: str) -> None:
             for suffix in ("png", "pdf"):
                 shutil.copyfile(manifest.with_name(f"{name}.{suffix}"), out / f"{name}.{suffix}")
             results.update_manifest(out, {name: entry}, folder="")
+
+
+def save_figure(
+    fig: Any,
+    run_dir: str | Path,
+    name: str,
+    about: dict[str, Any] | None = None,
+    *,
+    folder: str = "figures",
+) -> list[Path]:
+    """Writes ``run_dir/FOLDER/NAME.png`` and ``.pdf``: equal bytes for equal drawing and versions.
+
+    Their checksums go to manifest.json beside them, with what ``about`` says of their origin.
+    """
+    entry = {**(about or {}), "matplotlib": matplotlib.__version__}
+    undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
+    paths = []
+    for kind, metadata in undated.items():
+        drawn = io.BytesIO()
+        with matplotlib.rc_context({"pdf.fonttype": 42}):
+            fig.savefig(drawn, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
+        paths.append(Path(run_dir) / folder / f"{name}.{kind}")
+        write_atomically(paths[-1], drawn.getvalue())
+        entry[f"{kind}_sha256"] = hashlib.sha256(drawn.getvalue()).hexdigest()
+    results.update_manifest(run_dir, {name: entry}, folder=folder)
+    return paths

@@ -2,7 +2,7 @@
 
 Values and arrays are those of results.record, as they are or read back from JSON; figures.py knows which. Sizes are inches for a two-column page; text is 7-8 pt, fonts stay text in PDF. Colours are seaborn's colour-blind
 safe palette: one colour per method and one per resolution throughout. Hollow markers are the paper's printed values.
-Nothing is saved here (results.save_figure does) and no global state of matplotlib changes.
+Nothing is saved here (figures.save_figure does) and no global state of matplotlib changes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import math
 import os
@@ -15,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from btnet_core.device import describe_precision, machine, resolve_device
@@ -85,32 +82,6 @@ def load_arrays(run_dir: str | Path, name: str) -> dict[str, np.ndarray]:
         return {}
     with np.load(path, allow_pickle=False) as archive:
         return dict(archive)
-
-
-def save_figure(
-    fig: Any,
-    run_dir: str | Path,
-    name: str,
-    about: dict[str, Any] | None = None,
-    *,
-    folder: str = "figures",
-) -> list[Path]:
-    """Writes ``run_dir/FOLDER/NAME.png`` and ``.pdf``: equal bytes for equal drawing and versions.
-
-    Their checksums go to manifest.json beside them, with what ``about`` says of their origin.
-    """
-    entry = {**(about or {}), "matplotlib": matplotlib.__version__}
-    undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
-    paths = []
-    for kind, metadata in undated.items():
-        drawn = io.BytesIO()
-        with matplotlib.rc_context({"pdf.fonttype": 42}):
-            fig.savefig(drawn, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
-        paths.append(Path(run_dir) / folder / f"{name}.{kind}")
-        write_atomically(paths[-1], drawn.getvalue())
-        entry[f"{kind}_sha256"] = hashlib.sha256(drawn.getvalue()).hexdigest()
-    update_manifest(run_dir, {name: entry}, folder=folder)
-    return paths
 
 
 def update_manifest(

@@ -8,6 +8,8 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -134,9 +136,11 @@ def test_sizes() -> None:
     assert sum(lines.values()) <= 14500  # on the way to 9,000
 
 
-def test_core_needs_no_notebook_and_no_figure() -> None:
-    core = [module for module in FILES if module.startswith("btnet_core")]
-    code = f"import sys, {', '.join(core)}; print(*(sys.modules.keys() & {set(FOREIGN)}))"
+@pytest.mark.parametrize("package", ["btnet_core", "btnet_tools"])
+def test_core_and_tools_need_no_notebook_and_no_figure(package: str) -> None:
+    """`pip install .` is enough for the method, `pip install .[tools]` for `btnet embed` and `adapt`."""
+    modules = [name for name in FILES if name.startswith(package) and "__main__" not in name]
+    code = f"import sys, {', '.join(modules)}; print(*(sys.modules.keys() & {set(FOREIGN)}))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )

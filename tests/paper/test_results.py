@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from btnet_core.errors import DataError
-from btnet_paper import results
+from btnet_paper import figures, results
 
 
 def test_record_and_load(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_figures_are_byte_stable(tmp_path: Path) -> None:
         figure, axes = plt.subplots()
         axes.plot([1, 2, 3], label="x")
         axes.legend()
-        paths = results.save_figure(figure, tmp_path, "figure")
+        paths = figures.save_figure(figure, tmp_path, "figure")
         plt.close(figure)
         return [path.read_bytes() for path in paths]
 

@@ -1,32 +1,34 @@
-"""Source notebooks and what their results depend on: parameters, checked before anything runs, code and data."""
+"""Source notebooks: their parameters, checked before anything runs, and what results depend on."""
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from papermill import inspect_notebook
 
 from btnet_core.errors import ReproduceError
 
 PACKAGE = Path(__file__).parent
-PACKAGES = ("btnet_core", "btnet_paper", "btnet_tools")
+PACKAGES = ("btnet_core", "btnet_paper")  # whose code decides results
+# what only runs or shows them
+SHOWS = ("report.py", "runner.py", "check.py", "claims.py", "records.py", "tables.py")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Notebook:
-    """A source notebook: what decides its result, and what it says about itself in its metadata `btnet`."""
+    """A source notebook: what decides its result, and what its metadata ``btnet`` says about it."""
 
     path: Path
     cells: list[tuple[str, str]]  # (type, source)
     parameters: dict[str, Any]  # name -> default
-    parameters_cell: int  # its number, from 1
     depends: tuple[str, ...] = ()  # numbers of earlier notebooks whose outputs it reads
-    expected: dict[str, float] = dataclasses.field(default_factory=dict)  # scale -> seconds
+    expected: dict[str, float] = field(default_factory=dict)  # scale -> seconds
     always: bool = False  # whether it runs even if unchanged: it reads results of any scale
 
     @property
@@ -38,9 +40,10 @@ class Notebook:
         return self.name[:2]
 
     @property
-    def after(self) -> str:
-        """The highest number among it and those it depends on."""
-        return max([self.number, *self.depends])
+    def order(self) -> tuple[str, bool]:
+        """Its own number, or just after the last of those that it depends on: 00 runs after 04."""
+        last = max([self.number, *self.depends])
+        return last, self.number != last
 
     @property
     def source_checksum(self) -> str:
@@ -48,86 +51,89 @@ class Notebook:
 
 
 def load_notebook(path: Path) -> Notebook:
-    """Read one notebook. Raises ReproduceError unless it has exactly one parameters cell, of literals only."""
+    """Returns one notebook.
+
+    Raises:
+        ReproduceError: it is none, or has not exactly one cell of parameters, all of them literals.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        cells = [
-            (c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", []))
-            for c in content["cells"]
-        ]
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in content["cells"]]
+        tags = [cell["metadata"].get("tags", []) for cell in content["cells"]]
     except (OSError, ValueError, KeyError) as error:
-        raise ReproduceError(
-            f"{path} is not a notebook ({type(error).__name__}: {error})"
-        ) from None
-    tagged = [
-        i for i, (kind, _, tags) in enumerate(cells) if kind == "code" and "parameters" in tags
-    ]
-    if len(tagged) != 1:
-        raise ReproduceError(
-            f"{path} has {len(tagged)} cells tagged 'parameters', expected exactly one"
-        )
-    about = content["metadata"].get("btnet", {})
+        what = f"{type(error).__name__}: {error}"
+        raise ReproduceError(f"{path} is not a notebook ({what})") from None
+    if (count := sum("parameters" in tag for tag in tags)) != 1:
+        raise ReproduceError(f"{path}: {count} cells are tagged 'parameters', expected one")
+    try:
+        inferred = inspect_notebook(str(path))
+    except ValueError as error:  # it names no kernel
+        raise ReproduceError(f"{path}: {error}") from None
+    parameters = {}
+    for name, about in inferred.items():
+        try:
+            parameters[name] = ast.literal_eval(about["default"])
+        except (ValueError, SyntaxError):
+            got = f"{name} = {about['default']}"
+            raise ReproduceError(f"{path}: parameters are 'name = literal', got {got!r}") from None
+    own = content["metadata"].get("btnet", {})
     return Notebook(
         path=path,
-        cells=[(kind, source) for kind, source, _ in cells],
-        parameters=_literals(cells[tagged[0]][1], path),
-        parameters_cell=tagged[0] + 1,
-        depends=tuple(about.get("depends", ())),
-        expected=about.get("seconds", {}),
-        always=about.get("always", False),
+        cells=cells,
+        parameters=parameters,
+        depends=tuple(own.get("depends", ())),
+        expected=own.get("seconds", {}),
+        always=own.get("always", False),
     )
 
 
 def load_notebooks(folder: str | Path | None = None) -> list[Notebook]:
-    """The notebooks NN_*.ipynb of `folder`; by default of ./notebooks or of the repository.
+    """Returns the notebooks NN_*.ipynb of ``folder``, ordered so that each follows what it needs.
 
-    In the order of their numbers, but after those that they depend on: the tour, 00, runs once there is a network.
+    Without ``folder`` they are those of ./notebooks, else of the repository.
     """
     places = [Path(folder)] if folder else [Path("notebooks"), PACKAGE.parent / "notebooks"]
     for place in places:
         if found := sorted(place.resolve().glob("[0-9][0-9]_*.ipynb")):
-            return sorted(
-                map(load_notebook, found),
-                key=lambda notebook: (notebook.after, notebook.number != notebook.after),
-            )
+            return sorted(map(load_notebook, found), key=lambda notebook: notebook.order)
     where = " nor ".join(str(place.resolve()) for place in places)
-    raise ReproduceError(
-        f"no notebooks NN_name.ipynb in {where}: call it from a copy of the repository"
-    )
+    raise ReproduceError(f"no notebooks NN_name.ipynb in {where}: call it from the repository")
 
 
 def select(notebooks: list[Notebook], only: Sequence[str]) -> list[Notebook]:
-    """Those named in `only`, by number ("1" or "01") or name; all when it is empty."""
+    """Returns those named in ``only``, by number ("1" or "01") or name; all when it is empty."""
     wanted = {entry.strip().removesuffix(".ipynb") for entry in only if entry.strip()}
     wanted = {entry.zfill(2) if entry.isdigit() else entry for entry in wanted}
-    if unknown := wanted - {key for n in notebooks for key in (n.name, n.number)}:
-        known = ", ".join(n.name for n in notebooks)
-        raise ReproduceError(f"no notebook {', '.join(sorted(unknown))}; there are {known}")
-    return [n for n in notebooks if not wanted or wanted & {n.name, n.number}]
+    known = {key for notebook in notebooks for key in (notebook.name, notebook.number)}
+    if unknown := wanted - known:
+        listing = ", ".join(notebook.name for notebook in notebooks)
+        raise ReproduceError(f"no notebook {', '.join(sorted(unknown))}; there are {listing}")
+    return [one for one in notebooks if not wanted or wanted & {one.name, one.number}]
 
 
 def assign(
     notebooks: list[Notebook], given: dict[str, Any], *, optional: Sequence[str] = ()
-) -> dict[str, dict]:
-    """For each notebook, the given values that it knows, as its own types.
+) -> dict[str, dict[str, Any]]:
+    """Returns for each notebook the given values that it knows, as the types of its defaults.
 
-    Raises ReproduceError, listing the known ones, for a parameter that no notebook knows (those in `optional`
-    apart) and for a value of another type than the default.
+    Raises:
+        ReproduceError: no notebook knows a name (but those in ``optional``), or a value is of
+            another type than the default; the message lists the known ones.
     """
-    known = {name: default for n in notebooks for name, default in n.parameters.items()}
+    known = {name: default for one in notebooks for name, default in one.parameters.items()}
     listing = ", ".join(
-        f"{name} ({_type(value)}, default {value!r})" for name, value in sorted(known.items())
+        f"{name} ({_type(default)}, default {default!r})" for name, default in sorted(known.items())
     )
     if unknown := [name for name in given if name not in known and name not in optional]:
-        raise ReproduceError(
-            f"unknown parameter {', '.join(unknown)}; the selected notebooks know: {listing}"
-        )
+        names = ", ".join(unknown)
+        raise ReproduceError(f"unknown parameter {names}; the selected notebooks know: {listing}")
     assigned: dict[str, dict[str, Any]] = {}
     for notebook in notebooks:
-        mine = {name: value for name, value in given.items() if name in notebook.parameters}
         try:
             assigned[notebook.name] = {
-                k: convert(v, notebook.parameters[k], k) for k, v in mine.items()
+                name: convert(value, notebook.parameters[name], name)
+                for name, value in given.items()
+                if name in notebook.parameters
             }
         except ReproduceError as error:
             raise ReproduceError(f"{error}; {notebook.path.name} knows: {listing}") from None
@@ -135,98 +141,34 @@ def assign(
 
 
 def convert(value: Any, default: Any, name: str) -> Any:
-    """`value`, or the command-line text of one, as the type of `default` (None takes any literal)."""
+    """Returns ``value``, or the text of one as on a command line, as the type of ``default``."""
     wrong = ReproduceError(f"parameter {name} is {value!r}, expected {_type(default)}")
-    if isinstance(default, str):
-        if isinstance(value, str):
-            return value
-        raise wrong
-    if isinstance(value, str):
+    if isinstance(value, str) and not isinstance(default, str):
+        spelt = {"true": "True", "false": "False", "none": "None"}.get(value.lower(), value)
         try:
-            value = ast.literal_eval(
-                {"true": "True", "false": "False", "none": "None"}.get(value.lower(), value)
-            )
+            value = ast.literal_eval(spelt)
         except (ValueError, SyntaxError):
             if default is not None:
                 raise wrong from None
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if type(default) is float and type(value) is int:
+        return float(value)
     if isinstance(default, list | tuple) and isinstance(value, list | tuple):
-        value = type(default)(value)
+        return type(default)(value)
     if default is not None and type(value) is not type(default):
         raise wrong
     return value
-
-
-def _literals(source: str, path: Path) -> dict[str, Any]:
-    values = {}
-    for statement in ast.parse(source).body:
-        target = (
-            getattr(statement, "target", None) or (getattr(statement, "targets", None) or [None])[0]
-        )
-        try:
-            values[target.id] = ast.literal_eval(statement.value)  # type: ignore[attr-defined]
-        except (AttributeError, ValueError):
-            line = ast.unparse(statement)
-            raise ReproduceError(
-                f"{path}: parameters may only be 'name = literal', got {line!r}"
-            ) from None
-    return values
 
 
 def _type(value: Any) -> str:
     return "any literal" if value is None else type(value).__name__
 
 
-def explain(error: Any, notebook: Notebook, cell: int) -> str:
-    """What papermill raised, with its place: cell (counted from 1 in the source notebook), line, source line."""
-    where = f"{notebook.path.name}, cell {cell} of {len(notebook.cells)}"
-    if not hasattr(
-        error, "traceback"
-    ):  # no exception in a cell: the kernel died, the disk is full, ...
-        return f"{where}: {type(error).__name__}: {error}"
-    trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
-    lines = [
-        int(number) for number in re.findall(r"^\s*Cell In\[\d+\], line (\d+)", trace, re.M)
-    ] or [1]
-    message = f"{where}, line {lines[0]}: {error.ename}: {error.evalue}"
-    message += "".join(
-        f"\n    {text.strip()}"
-        for text in error.source.lstrip("\n").splitlines()[lines[0] - 1 : lines[0]]
-    )
-    inner = re.findall(r"^File (\S+:\d+), in (\w+)", trace, re.M)
-    return message + (f"\n    raised in {inner[-1][0]}, {inner[-1][1]}" if inner else "")
-
-
 def code_checksum() -> str:
-    """A checksum of this package that comments and layout do not change; what only reports results does not count."""
+    """Returns a checksum of the code that decides results; comments and layout do not change it."""
     digest = hashlib.sha256()
-    for path in sorted(path for name in PACKAGES for path in (PACKAGE.parent / name).rglob("*")):
-        if path.suffix == ".py" and path.name not in (
-            "cli.py",
-            "__main__.py",
-            "report.py",
-            "claims.py",
-            "records.py",
-            "tables.py",
-        ):
+    for path in sorted(file for name in PACKAGES for file in (PACKAGE.parent / name).rglob("*")):
+        if path.suffix == ".py" and path.name not in SHOWS:
             digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
         elif path.suffix == ".json":
             digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def data_checksum(scale: str) -> str:
-    """A checksum of the data that a scale names: of the specs, which decide synthetic faces, and of the files."""
-    from btnet_core.data.sources import paths_of, spec_text
-    from btnet_core.files import checksum, find
-    from btnet_paper.scales import get_scale
-
-    plan, digest = get_scale(scale), hashlib.sha256()
-    for spec in (plan.faces, *plan.pairs, plan.others, plan.pretrained):
-        places = [find(path) for path in paths_of(spec) if path]
-        files = [
-            f for p in places for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()
-        ]
-        digest.update(f"{spec_text(spec)} {checksum(files)}\n".encode())
     return digest.hexdigest()

@@ -25,8 +25,8 @@ from btnet_core.errors import DataError, ReproduceError
 from btnet_core.files import write_atomically
 from btnet_paper import claims, published, records, results, tables
 from btnet_paper.notebooks import load_notebooks
-from btnet_paper.runner import State
 from btnet_paper.scales import get_scale
+from btnet_paper.state import State
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SHOWN = [
@@ -46,33 +46,23 @@ def report(
     out: str | Path | None = None,
     notebooks: str | Path | None = None,
 ) -> Path:
-    """Write the report of `runs/<scale>`, by default to its report.html; return the path.
+    """Writes the report of ``runs/<scale>``, by default to its report.html, and returns the path.
 
-    `notebooks`: folder of the source notebooks (default: the repository's), of which those not run are named as missing.
-    Raises ReproduceError where nothing has been run, and DataError naming a result, notebook or figure that is
-    damaged, or missing although the run's state lists it.
+    ``notebooks`` is the folder of the source notebooks (default: the repository's), of which those
+    not run are named as missing.
+
+    Raises:
+        ReproduceError: nothing has been run.
+        DataError: a result, notebook or figure is damaged, or lacks although the state lists it.
     """
     run_dir = (Path(runs) / scale).resolve()
     state = State(run_dir).notebooks
     executed = {path.stem: _read(path) for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
     if not executed:
-        raise ReproduceError(
-            f"no notebooks in {run_dir / 'notebooks'}: run btnet reproduce --scale {scale} first"
-        )
-    for name in (name for entry in state.values() for name in entry.get("outputs", ())):
-        if not name.startswith("models/") and not (run_dir / name).is_file():
-            raise DataError(
-                f"{run_dir / name} is missing although its notebook has run; run it again with --fresh"
-            )
+        place = run_dir / "notebooks"
+        raise ReproduceError(f"no notebooks in {place}: run btnet reproduce --scale {scale} first")
+    _check_outputs(run_dir, state)
     ran = _ran(scale, executed, notebooks)
-    document = nbformat.v4.new_notebook(
-        metadata={"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
-    )
-    document.cells = [
-        cell
-        for stem, line in ran.items()
-        for cell in _cells(stem, executed.get(stem), line["state"])
-    ]
     resources = {
         "metadata": {"path": str(run_dir), "name": f"BTNet, reproduced: scale {scale}"},
         "scale": scale,
@@ -84,15 +74,30 @@ def report(
         "ran": list(ran),
         "toc": [],  # filled by Renderer
     }
-    body, _ = Exporter().from_notebook_node(document, resources)
-    for folder in (
-        f"{results.ROOT}{os.sep}",
-        f"{run_dir.parent.parent}{os.sep}",
-    ):  # no path of one machine
-        body = body.replace(folder, "")
+    body, _ = Exporter().from_notebook_node(_document(executed, ran), resources)
+    for folder in (results.ROOT, run_dir.parent.parent):  # no path of one machine
+        body = body.replace(f"{folder}{os.sep}", "")
     path = Path(out) if out else run_dir / "report.html"
-    write_atomically(path, body.encode())
+    write_atomically(path, body)
     return path
+
+
+def _check_outputs(run_dir: Path, state: dict[str, Any]) -> None:
+    """Raises DataError where a result or figure that the state lists is not there any more."""
+    for entry in state.values():
+        for name in entry.get("outputs", ()):
+            if not name.startswith("models/") and not (run_dir / name).is_file():
+                what = "is missing although its notebook has run; run it again with --fresh"
+                raise DataError(f"{run_dir / name} {what}")
+
+
+def _document(executed: dict[str, Any], ran: dict[str, dict[str, Any]]) -> Any:
+    """Returns one notebook with the cells of all."""
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    document = nbformat.v4.new_notebook(metadata={"language_info": language})
+    for stem, line in ran.items():
+        document.cells += _cells(stem, executed.get(stem), line["state"])
+    return document
 
 
 class Renderer(IPythonRenderer):

@@ -1,45 +1,48 @@
-"""Run the notebooks in order through papermill, not repeating those whose inputs have not changed.
+"""Runs the notebooks in order through papermill, not repeating those whose inputs have not changed.
 
-`runs/<scale>/` receives the executed notebooks, logs, results (JSON), figures and `state.json`: what each notebook
-was last run with. It is written after every notebook, so that an interrupted run goes on where it was.
+``runs/<scale>/`` receives the executed notebooks, logs, results (JSON), figures and ``state.json``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from btnet_core.errors import ReproduceError
-from btnet_core.files import lock, write_atomically
+import papermill
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
+from nbconvert.filters import strip_ansi
+from papermill.exceptions import PapermillExecutionError
+
+from btnet_core.errors import BusyError, ReproduceError
+from btnet_core.files import lock
 from btnet_paper import results
+from btnet_paper.needs import data_checksum
 from btnet_paper.notebooks import (
+    PACKAGE,
     Notebook,
     assign,
     code_checksum,
-    data_checksum,
-    explain,
     load_notebooks,
     select,
 )
+from btnet_paper.state import State
 
-PACKAGE = Path(__file__).parent
-GRACE = 30.0  # seconds an interrupted cell has to stop by itself, e.g. to write a checkpoint
-KEPT = (
-    "results",
-    "figures",
-    "models",
-)  # folders of a run whose files count as a notebook's outputs
+GRACE = 30.0  # seconds that an interrupted cell has to stop by itself, e.g. to write a checkpoint
+KEPT = ("results", "figures", "models")  # folders of a run whose files are a notebook's outputs
+LOG = logging.getLogger("btnet.kernel")
+LOG.setLevel(logging.ERROR)  # its warnings are of no use to a reader
+ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # tags of cells that papermill adds
+OWN = ("scale", "run_dir", "device")  # parameters that options of the command give
 
 
 def reproduce(
@@ -53,292 +56,159 @@ def reproduce(
     notebooks: str | Path | None = None,
     data: str | None = None,
 ) -> Path:
-    """Run the notebooks of the folder `notebooks` (default: the repository's) in order; return `runs/<scale>`.
+    """Runs the notebooks of a folder (default: the repository's) in order; returns ``runs/<scale>``.
 
-    `only`: numbers or names, default all. `parameters`: values, or text as on a command line, for the selected
-    notebooks that know them. `resume=False` repeats unchanged ones, training included. `data`: checksum of the
-    data, by default of what the scale uses. Raises ReproduceError before anything runs for an unknown notebook or parameter and
-    for a run folder in use, and later for a failed notebook. KeyboardInterrupt leaves a state that resumes.
+    Args:
+        only: numbers or names; default all.
+        parameters: values, or text as on a command line, for the notebooks that know them.
+        resume: False repeats unchanged ones, too, training included.
+        data: checksum of the data; by default of what the scale uses.
+
+    Raises:
+        ReproduceError: before anything runs an unknown notebook or parameter, or a run folder in
+            use; later a notebook that failed.
+        KeyboardInterrupt: it leaves a state from which the same command goes on.
     """
     chosen = select(load_notebooks(notebooks), only)
-    if wrong := {"scale", "run_dir", "device"} & set(parameters or {}):
-        raise ReproduceError(
-            f"{', '.join(sorted(wrong))} cannot be a -p parameter: use --scale, --runs, --device"
-        )
+    if wrong := set(OWN) & set(parameters or {}):
+        names = ", ".join(sorted(wrong))
+        raise ReproduceError(f"{names} cannot be a -p parameter: use --scale, --runs, --device")
     if device and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ReproduceError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")
     given = {"scale": scale} | ({"device": device} if device else {}) | (parameters or {})
     values = assign(chosen, given, optional=("scale", "device"))
-    data = data_checksum(scale) if data is None else data
-    run_dir, code, began, ran = (Path(runs) / scale).resolve(), code_checksum(), time.time(), 0
-    with lock(run_dir):
+    depends_on = [code_checksum(), data_checksum(scale) if data is None else data]
+    run_dir, began, ran = (Path(runs) / scale).resolve(), time.time(), 0
+    with _hold(run_dir):
         state = State(run_dir)
         for number, notebook in enumerate(chosen, 1):
-            inputs = [
-                notebook.source_checksum,
-                values[notebook.name],
-                code,
-                data,
-                state.prints(notebook.depends),
-            ]
-            print_ = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-            expected = state.seconds(notebook.name) or notebook.expected.get(scale)
-            line = Progress(
-                f"[{number}/{len(chosen)}] {notebook.name}", expected, len(notebook.cells)
-            )
-            if resume and not notebook.always and state.is_current(notebook, print_):
-                line.end(f"unchanged, not run again (it took {clock(expected or 0)})")
-            else:
-                _run_one(notebook, values[notebook.name], print_, state, line, fresh=not resume)
-                ran += 1
-    print(
-        f"Scale {scale}: {ran} run, {len(chosen) - ran} unchanged, in {clock(time.time() - began)}. Results:"
-    )
+            inputs = [notebook.source_checksum, values[notebook.name], *depends_on]
+            inputs.append(state.fingerprints(notebook.depends))
+            fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+            took = state.seconds(notebook.name) or notebook.expected.get(scale)
+            title = f"[{number}/{len(chosen)}] {notebook.name}"
+            if resume and not notebook.always and state.is_current(notebook.name, fingerprint):
+                print(f"{title}: unchanged, not run again (it took {clock(took or 0)})")
+                continue
+            print(f"{title}: of about {clock(took)}" if took else title, flush=True)
+            entry = _run_one(notebook, values[notebook.name], state, fresh=not resume)
+            state.finish(notebook.name, entry | {"fingerprint": fingerprint})
+            print(f"{title}: done in {clock(entry['seconds'])}", flush=True)
+            ran += 1
+    unchanged = len(chosen) - ran
+    print(f"Scale {scale}: {ran} run, {unchanged} unchanged, in {clock(time.time() - began)}.")
     for folder in ("results", "figures", "notebooks", "logs"):
         print(f"  {folder:<10}{run_dir / folder}")
-    print(f"  {'report':<10}{_report(scale, runs, notebooks)}")
     return run_dir
 
 
-def _report(scale: str, runs: str | Path, notebooks: str | Path | None) -> str:
-    """The path of the report, made now; without it the run is as good, so that a failure is only told."""
+@contextmanager
+def _hold(run_dir: Path) -> Iterator[None]:
+    """The one lock of a run folder."""
     try:
-        from btnet_paper.report import report
-
-        return str(report(scale, runs=runs, notebooks=notebooks))
-    except Exception as error:
-        again = f"btnet report --scale {scale} --runs {runs}"
-        return f"not made ({type(error).__name__}: {error}); the results are complete, once mended: {again}"
+        with lock(run_dir):
+            yield
+    except BusyError as error:
+        raise ReproduceError(f"{run_dir} is in use by another run: {error}") from None
 
 
 def _run_one(
-    notebook: Notebook,
-    values: dict[str, Any],
-    print_: str,
-    state: State,
-    line: Progress,
-    *,
-    fresh: bool,
-) -> None:
+    notebook: Notebook, values: dict[str, Any], state: State, *, fresh: bool
+) -> dict[str, Any]:
+    """Runs one notebook and returns what the state keeps of it, without the fingerprint."""
     run_dir, log = state.run_dir, state.run_dir / "logs" / f"{notebook.name}.log"
+    executed = run_dir / "notebooks" / notebook.path.name
     for folder in (*KEPT, "notebooks", "logs"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    log.unlink(missing_ok=True)
-    state.forget(notebook.name)  # what an earlier run of it left is overwritten from here on
+    state.forget(notebook.name)
     before, began = _outputs(run_dir), time.time()
-    injected = values | ({"run_dir": str(run_dir)} if "run_dir" in notebook.parameters else {})
-    again = f"the same command {'without --fresh ' if fresh else ''}goes on from {notebook.name}"
+    known = {"run_dir": str(run_dir)} if "run_dir" in notebook.parameters else {}
+    again = f"the same command {'without --fresh ' * fresh}goes on from {notebook.name}"
     try:
-        execute(
-            notebook, run_dir / "notebooks" / notebook.path.name, injected, log, line, fresh=fresh
-        )
+        execute(notebook, executed, values | known, log, fresh=fresh)
     except KeyboardInterrupt:
-        line.end(f"interrupted after {clock(time.time() - began)}; {again}")
+        print(f"{notebook.name}: interrupted after {clock(time.time() - began)}; {again}")
         raise
     except Exception as error:
-        line.end(f"FAILED after {clock(time.time() - began)}")
-        message = f"{explain(error, notebook, line.cell)}\n  log: {log}\n  once mended, {again}"
+        message = f"{explain(error, notebook, executed)}\n  log: {log}\n  once mended, {again}"
         raise ReproduceError(message) from error
-    seconds = round(time.time() - began, 1)
     made = sorted(name for name, stamp in _outputs(run_dir).items() if before.get(name) != stamp)
-    about = {
-        "notebook": notebook.name,
-        "parameters": values,
-        "commit": results.commit(),
-        "seconds": seconds,
-    }
+    about = {"notebook": notebook.name, "parameters": values, "commit": results.commit()}
+    about["seconds"] = round(time.time() - began, 1)
     figures = [Path(name).stem for name in made if re.fullmatch(r"figures/[^/]+\.png", name)]
     results.update_manifest(run_dir, dict.fromkeys(figures, about))
-    state.finish(notebook.name, about | {"fingerprint": print_, "outputs": made})
-    line.end(f"done in {clock(seconds)}")
+    return about | {"outputs": made}
 
 
 def execute(
-    notebook: Notebook,
-    output: Path,
-    values: dict[str, Any],
-    log: Path,
-    line: Progress,
-    *,
-    fresh: bool = False,
+    notebook: Notebook, output: Path, values: dict[str, Any], log: Path, *, fresh: bool = False
 ) -> None:
-    """Run one notebook by papermill in a kernel of this very Python; what it prints goes to `log`.
+    """Runs one notebook in a kernel of this very Python; what it prints goes to ``log``.
 
-    `fresh` sets BTNET_FRESH=1 there, on which training starts over instead of returning what is finished.
-
-    papermill works in a thread, so that this one can show progress and pass Ctrl-C on to the cell that runs.
+    ``fresh`` sets BTNET_FRESH=1 there, on which training starts over.
     """
-    import papermill
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    env = {
-        "PYTHONPATH": path,
-        "BTNET_REPRODUCE": "1",
-        "TQDM_MININTERVAL": "30",
-        "BTNET_FRESH": str(int(fresh)),
-    }
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    kernels: list[Any] = []
-    failures: list[BaseException] = []
-
-    class ThisPython(AsyncKernelManager):
-        kernel_spec = KernelSpec(argv=command, env=env, display_name="Python 3", language="python")
-
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            kernels.append(self)
-
-        async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
-            with open(
-                log, "ab"
-            ) as errors:  # what does not go through Jupyter: warnings at start, a crash
-                await super()._async_launch_kernel(kernel_cmd, **options | {"stderr": errors})
-
-    def work() -> None:
-        options = {
-            "kernel_name": "python3",
-            "language": "python",
-            "kernel_manager_class": ThisPython,
-        }
-        options |= {"cwd": str(notebook.path.parent), "progress_bar": False, "log_output": True}
-        try:
-            papermill.execute_notebook(str(notebook.path), str(output), values, **options)
-        except BaseException as error:
-            failures.append(error)
-
-    with _logging_to(log, line, notebook.parameters_cell if values else len(notebook.cells)):
-        _attend(threading.Thread(target=work, daemon=True), kernels, line)
-    if failures:
-        raise failures[0]
-
-
-def _attend(thread: threading.Thread, kernels: list[Any], line: Progress) -> None:
-    """Wait for `thread`. Ctrl-C interrupts the running cell; the kernel is killed if that does not stop it."""
-    thread.start()
-    asked, deadline, cell = 0, 0.0, 0
-    while thread.is_alive():
-        try:
-            thread.join(0.1)
-            line.tick()
-            if not asked or (time.time() < deadline and line.cell == cell):
-                continue
-            asked += 1  # the grace is over, or the notebook went on to its next cell
-        except KeyboardInterrupt:
-            asked += 1
-            deadline, cell = time.time() + GRACE, line.cell
-        process = kernels[0].provisioner.process if kernels and kernels[0].provisioner else None
-        if process is not None and os.name == "posix":
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT if asked == 1 else signal.SIGKILL)
-        elif process is not None:
-            process.terminate()
-        if process is None or asked > 1:
-            thread.join(10)
-            break
-    if asked:
-        raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _logging_to(log: Path, line: Progress, injected_after: int) -> Iterator[None]:
-    logger, handler = logging.getLogger("papermill"), logging.FileHandler(log, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-
-    def watch(entry: logging.LogRecord) -> bool:
-        if started := re.match(r"Executing Cell (\d+)-", entry.getMessage()):
-            line.cell = int(started[1]) - (int(started[1]) > injected_after)
-        return True
-
-    handler.addFilter(watch)
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    os.environ |= {"PYTHONPATH": path, "BTNET_REPRODUCE": "1", "BTNET_FRESH": str(int(fresh))}
+    os.environ |= {"TQDM_MININTERVAL": "30"}
+    # without folders of specs "python3" is ipykernel's own, whose command is sys.executable
+    kernel = AsyncKernelManager(
+        kernel_name="python3",
+        kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
+        transport="ipc" if os.name == "posix" else "tcp",
+        log=LOG,
+        shutdown_wait_time=2 * GRACE,  # half of it before the kernel is terminated
+    )
     try:
-        yield
+        with open(log, "w", encoding="utf-8") as sink:
+            papermill.execute_notebook(
+                notebook.path,
+                output,
+                values,
+                kernel_name="python3",
+                language="python",
+                km=kernel,
+                cwd=notebook.path.parent,
+                stdout_file=sink,
+                stderr_file=sink,
+            )
+    except KeyboardInterrupt:
+        if kernel.has_kernel:
+            run_sync(kernel.interrupt_kernel)()
+        raise
     finally:
-        logger.removeHandler(handler)
-        handler.close()
+        if kernel.has_kernel:
+            run_sync(kernel.shutdown_kernel)()
 
 
-class Progress:
-    """One line about a running notebook: rewritten each second in a terminal, repeated each minute elsewhere."""
+def explain(error: Exception, notebook: Notebook, executed: Path) -> str:
+    """Returns an error with its place: the cell, counted from 1 in the source notebook."""
+    where = f"{notebook.path.name}, cell {_reached(executed)} of {len(notebook.cells)}"
+    if not isinstance(error, PapermillExecutionError):  # the kernel died, the disk is full, ...
+        return f"{where}: {type(error).__name__}: {error}"
+    trace = strip_ansi("\n".join(error.traceback)).splitlines()
+    return "\n    ".join([f"{where}: {error.ename}: {error.evalue}", *trace[-12:]])
 
-    def __init__(self, title: str, expected: float | None, cells: int) -> None:
-        self.title, self.cells, self.cell = title, cells, 0
-        self.expected = f"of about {clock(expected)}" if expected else "(expected time unknown)"
-        self.terminal, self.began, self.shown = sys.stdout.isatty(), time.time(), -1e9
 
-    def tick(self) -> None:
-        now = time.time()
-        if now - self.shown >= (1 if self.terminal else 60):
-            self.shown = now
-            text = f"cell {self.cell}/{self.cells}, {clock(now - self.began)} {self.expected}"
-            self.end(text, "" if self.terminal else "\n")
-
-    def end(self, text: str, end: str = "\n") -> None:
-        print(
-            f"\r\033[K{self.title}: {text}" if self.terminal else f"{self.title}: {text}",
-            end=end,
-            flush=True,
-        )
+def _reached(executed: Path) -> int:
+    """Returns the last cell that was started; those that papermill adds do not count."""
+    cells = json.loads(executed.read_text("utf-8"))["cells"] if executed.is_file() else []
+    about = [cell["metadata"] for cell in cells]
+    started = [i for i, one in enumerate(about) if one.get("papermill", {}).get("start_time")]
+    last = max(started, default=0)
+    added = [one for one in about[:last] if ADDED & set(one.get("tags", ()))]
+    return last + 1 - len(added)
 
 
 def clock(seconds: float) -> str:
-    """A duration as m:ss or h:mm:ss."""
+    """Returns a duration as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-    )
-
-
-class State:
-    """`state.json` of a run folder: for each finished notebook its fingerprint, duration and outputs."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.path = run_dir, run_dir / "state.json"
-        try:
-            self.notebooks: dict[str, dict[str, Any]] = json.loads(self.path.read_text())
-        except FileNotFoundError:
-            self.notebooks = {}
-        except ValueError as error:
-            raise ReproduceError(
-                f"{self.path} is damaged ({error}); delete it to run everything again"
-            ) from None
-
-    def seconds(self, name: str) -> float | None:
-        return self.notebooks.get(name, {}).get("seconds")
-
-    def prints(self, depends: Sequence[str]) -> dict[str, str | None]:
-        """The fingerprints that the outputs of other notebooks were made with."""
-        found = {name: entry.get("fingerprint") for name, entry in self.notebooks.items()}
-        return {
-            key: next((p for n, p in found.items() if n.startswith(key)), None) for key in depends
-        }
-
-    def is_current(self, notebook: Notebook, print_: str) -> bool:
-        entry = self.notebooks.get(notebook.name, {})
-        files = [f"notebooks/{notebook.path.name}", *entry.get("outputs", ())]
-        return entry.get("fingerprint") == print_ and all(
-            (self.run_dir / file).is_file() for file in files
-        )
-
-    def forget(self, name: str) -> None:
-        if self.notebooks.get(name, {}).pop("fingerprint", None):
-            self.finish(name, self.notebooks[name])
-
-    def finish(self, name: str, entry: dict[str, Any]) -> None:
-        self.notebooks[name] = entry
-        write_atomically(self.path, json.dumps(self.notebooks, indent=1).encode() + b"\n")
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _outputs(run_dir: Path) -> dict[str, tuple[int, int]]:
+    """Returns (time, size) of every file in KEPT, by its path in the run."""
     files = [path for folder in KEPT for path in (run_dir / folder).rglob("*") if path.is_file()]
-    files = [
-        path for path in files if path.name != "manifest.json" and not path.name.startswith(".")
-    ]
-    return {
-        path.relative_to(run_dir).as_posix(): (path.stat().st_mtime_ns, path.stat().st_size)
-        for path in files
-    }
+    kept = [path for path in files if path.name != "manifest.json" and path.name[0] != "."]
+    stats = {path.relative_to(run_dir).as_posix(): path.stat() for path in kept}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}

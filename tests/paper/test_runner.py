@@ -15,7 +15,8 @@ import pytest
 
 from btnet_core.errors import ReproduceError
 from btnet_paper import scales
-from btnet_paper.notebooks import code_checksum, convert, data_checksum
+from btnet_paper.needs import data_checksum
+from btnet_paper.notebooks import code_checksum, convert
 from btnet_paper.runner import reproduce
 
 COUNT = """
@@ -77,8 +78,7 @@ def test_order_outputs_and_skipping_what_is_unchanged(
     assert (place / "runs/demo/logs/01_first.log").is_file()
     told = capsys.readouterr().out
     assert "[1/2] 01_first" in told
-    assert str(place / "runs/demo/report.html") in told
-    assert (place / "runs/demo/report.html").is_file()
+    assert str(place / "runs/demo/results") in told
     write(place / "nb", "03_sums_up", always=True)
     assert run(place)[2:] == ["03_sums_up 1 demo"]
     assert "unchanged" in capsys.readouterr().out
@@ -222,10 +222,16 @@ def test_values_of_another_type_are_refused(text: object, default: object) -> No
         convert(text, default, "p")
 
 
-def test_kernel_is_this_python_with_this_package_and_knows_of_fresh(place: Path) -> None:
+def test_kernel_is_this_python_with_this_package_and_knows_of_fresh(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = place / "jupyter/kernels/python3/kernel.json"
+    other.parent.mkdir(parents=True)
+    other.write_text('{"argv": ["false"], "display_name": "another", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(place / "jupyter"))
     source = (
-        "import os, sys, btnet_core\nfrom pathlib import Path\n"
-        "seen = [sys.executable, btnet_core.__file__, os.environ['BTNET_FRESH'], os.getcwd()]\n"
+        "import os, sys, btnet_paper\nfrom pathlib import Path\n"
+        "seen = [sys.executable, btnet_paper.__file__, os.environ['BTNET_FRESH'], os.getcwd()]\n"
         "Path(run_dir, 'log.txt').write_text('\\n'.join(seen))"
     )
     write(place / "nb", "01_first", source)
@@ -273,12 +279,18 @@ def test_a_run_that_was_killed_leaves_no_lock(place: Path) -> None:
 def test_code_checksum_ignores_comments_but_not_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("btnet_paper.notebooks.PACKAGE", tmp_path)
+    monkeypatch.setattr("btnet_paper.notebooks.PACKAGE", tmp_path / "btnet_paper")
+    (tmp_path / "btnet_core").mkdir()
     seen = []
     for source in ("x = 1", "x  =  1  # one", "x = 2"):
-        (tmp_path / "a.py").write_text(source)
+        (tmp_path / "btnet_core" / "a.py").write_text(source)
         seen.append(code_checksum())
     assert seen[0] == seen[1] != seen[2]
+    (tmp_path / "btnet_paper").mkdir()
+    (tmp_path / "btnet_paper" / "report.py").write_text("shows = 1")
+    assert code_checksum() == seen[2]
+    (tmp_path / "btnet_paper" / "plans.py").write_text("decides = 1")
+    assert code_checksum() != seen[2]
 
 
 def test_data_checksum_follows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,3 +302,14 @@ def test_data_checksum_follows_the_files(tmp_path: Path, monkeypatch: pytest.Mon
         seen.append(data_checksum("lfw"))
     assert len(set(seen)) == 4
     assert data_checksum("demo") == seen[1]
+
+
+def test_data_checksum_follows_the_page_but_not_its_prose(tmp_path: Path) -> None:
+    page, seen = tmp_path / "toy.yaml", []
+    text = "claim: A toy.\nfaces: f\npairs: []\nothers: o\nbackbone: {name: iresnet18}\n"
+    for change in ("", "# a comment\n", "hr: {epochs: 2}\n", "hr: {epochs: 3}\n"):
+        page.write_text(text + change)
+        seen.append(data_checksum(str(page)))
+    page.write_text(text.replace("A toy.", "Another sentence."))
+    assert data_checksum(str(page)) == seen[0] == seen[1]
+    assert len(set(seen)) == 3

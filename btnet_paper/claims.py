@@ -57,6 +57,29 @@ def verdict(leads: Leads) -> str | None:
     return f"{holds} of {len(leads)} ({span})"
 
 
+def told(long: pd.DataFrame, where: str) -> str:
+    """Markdown: each claim about ``where`` ("Table 1"), and whether the numbers show it as the paper's.
+
+    ``long`` holds the numbers of one source; a claim that they say nothing about is left out.
+    """
+    lines = []
+    for claim in CLAIMS:
+        ours = claim.check(long) if where in claim.section else {}
+        if ours:
+            theirs = claim.check(records.paper())
+            fails = {s: lead for s, lead in ours.items() if lead <= 0 < theirs.get(s, 1.0)}
+            lines.append(_told(claim, len(ours), fails))
+    return "\n".join(lines)
+
+
+def _told(claim: Claim, count: int, fails: Leads) -> str:
+    what = f"{claim.sentence} ({claim.section})"
+    if not fails:
+        return f"- **As in the paper:** {what}, {count} of {count}."
+    misses = ", ".join(f"by {-lead:.2f} at {setting}" for setting, lead in fails.items())
+    return f"- **Not as in the paper:** {what}, because {len(fails)} of {count} miss: {misses}."
+
+
 def coverage(found: Records) -> pd.DataFrame:
     """For each figure and table of the paper what each scale has recorded; None where nothing."""
     long = records.all_numbers(found)

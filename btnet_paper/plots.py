@@ -946,3 +946,21 @@ def inference(values: Mapping[str, Any]) -> Figure:
     for axes in (bars, ratio):
         axes.set_xticks(range(len(macs)), [f"{r} px" for r in macs])
     return figure
+
+
+@_paper_ready
+def pictures(strips: Mapping[str, Sequence[Any]], titles: Sequence[str] = ()) -> Figure:
+    """Faces ``(3, h, w)`` in [0, 255], a strip for each name; ``titles`` stand above the first."""
+    columns = max(len(strip) for strip in strips.values())
+    size = (PAGE, PAGE / columns * len(strips) + 0.25)
+    figure, grid = plt.subplots(len(strips), columns, figsize=size, squeeze=False)
+    for row, (name, strip) in enumerate(strips.items()):
+        for column, axes in enumerate(grid[row]):
+            if column >= len(strip):
+                axes.axis("off")
+                continue
+            title = str(titles[column]) if not row and column < len(titles) else ""
+            _show(axes, _picture(strip[column]), title)
+        grid[row, 0].set_ylabel(name, fontsize=7)
+    figure.set_layout_engine("constrained")
+    return figure

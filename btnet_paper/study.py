@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from IPython.display import Image, display
+from IPython.display import Image, Markdown, display
 
 from btnet_core.data.faces import FaceSet, open_faces
 from btnet_core.data.pairs import PairSet, open_pairs
 from btnet_core.device import resolve_device
 from btnet_core.files import checksum, find
+from btnet_core.images import Resize
 from btnet_core.models.backbone import load_backbone, save_backbone
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.launch import train_in_subprocess
 from btnet_core.training.progress import read_metrics
-from btnet_paper import figures, results
+from btnet_paper import claims, figures, records, results
 from btnet_paper.scales import Scale, get_scale
 
 
@@ -110,16 +111,18 @@ class Study:
         *,
         config: Any = None,
         data: Iterable[Any] = (),
-        kernel: str = "",
+        kernel: str = Resize().name,
         arrays: Mapping[str, Any] | None = None,
+        show: bool = True,
     ) -> dict[str, Any]:
-        """Writes ``results/NAME.json``, draws and shows its figures, and returns what was written.
+        """Writes ``results/NAME.json`` and its figures, and returns what was written.
 
         Args:
             config: options of what was measured; by default the configurations of the runs.
             data: sets with a ``checksum`` on which it was measured.
-            kernel: name of the resize.
+            kernel: name of the resize; "": there was none.
             arrays: small pictures of faces that may be shown, for figures.
+            show: whether the figures are shown here.
         """
         if config is None:
             config = {name: asdict(run) for name, run in self.configs.items()}
@@ -137,9 +140,15 @@ class Study:
             arrays=arrays,
         )
         made, _ = figures.remake(self.run_dir, self.name)
-        for name in made:
+        for name in made if show else ():
             display(Image(self.run_dir / "figures" / f"{name}.png", width=900, alt=name))
         return self.load()
+
+    def verdict(self, where: str, values: Mapping[str, Any]) -> Markdown:
+        """Returns whether ``values``, as recorded, show what the paper claims of e.g. "Table 1"."""
+        record = {"name": self.name, "scale": self.scale.name, "values": values}
+        told = claims.told(records.numbers(record), where)
+        return Markdown(told or f"{where}: no claim of the paper can be asked of these numbers.")
 
     def load(self, name: str = "") -> dict[str, Any]:
         """Returns the values recorded by this notebook, or by the one named."""

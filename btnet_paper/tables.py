@@ -1,6 +1,6 @@
 """Tables as people read them: any rows and columns as HTML in a notebook, or as Markdown in a page.
 
-In a notebook, ours and below them the paper's, in grey italics:
+In a notebook, each column of ours with the paper's beside it, in grey italics:
 
     tables.show({"phi_bt": {"14&14": 90.1}}, published.table("table1"), caption="scale demo")
     tables.show(DataFrame)                                       # of one's own, as it is
@@ -38,15 +38,24 @@ def frame(rows: Rows) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), index=list(rows), dtype=object)
 
 
-def show(ours: Rows, paper: Rows | None = None, *, caption: str = "", digits: int = 2) -> Styler:
-    """Ours and, in a block of its own, the paper's, as a notebook shows them.
+class Table(Styler):
+    """A table that a notebook shows as HTML, and a page of Markdown as Markdown."""
+
+    digits = 2
+
+    def _repr_markdown_(self) -> str:
+        return f"{self.caption}\n\n{markdown(self.data, digits=self.digits)}"
+
+
+def show(ours: Rows, paper: Rows | None = None, *, caption: str = "", digits: int = 2) -> Table:
+    """Ours and, beside each column, the paper's, as a notebook shows them.
 
     ``caption`` says what ours were measured on; floats have ``digits`` digits, what is missing
     is "–". Raises ConfigError where there is neither row nor column.
     """
     both = frame(ours)
     if paper is not None:
-        both = pd.concat({"ours": both, PAPER: frame(paper)})
+        both = _side_by_side(both, frame(paper))
     if both.empty and not len(both.columns):
         raise ConfigError("table: got no rows, expected at least one row with one column")
     return _style(both, caption, digits)
@@ -67,7 +76,7 @@ def wide(table: str, long: pd.DataFrame) -> pd.DataFrame:
     return result
 
 
-def beside(table: str, long: pd.DataFrame, caption: str = "") -> Styler:
+def beside(table: str, long: pd.DataFrame, caption: str = "") -> Table:
     """One of the paper's tables: a block for each source, the paper's last, and what was not run."""
     shown = wide(table, long)
     sources = shown.index.get_level_values(0)
@@ -86,7 +95,7 @@ def values(table: str, source: str, long: pd.DataFrame) -> pd.DataFrame:
 def markdown(rows: Rows, *, digits: int = 1) -> str:
     """A Markdown table; of a frame with (block, row) a bold line begins each block."""
     shown = frame(rows)
-    lines = [_line("", shown.columns), _line("---", ["---:"] * shown.shape[1])]
+    lines = [_line("", _flat(shown.columns)), _line("---", ["---:"] * shown.shape[1])]
     block = None
     for name, cells in zip(shown.index, shown.to_numpy(), strict=True):
         if isinstance(name, tuple):
@@ -107,12 +116,34 @@ def cell(value: Any, digits: int = 2) -> str:
     return f"{value:,}" if isinstance(value, numbers.Integral) else f"{value:,.{digits}f}"
 
 
-def _style(shown: pd.DataFrame, caption: str, digits: int) -> Styler:
+def _side_by_side(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
+    """Columns (name, "ours") and (name, PAPER), whichever there are; the rows of both."""
+    rows = [*ours.index, *theirs.index.difference(ours.index, sort=False)]
+    names = [*ours.columns, *theirs.columns.difference(ours.columns, sort=False)]
+    columns = {
+        (name, source): table[name].astype(object).reindex(rows)
+        for name in names
+        for source, table in (("ours", ours), (PAPER, theirs))
+        if name in table
+    }
+    return pd.DataFrame(columns, index=rows)
+
+
+def _flat(columns: pd.Index) -> list[str]:
+    """Names of columns in one line: "14&14", and "14&14, the paper" for the paper's."""
+    if columns.nlevels == 1:
+        return list(map(str, columns))
+    return [f"{name}, {source}" if source == PAPER else str(name) for name, source in columns]
+
+
+def _style(shown: pd.DataFrame, caption: str, digits: int) -> Table:
     content = f"{caption}\n{shown.to_csv()}"
     name = hashlib.sha256(content.encode()).hexdigest()[:12]  # the same page for the same numbers
     blocks = shown.index.get_level_values(0) if shown.index.nlevels > 1 else [""] * len(shown)
-    classes = [["paper" if b == PAPER else ""] * shown.shape[1] for b in blocks]
-    styler = Styler(shown, uuid=name, cell_ids=False, caption=html.escape(caption))
+    sources = shown.columns.get_level_values(-1)
+    classes = [["paper" if PAPER in (b, of) else "" for of in sources] for b in blocks]
+    styler = Table(shown, uuid=name, cell_ids=False, caption=html.escape(caption))
+    styler.digits = digits
     styler = styler.format(lambda value: html.escape(cell(value, digits)))
     styler = styler.format_index(lambda label: html.escape(cell(label)), axis=0)
     styler = styler.format_index(lambda label: html.escape(cell(label)), axis=1)

@@ -139,3 +139,16 @@ def test_coverage_counts_numbers_and_the_text_is_shown_beside() -> None:
     text = claims.running_text(records.all_numbers(found))
     knee = next(line for line in text.index if "figure1_knee" in line)
     assert text.loc[knee, ["the paper", "scale demo"]].tolist() == [32, "31"]
+
+
+def test_a_verdict_names_where_the_paper_is_missed_and_only_there() -> None:
+    worse = table("table1", phi_bt={"112&28": 96.04, "14&14": 80.30})
+    told = claims.told(frame("table1", worse), "Table 1").splitlines()
+    assert told[0] == (
+        "- **Not as in the paper:** phi_bt above phi_mr below 112 (4.3.1, Table 1), "
+        "because 2 of 6 miss: by 0.01 at table1 112&28, by 0.02 at table1 14&14."
+    )
+    same = "phi_mr loses accuracy at 112&112 (4.3.1, Table 1), 1 of 1."
+    assert told[3] == f"- **As in the paper:** {same}"
+    assert "Not" not in claims.told(records.paper(), "Tables 5, 7")  # -0.67 is the paper's own
+    assert claims.told(frame("table1", worse), "Table 2") == ""

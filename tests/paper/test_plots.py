@@ -296,3 +296,12 @@ def test_figures_leave_no_trace_and_keep_their_style(costs):
     assert plt.get_fignums() == []
     assert figure.axes[0].xaxis.get_ticklabels()[0].get_fontsize() == plots.STYLE["xtick.labelsize"]
     assert mpl.rcParams["xtick.labelsize"] != plots.STYLE["xtick.labelsize"]
+
+
+def test_pictures_stand_in_strips_under_their_titles() -> None:
+    faces = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
+    figure = plots.pictures({"first": faces, "second": faces[:1]}, ["a", "b"])
+    shown = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in shown] == ["a", "b", ""]
+    assert [axes.get_ylabel() for axes in shown] == ["first", "", "second"]
+    assert np.array_equal(shown[1].images[0].get_array(), faces[1].permute(1, 2, 0))

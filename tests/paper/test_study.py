@@ -93,6 +93,23 @@ def test_its_figures_are_drawn_and_shown(tmp_path: Path, monkeypatch) -> None:
     assert (tmp_path / "figures" / "loss_branch.png").is_file()
 
 
+def test_figures_may_be_left_to_the_cells_before(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("btnet_paper.study.display", lambda _: pytest.fail("shown"))
+    values = {"history": {"phi_bt_7": {"step": [1, 2], "influence": [2.0, 1], "branch": [2.0, 1]}}}
+    study = Study("04_train_branches", scale=toy(), run_dir=tmp_path)
+    study.record(values, show=False)
+    assert (tmp_path / "figures" / "loss_branch.png").is_file()
+
+
+def test_a_verdict_is_of_the_values_to_be_recorded(tmp_path: Path) -> None:
+    study = Study("05_verification", scale=toy(), run_dir=tmp_path)
+    rows = {"phi_mr": 80.0, "phi_bt": 90.0}
+    accuracy = {name: {"14&14": {"accuracy": value}} for name, value in rows.items()}
+    told = study.verdict("Table 1", {"accuracy": accuracy}).data
+    assert "**As in the paper:** phi_bt above phi_mr below 112 (4.3.1, Table 1), 1 of 1" in told
+    assert "no claim" in study.verdict("Table 2", {"accuracy": accuracy}).data
+
+
 def test_it_trains_remembers_configurations_and_history(tmp_path: Path, monkeypatch) -> None:
     asked = []
 

@@ -18,17 +18,26 @@ def rows(html: str) -> list[list[str]]:
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line, re.DOTALL) for line in lines]
 
 
-def test_ours_and_the_papers_are_blocks_of_one_table():
+def test_the_papers_column_stands_beside_ours():
     ours = {"phi_bt": {"14&14": 80.123, "n": 2_293_568, "x": None}}
-    html = tables.show(ours, {"phi_bt": {"14&14": 90.9}}, caption="demo <b>").to_html()
+    theirs = {"phi_hr": {"14&14": 73.88}, "phi_bt": {"14&14": 90.9}}
+    shown = tables.show(ours, theirs, caption="demo <b>")
+    html = shown.to_html()
     lines = rows(html)
-    assert lines[0][2:] == ["14&amp;14", "n", "x"]
-    assert lines[1] == ["ours", "phi_bt", "80.12", "2,293,568", "–"]
-    assert lines[2] == ["the paper", "phi_bt", "90.90", "–", "–"]
+    assert lines[0][1:] == ["14&amp;14", "n", "x"]
+    assert lines[1][1:] == ["ours", "the paper", "ours", "ours"]
+    assert lines[2] == ["phi_bt", "80.12", "90.90", "2,293,568", "–"]
+    assert lines[3] == ["phi_hr", "–", "73.88", "–", "–"]
     assert "demo &lt;b&gt;" in html
-    assert html.count('class="data row1 col0 paper"') == 1
-    assert "row0 col0 paper" not in html
-    assert html == tables.show(ours, {"phi_bt": {"14&14": 90.9}}, caption="demo <b>").to_html()
+    assert html.count("col1 paper") == 2
+    assert not re.search("col[02] paper", html)
+    assert html == tables.show(ours, theirs, caption="demo <b>").to_html()
+    assert shown._repr_markdown_().splitlines()[2:] == [
+        "|  | 14&14 | 14&14, the paper | n | x |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| phi_bt | 80.12 | 90.90 | 2,293,568 | – |",
+        "| phi_hr | – | 73.88 | – | – |",
+    ]
     with pytest.raises(ConfigError, match="no rows"):
         tables.show({})
 

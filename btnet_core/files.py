@@ -23,20 +23,22 @@ from torch import Tensor
 
 from btnet_core.errors import BTNetError, BusyError, CheckpointError, DataError, WriteError
 
+COMMITTED = Path(__file__).resolve().parents[1] / "data"
 SAMPLED_ABOVE = 2**30  # bytes; larger data gets the sampled checksum
 _BLOCK, _BLOCKS = 2**20, 64
 
 
 def data_root() -> Path:
     """The folder that holds the data: environment variable BTNET_DATA, or the repository's ``data/``."""
-    return Path(os.environ.get("BTNET_DATA") or Path(__file__).resolve().parents[1] / "data")
+    return Path(os.environ.get("BTNET_DATA") or COMMITTED)
 
 
 def find(path: str | Path) -> Path:
-    """Returns ``path`` as given if it is there, else under :func:`data_root`, else as given."""
+    """Returns the first that is there: ``path`` as given, under :func:`data_root`, or under the
+    repository's ``data/`` (committed numbers); else ``path`` as given."""
     path = Path(path).expanduser()
-    inside = data_root() / path
-    return inside if not path.exists() and inside.exists() else path
+    places = (path, data_root() / path, COMMITTED / path)
+    return next((place for place in places if place.exists()), path)
 
 
 @lru_cache(maxsize=4096)

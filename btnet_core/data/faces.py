@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -186,9 +188,13 @@ def hold_out(faces: Spec | FaceSet, held: bool, percent: int = 10, seed: int = 0
     return Part(faces, torch.nonzero(chosen if held else ~chosen).flatten(), name)
 
 
-def leave_out(faces: Spec | FaceSet, images: Sequence[int]) -> Part:
-    """All but the ``images`` (indices), such as those that :func:`unreadable` finds."""
+def leave_out(faces: Spec | FaceSet, images: Sequence[int] | str) -> FaceSet:
+    """All but the ``images``: indices, such as :func:`unreadable` finds, or a list (:func:`marked`)."""
     faces = faces if isinstance(faces, FaceSet) else open_faces(faces)
+    if isinstance(images, str):
+        images = marked(images, faces)
+        if not images:
+            return faces
     kept = torch.ones(len(faces), dtype=torch.bool)
     if any(not 0 <= int(i) < len(faces) for i in images) or len(set(images)) == len(faces):
         raise ConfigError(f"images: got {images}, expected some, not all, of 0 to {len(faces) - 1}")
@@ -196,6 +202,27 @@ def leave_out(faces: Spec | FaceSet, images: Sequence[int]) -> Part:
     digest = hashlib.sha256(repr(sorted(images)).encode()).hexdigest()[:10]
     name = f"{faces.name}, without {len(set(images))} images ({digest})"
     return Part(faces, torch.nonzero(kept).flatten(), name)
+
+
+def marked(path: str, faces: FaceSet) -> list[int]:
+    """The images that ``left_out`` of an .npz marks: a number for each image, 0 for those that stay.
+
+    None where ``faces`` has just as many images as stay: they were left out when it was made.
+
+    Raises:
+        DataError: the list is of a set of another size.
+    """
+    try:
+        left_out = np.load(find(path))["left_out"] != 0
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read as a list of images left out ({error})") from error
+    stay = len(left_out) - int(left_out.sum())
+    if len(faces) not in (len(left_out), stay):
+        raise DataError(
+            f"{path}: a list of {len(left_out):,} images, {stay:,} of which stay; "
+            f"{faces.name} has {len(faces):,}"
+        )
+    return np.flatnonzero(left_out).tolist() if len(faces) == len(left_out) else []
 
 
 class _Files:
@@ -283,8 +310,8 @@ def open_faces(spec: Spec) -> FaceSet:
     """Open a RecordIO set, an image folder or a list file (a text), or one of the registered kinds (a mapping).
 
     ``{kind: part, faces: SPEC, held: true, percent: 10, seed: 0}``: some of the identities, or all others
-    (:func:`hold_out`); ``{kind: without, faces: SPEC, images: [3, 17]}``: :func:`leave_out`. btnet_paper brings
-    ``{kind: synthetic, identities: 300, images: 20, seed: 0, first: 0}``.
+    (:func:`hold_out`); ``{kind: without, faces: SPEC, images: [3, 17]}``, or a list's path: :func:`leave_out`.
+    btnet_paper brings ``{kind: synthetic, identities: 300, images: 20, seed: 0, first: 0}``.
     """
     spec = parse_spec(spec)
     if not isinstance(spec, str):

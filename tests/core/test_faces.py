@@ -62,6 +62,27 @@ def test_list_file(folder: Path) -> None:
         open_faces(str(folder / "list.txt"))[0]
 
 
+def test_a_committed_list_leaves_images_out_once(folder: Path, tmp_path: Path) -> None:
+    """The set that the list is of loses the marked ones; one that was made without them stays."""
+    np.savez(tmp_path / "list.npz", left_out=[0, 2, 0, 1, 1, 0])  # bob goes, and ann's second
+    spec = {"kind": "without", "faces": str(folder), "images": str(tmp_path / "list.npz")}
+    rest, whole = open_faces(spec), open_faces(str(folder))
+    assert (rest.labels.tolist(), rest.num_identities) == ([0, 0, 1], 2)
+    assert torch.equal(rest.images([0, 1, 2]), whole.images([0, 2, 5]))
+    assert rest.checksum != whole.checksum
+    for gone in ("bob/bob_0001.png", "bob/bob_0002.png", "ann/ann_0002.png"):
+        (folder / gone).unlink()
+    assert len(open_faces(spec)) == 3
+    (folder / "ann" / "ann_0001.png").unlink()
+    with pytest.raises(
+        DataError, match=r"list\.npz: a list of 6 images, 3 of which stay; faces has 2"
+    ):
+        open_faces(spec)
+    (tmp_path / "list.npz").write_bytes(b"PK\3\4 no list")
+    with pytest.raises(DataError, match=r"list\.npz: cannot be read"):
+        open_faces(spec)
+
+
 def test_specs_that_name_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         open_faces(str(tmp_path / "nowhere"))

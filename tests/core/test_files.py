@@ -14,6 +14,19 @@ from btnet_core.errors import BusyError, WriteError
 from btnet_core.files import find, holder, lock, read_safetensors, write_atomically
 from btnet_core.files import write_safetensors as write_tensors
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_find_looks_among_the_committed_numbers_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BTNET_DATA", str(tmp_path))
+    committed = ROOT / "data" / "alignment" / "train.npz"
+    assert find("alignment/train.npz") == committed
+    (tmp_path / "alignment").mkdir()
+    (tmp_path / "alignment" / "train.npz").touch()
+    assert find("alignment/train.npz") == tmp_path / "alignment" / "train.npz"
+
 
 def test_find_takes_the_path_as_given_before_the_data_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

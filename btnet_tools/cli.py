@@ -197,12 +197,20 @@ def train(config: str, out: str, device: str, fresh: bool) -> None:
 # ---- data ------------------------------------------------------------------------------------
 
 
-@command("btnet data")
-def data() -> None:
-    """List the data sets: where each is looked for, counts, checksum, licence, how to get it."""
+@command("btnet data   (or: btnet data get lfw --from lfw-deepfunneled.tgz)")
+@click.argument("action", nargs=-1, metavar="[get NAME]")
+@option("--from", "source", metavar="PATH", help="A folder or archive that you have.")
+def data(action: tuple[str, ...], source: str | None) -> None:
+    """List the data sets: what is there, what lacks, how to get it; or get one."""
     from btnet_tools.data import describe_all
+    from btnet_tools.fetch import get
 
-    click.echo(describe_all())
+    if not action:
+        click.echo(describe_all())
+    elif len(action) == 2 and action[0] == "get":
+        click.echo("\n".join(get(action[1], source)))
+    else:
+        raise click.UsageError(f"got {' '.join(action)}, expected get and the name of a set")
 
 
 @command("btnet pack faces/ packed/   (or: btnet pack --pairs pairs.txt pairs.bin)")

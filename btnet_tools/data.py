@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,40 +19,10 @@ from btnet_core.errors import ConfigError, DataError
 from btnet_core.files import checksum, find
 from btnet_core.images import decode, encode, read, resize
 from btnet_paper.scales import get_scale, pages
+from btnet_tools.catalogue import Entry, entries
 
 LICENCE = "research only; faces of real people, do not redistribute"
 PLAIN = (b"\xff\xd8\xff", b"\x89PNG")  # files that MXNet's readers take as they are
-SIX_SETS = ("lfw", "cfp_ff", "cfp_fp", "agedb_30", "calfw", "cplfw")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One data set: its ``path`` is under the data root, ``source`` says how to get it."""
-
-    name: str
-    path: str
-    kind: str  # faces, pairs, open set, templates, weights
-    scale: str  # which needs it
-    source: str
-
-
-ENTRIES = (
-    Entry("faces_train", "faces_train", "faces", "lfw", "LFW peopleDevTrain and CelebA, crops"),
-    Entry("lfw_devtest", "lfw_devtest", "faces", "lfw", "LFW peopleDevTest, crops"),
-    Entry("lfw_devtest_6000", "lfw_devtest_6000.bin", "pairs", "lfw", "pairs of these people"),
-    Entry(
-        "mobilefacenet",
-        "mobilefacenet_casia.safetensors",
-        "weights",
-        "lfw",
-        "trained on CASIA-WebFace by others: github.com/Xiaoccer/MobileFaceNet_Pytorch",
-    ),
-    Entry("lfw", "lfw", "faces", "paper", "aligned crops of LFW, packed by `btnet pack`"),
-    Entry("ms1mv3", "ms1m-retinaface-t1", "faces", "paper", "InsightFace's data set zoo"),
-    *(Entry(name, f"{name}.bin", "pairs", "paper", "in MS1Mv3's archive") for name in SIX_SETS),
-    Entry("survface", "QMUL-SurvFace", "open set", "paper", "on request from QMUL"),
-    Entry("ijbc", "IJBC", "templates", "paper", "from NIST; InsightFace's meta files"),
-)
 
 
 # ---- what is there ---------------------------------------------------------------------------
@@ -105,7 +74,8 @@ def describe(entry: Entry) -> list[str]:
     state = "found" if path.exists() else "NOT FOUND"
     lines = [f"{entry.name} ({entry.kind}, scale {entry.scale}): {state}", f"  {path}"]
     if not path.exists():
-        return [*lines, f"  get it: {entry.source}", f"  {LICENCE}"]
+        how = f"{entry.command} ({entry.source})" if entry.get else entry.source
+        return [*lines, f"  get it: {how}", f"  {LICENCE}"]
     try:
         counts, digest = COUNTERS[entry.kind](path)
         return [*lines, f"  {counts}", f"  {digest}", f"  {LICENCE}"]
@@ -119,7 +89,7 @@ def describe_all() -> str:
     for one in map(get_scale, pages()):
         pairs = ", ".join(map(spec_text, one.pairs))
         lines.append(f"scale {one.name}: faces {spec_text(one.faces)}; pairs {pairs}")
-    for entry in ENTRIES:
+    for entry in entries():
         lines += ["", *describe(entry)]
     return "\n".join(lines)
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from btnet_core.data.faces import open_faces
 from btnet_core.data.pairs import open_pairs
 from btnet_core.data.recordio import FaceRecords
 from btnet_core.images import encode
+from btnet_tools.catalogue import Download, entries
 from btnet_tools.cli import main
-from btnet_tools.data import ENTRIES, pack_folder
+from btnet_tools.data import pack_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,14 +73,33 @@ def test_data_lists_every_set_found_or_not(
     (tmp_path / "lfw.bin").write_bytes(b"broken")
     assert main(["data"]) == 0
     out = capsys.readouterr().out
-    assert all(entry.path in out for entry in ENTRIES)
+    assert all(entry.path in out for entry in entries())
     assert "damaged" in out
     assert "NOT FOUND" in out
+    assert "get it: btnet data get lfw; btnet data get celeba (LFW's peopleDevTrain" in out
+
+
+def test_data_get_says_what_it_wrote_or_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("BTNET_DATA", str(tmp_path / "data"))
+    weights, about = tmp_path / "vdsr.safetensors", Download(by_hand="", tensors="0" * 64)
+    save_file({"input.weight": torch.ones(2)}, weights)
+    monkeypatch.setattr("btnet_tools.fetch.downloads", lambda: {"vdsr": about})
+    assert main(["data", "get", "vdsr", "--from", str(weights)]) == 1
+    assert "other weights" in capsys.readouterr().err
+    monkeypatch.setattr("btnet_tools.fetch.tensor_digest", lambda _: "0" * 64)
+    assert main(["data", "get", "vdsr", "--from", str(weights)]) == 0
+    written = tmp_path / "data" / "weights" / "vdsr.safetensors"
+    assert capsys.readouterr().out.strip() == str(written)
+    assert written.is_file()
+    assert main(["data", "fetch", "vdsr"]) == 2
+    assert "expected get" in capsys.readouterr().err
 
 
 def test_the_readme_of_data_names_every_set() -> None:
     readme = (ROOT / "data" / "README.md").read_text()
-    assert not [entry.path for entry in ENTRIES if entry.path not in readme]
+    assert not [entry.path for entry in entries() if entry.path not in readme]
 
 
 def test_real_counts_are_listed(btnet_data: Path, capsys: pytest.CaptureFixture) -> None:

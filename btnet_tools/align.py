@@ -1,0 +1,164 @@
+"""Aligned 112x112 crops of raw pictures by committed numbers: the one warp, the one encoding.
+
+A transform (a, b, tx, ty) is a similarity from raw pixels to crop pixels, pixel centres at integers:
+``[x' y'] = [a -b; b a] [x y] + [tx ty]``. Crops are saved as JPEG, quality 95, 4:4:4.
+"""
+
+from __future__ import annotations
+
+import math
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from btnet_core.errors import DataError
+from btnet_core.images import MAX_BYTES, decode, encode, read
+
+SIZE = 112  # rows and columns of a crop
+# ArcFace's places of the eyes, the nose and the corners of the mouth in the crop, (x, y) in pixels.
+TEMPLATE = np.array(
+    [
+        [38.2946, 51.6963],
+        [73.5318, 51.5014],
+        [56.0252, 71.7366],
+        [41.5493, 92.3655],
+        [70.7299, 92.2041],
+    ]
+)
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError)
+
+
+def similarity(points: np.ndarray) -> np.ndarray:
+    """The transforms (N, 4) that bring points (N, 5, 2) closest to TEMPLATE, by least squares."""
+    raw = points[..., 0] + 1j * points[..., 1]
+    goal = TEMPLATE[:, 0] + 1j * TEMPLATE[:, 1]
+    centred = raw - raw.mean(1, keepdims=True)
+    turn = (centred.conj() @ (goal - goal.mean())) / (abs(centred) ** 2).sum(1)
+    shift = goal.mean() - turn * raw.mean(1)
+    return np.stack([turn.real, turn.imag, shift.real, shift.imag], 1)
+
+
+def to_raw(transform: np.ndarray, x: Tensor | float, y: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The raw (x, y) of a place in the crop: the inverse of the transform."""
+    a, b, tx, ty = (float(value) for value in transform)
+    x, y = torch.as_tensor(x) - tx, torch.as_tensor(y) - ty
+    return (a * x + b * y) / (a * a + b * b), (a * y - b * x) / (a * a + b * b)
+
+
+def warp(picture: Tensor, transform: np.ndarray) -> Tensor:
+    """The crop, uint8 (3, 112, 112), of a raw picture, uint8 (3, H, W); black outside it.
+
+    Where the crop shrinks the picture (s = |(a, b)| < 1), each of its pixels is the mean of k x k
+    bilinear samples, k = ceil(1 / s), spread evenly over the pixel's area: an area average, so that
+    nothing aliases. Where it does not, k = 1: plain bilinear.
+    """
+    k = max(1, math.ceil(1 / math.hypot(transform[0], transform[1])))
+    place = (torch.arange(SIZE * k, dtype=torch.float64) + 0.5) / k - 0.5
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    x, y = to_raw(transform, x, y)
+    rows, columns = picture.shape[-2:]
+    grid = torch.stack([2 * x / (columns - 1) - 1, 2 * y / (rows - 1) - 1], -1).float()
+    samples = F.grid_sample(
+        picture[None].float(), grid[None], padding_mode="zeros", align_corners=True
+    )
+    return F.avg_pool2d(samples, k)[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def members(
+    source: Path, depth: int, wanted: Container[str] | None = None
+) -> Iterator[tuple[str, bytes]]:
+    """(last ``depth`` parts of its path, bytes) of the .jpg files in a folder, .zip, .tar or .tgz.
+
+    Archives are read member by member, never unpacked. Only the files in ``wanted`` are read;
+    without it, all are listed with no bytes.
+
+    Raises:
+        DataError: the archive is damaged or cut short, or a file has more than 256 MB.
+    """
+    count = 0
+    try:
+        for path, size, content in _files(source):
+            key = "/".join(PurePosixPath(path).parts[-depth:])
+            if PurePosixPath(path).suffix.lower() != ".jpg" or "/." in f"/{path}":
+                continue
+            if size > MAX_BYTES:
+                raise DataError(f"{source}, {path}: {size:,} bytes are too many for a picture")
+            count += 1
+            if wanted is None or key in wanted:
+                yield key, b"" if wanted is None else content()
+    except _DAMAGED as error:
+        raise DataError(
+            f"{source}: no folder, .zip, .tar or .tgz, or damaged after {count} pictures ({error})"
+        ) from error
+
+
+def _files(source):
+    """(path, size, function that reads it) of each file in the order of the folder or archive."""
+    if source.is_dir():
+        for file in sorted(source.rglob("*")):
+            if file.is_file():
+                name = file.relative_to(source.parent).as_posix()
+                yield name, file.stat().st_size, lambda file=file: read(file)
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for entry in archive.infolist():
+                yield entry.filename, entry.file_size, lambda entry=entry: archive.read(entry)
+    else:
+        with tarfile.open(source, "r|*") as archive:
+            for entry in filter(tarfile.TarInfo.isfile, archive):
+                yield entry.name, entry.size, lambda entry=entry: archive.extractfile(entry).read()
+
+
+def cut(
+    source: Path,
+    keys: Sequence[str],
+    transforms: np.ndarray,
+    sizes: np.ndarray | None = None,
+    crc32: Mapping[str, int] | None = None,
+) -> list[bytes]:
+    """The encoded crops of the pictures ``keys`` (the ends of their paths, all of one depth).
+
+    Args:
+        transforms: (N, 4), one for each key.
+        sizes: (N, 2), columns and rows that each picture must have.
+        crc32: of the bytes of some pictures, by key.
+
+    Raises:
+        DataError: a picture is missing, damaged, of another size or content than the numbers are of.
+    """
+    place = {key: i for i, key in enumerate(keys)}
+    crops: dict[int, bytes] = {}
+    depth = keys[0].count("/") + 1
+    for key, data in tqdm(members(source, depth, place), total=len(keys), unit=" pictures"):
+        where, i = f"{source}, {key}", place[key]
+        if crc32 and zlib.crc32(data) != crc32.get(key, zlib.crc32(data)):
+            raise DataError(f"{where}: is not the file that the committed transforms are of")
+        picture = decode(data, where=where)
+        _check_size(picture, transforms[i], None if sizes is None else sizes[i], where)
+        crops[i] = encode(warp(picture, transforms[i]), "JPEG")
+    missing = [key for key in keys if place[key] not in crops]
+    if missing:
+        raise DataError(
+            f"{source}: lacks {len(missing)} of {len(keys)} pictures, the first is {missing[0]}"
+        )
+    return [crops[i] for i in range(len(keys))]
+
+
+def _check_size(picture: Tensor, transform: np.ndarray, size: np.ndarray | None, where: str):
+    rows, columns = picture.shape[-2:]
+    if size is not None and (columns, rows) != tuple(size):
+        raise DataError(f"{where}: got {columns}x{rows} pixels, expected {size[0]}x{size[1]}")
+    x, y = to_raw(transform, (SIZE - 1) / 2, (SIZE - 1) / 2)
+    if not (0 <= x < columns and 0 <= y < rows) or min(rows, columns) < 2:
+        raise DataError(
+            f"{where}: of {columns}x{rows} pixels, the face should be at ({x:.0f}, {y:.0f}): "
+            "another release of the set than the transforms are of"
+        )

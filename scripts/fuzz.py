@@ -4,8 +4,7 @@
 
 Each parser runs in a process of its own for that long, from small good files, on what libFuzzer makes of them. Anything
 but this package's errors stops it and leaves the input beside the corpus; so does an input that takes over 10 s, or
-memory over 2 GB. "contained" are crashes of scipy's .mat reader, which runs in a process of its own for that. A pickle or
-checkpoint that ran code would be seen through Python's audit hook. With the same --corpus and --out a later run goes on
+memory over 2 GB. A pickle or checkpoint that ran code would be seen through Python's audit hook. With the same --corpus and --out a later run goes on
 where the last one ended, and the counts add up.
 """
 
@@ -52,18 +51,6 @@ def split(data: bytes, count: int) -> list[bytes]:
         parts.append(data[2 : 2 + length])
         data = data[2 + length :]
     return [*parts, data]
-
-
-def mat_reader(place: Path) -> Callable[[bytes], Any]:
-    """What matfile.py does in its process of its own, where errors of any kind end well."""
-    from btnet_core.data import matfile
-
-    def read(data: bytes) -> None:
-        (place / "in.mat").write_bytes(data)
-        with contextlib.suppress(Exception):
-            json.dumps(matfile.read(str(place / "in.mat"), MAT))
-
-    return read
 
 
 def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any]]]:
@@ -131,7 +118,7 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
     # SurvFace's .mat lists
     survface.write_layout(place / "surv", [(1, face), (2, face)], [(1, face)], [(0, face)])
     lists_of_faces = sorted((place / "surv").glob("*/*.mat"))
-    found["mat"] = ([path.read_bytes() for path in lists_of_faces], mat_reader(place))
+    found["mat"] = ([path.read_bytes() for path in lists_of_faces], lambda data: survface.read_mat(keep(place / "in.mat", data), MAT))
 
     # text: IJB-C's tables, pairs.txt, a list of faces
     points = np.array([[30.0, 50], [65, 50], [48, 70], [33, 90], [63, 90]], np.float32)
@@ -239,27 +226,16 @@ PARSERS = ("recordio", "idx", "bin", "mat", "lists", "checkpoint", "images")
 def fuzz_one(name: str, corpus: Path, seconds: int) -> None:
     """Run one harness in this process until libFuzzer ends it."""
     import atheris
+    import torch
 
-    # A crash of scipy's reader starts its harness again: without torch, which takes seconds.
-    again = name == "mat" and corpus.is_dir() and any(corpus.iterdir())
-    if not again:
-        import torch
-
-        atheris.instrument_func(
-            torch._weights_only_unpickler.Unpickler.load
-        )  # all of torch would take minutes
+    # All of torch would take minutes.
+    atheris.instrument_func(torch._weights_only_unpickler.Unpickler.load)
     with atheris.instrument_imports(include=["btnet_core", "PIL", "scipy"]):
         from btnet_core.errors import BTNetError
 
         place = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
         corpus.mkdir(parents=True, exist_ok=True)
-        if again:
-            import scipy.io
-
-            assert scipy.io
-            seeds, read = list[bytes](), mat_reader(place)
-        else:
-            seeds, read = harnesses(place)[name]
+        seeds, read = harnesses(place)[name]
     for i, seed in enumerate(seeds):
         (corpus / f"seed_{i}").write_bytes(seed)
 
@@ -285,11 +261,9 @@ def fuzz_one(name: str, corpus: Path, seconds: int) -> None:
 
 def run(name: str, seconds: int, folder: Path) -> dict[str, Any]:
     """Fuzz a parser in another process for ``seconds``, or until it has found something."""
-    from btnet_core.data import matfile
-
     corpus, began = folder / name, time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    executions, coverage, contained, found = 0, 0, 0, list[str]()
+    executions, coverage, found = 0, 0, list[str]()
     while not found and (left := round(seconds - (time.monotonic() - began))) > 0:
         command = [
             sys.executable,
@@ -306,19 +280,13 @@ def run(name: str, seconds: int, folder: Path) -> dict[str, Any]:
         if not counts:
             raise SystemExit(f"{name}: the fuzzer did not run:\n{done.stderr[-3000:]}")
         executions, coverage = executions + int(counts[-1][0]), max(coverage, int(counts[-1][1]))
-        if name == "mat":  # a crash of scipy's reader must end as a named error where it is used
-            for path in corpus.glob("found_*"):
-                with contextlib.suppress(ValueError):
-                    matfile.read_apart(path, MAT)
-                path.rename(folder / path.name.replace("found_", "contained_"))
-                contained += 1
         found = sorted(path.name for path in corpus.glob("found_*"))
         if found:
             print(done.stderr[-3000:])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     row = {"inputs": executions, "coverage": coverage, "seconds": round(time.monotonic() - began),
            "processor_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime),
-           "found": len(found), "contained": contained, "corpus": len(list(corpus.iterdir()))}  # fmt: skip
+           "found": len(found), "corpus": len(list(corpus.iterdir()))}  # fmt: skip
     print(f"{name}: {row}, {found or 'nothing found'}", flush=True)
     return row
 

@@ -19,8 +19,8 @@ from torchvision.transforms.functional import gaussian_blur
 from btnet_core import images as pixels
 from btnet_core.data import ijbc, survface
 from btnet_core.data.faces import FaceSet
+from btnet_core.data.ijbc import TemplateSet
 from btnet_core.errors import DataError
-from btnet_core.evaluation.templates import TemplateSet
 
 VERSION = 1  # of what the builders write
 

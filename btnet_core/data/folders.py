@@ -16,7 +16,25 @@ from btnet_core.errors import DataError
 
 # Files so named are images, readable or not. Of others the decoder decides.
 SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif"]
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".webp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".pgm",
+        ".ppm",
+        ".pbm",
+        ".pnm",
+        ".jp2",
+        ".j2k",
+        ".avif",
+    ]
 )
 FOREIGN = frozenset(("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"))
 
@@ -48,14 +66,19 @@ def entries(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def walk(folder: Path, above: Sequence[tuple[int, int]] = ()) -> Iterator[tuple[Path, list[Path]]]:
     """``folder`` and every folder under it, each with its files; a link to a folder above it is not followed."""
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
+    here = _identity(folder)
     if here in above:
         return
     folders, files = entries(folder)
     yield folder, files
     for inner in folders:
         yield from walk(inner, (*above, here))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Equal for two paths of one folder."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def split_images(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -78,11 +101,12 @@ def identity_folders(root: Path) -> list[list[Path]]:
     Raises:
         DataError: no images; images beside folders of images; images deeper than ``<identity>/<image>``.
     """
-    loose, left_out = split_images(entries(root)[1])
+    people, files = entries(root)
+    loose, left_out = split_images(files)
     groups = []
-    for person in entries(root)[0]:
+    for person in people:
         images: list[Path] = []
-        for folder, files in walk(person):
+        for folder, files in walk(person, [_identity(root)]):
             found, others = split_images(files)
             left_out += others
             if found and folder != person:
@@ -98,7 +122,7 @@ def identity_folders(root: Path) -> list[list[Path]]:
             f"{groups[0][0].parent.name}; expected <identity>/<image>, or images alone"
         )
     if not loose and not groups:
-        names = [path.name for path in (*entries(root)[0], *left_out)][:5]
+        names = [path.name for path in (*people, *left_out)][:5]
         raise DataError(
             f"{root}: no images; expected <identity>/<image>, found {', '.join(names) or 'nothing'}"
         )

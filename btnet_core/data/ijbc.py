@@ -7,9 +7,11 @@ x y, detector score), ``meta/ijbc_template_pair_label.txt`` (template, template,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,6 @@ from btnet_core.data.faces import decode_into
 from btnet_core.data.folders import read_lines
 from btnet_core.data.survface import stand_in_note
 from btnet_core.errors import DataError
-from btnet_core.evaluation.templates import TemplateSet
 from btnet_core.files import checksum, integer_table
 
 # Where ArcFace puts eyes, nose tip and mouth corners in a 112x112 crop: x, y in pixels.
@@ -36,6 +37,24 @@ ARCFACE = np.array(
 )
 PROBES = "probe_mixed"
 GALLERIES = {"G1": "gallery_G1", "G2": "gallery_G2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateSet:
+    """N images in templates, P template pairs for 1:1, galleries and probes for 1:N. Template ids are any integers."""
+
+    name: str
+    checksum: str
+    images: Callable[[Any], Tensor]  # indices -> uint8 (n, 3, 112, 112), aligned
+    template: Any  # (N,) template of each image
+    media: Any  # (N,) medium of each image; counts within its template
+    score: Any  # (N,) detector score
+    first: Any  # (P,) template ids
+    second: Any  # (P,)
+    same: Any  # (P,) bool
+    # "G1", "G2" -> (template ids, subjects), one template a subject
+    galleries: Mapping[str, tuple[Any, Any]]
+    probes: tuple[Any, Any]  # (template ids, subjects)
 
 
 def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:

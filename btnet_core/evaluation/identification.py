@@ -1,8 +1,9 @@
-"""1:N open-set identification (Sections 4.2, 4.3.2): TPIR20@FPIR, AUC, and the nine branch selections of Table 2.
+"""1:N open-set identification (Sections 4.2, 4.3.2): TPIR20@FPIR, AUC, the nine branch selections of Table 2.
 
-At threshold t: FPIR(t) = share of unmated probes whose best score is > t; TPIR-N(t) = share of mated probes whose
-mate is within rank N and scores > t. The rank of a mate is the number of gallery entries that score >= it, itself
-included: ties count against the mate. TPIR-N@FPIR is taken at the smallest t whose FPIR does not exceed the target.
+At threshold t: FPIR(t) is the fraction of unmated probes whose best score is > t; TPIR-N(t) that of mated probes
+whose mate is within rank N and scores > t. The rank of a mate is the number of gallery entries that score >= it,
+itself included: ties count against the mate. TPIR-N@FPIR is taken at the smallest t whose FPIR does not exceed the
+target.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from btnet_core.device import resolve_device
 from btnet_core.errors import DataError
 from btnet_core.evaluation.verification import (
     CANONICAL,
@@ -25,15 +27,16 @@ from btnet_core.evaluation.verification import (
     strictest_needed,
 )
 from btnet_core.images import Resize, resize
+from btnet_core.models.btnet import select_branch
 
 STRATEGIES = tuple(product(("avg", "min", "max"), ("floor", "near", "ceil")))  # Table 2's order
-FPIR = (0.3, 0.2, 0.1)
+FPIR = (0.3, 0.2, 0.1, 0.01)  # paper-and-code: TPIR at FPIR 0.01
 CHUNK = 2**26  # scores held at a time (256 MiB)
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is kept of all scores: of each mated probe its mate's score and rank, of each unmated the best score."""
+    """What is kept of all scores: each mated probe's mate and its rank, each unmated probe's best score."""
 
     mate: np.ndarray  # (M,) cosine
     rank: np.ndarray  # (M,) 1 = first
@@ -44,27 +47,24 @@ class Search:
 def prototypes(
     features: Tensor, labels: Any, *, normalised: bool = False
 ) -> tuple[np.ndarray, Tensor]:
-    """One gallery entry an identity: sorted labels (K,) and the mean (K, D) of its images' un-normalised features.
+    """One gallery entry an identity: sorted labels (K,), means (K, D) of its images' un-normalised features.
 
-    Images of one identity may come from different branches (paper-and-code: gallery prototypes); option: unit features first.
+    Images of one identity may come from different branches (paper-and-code: gallery prototypes).
+    ``normalised``: unit features first.
     """
     unique, inverse, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
     features = F.normalize(features.float()) if normalised else features.float()
-    sums = features.new_zeros(len(unique), features.shape[1]).index_add_(
-        0, torch.from_numpy(inverse), features
-    )
+    sums = features.new_zeros(len(unique), features.shape[1])
+    sums.index_add_(0, torch.from_numpy(inverse), features)
     return unique, sums / torch.from_numpy(counts)[:, None]
 
 
 def mate_rows(gallery_labels: Any, probe_labels: Any) -> np.ndarray:
-    """(n,) the gallery row with each probe's label, -1 for none.
-
-    Raises:
-        DataError: a label has two gallery entries.
-    """
+    """(n,) the gallery row with each probe's label, -1 for none. Raises DataError for a label with two entries."""
     gallery, probe = np.asarray(gallery_labels), np.asarray(probe_labels)
     order = np.argsort(gallery)
-    if (twice := gallery[order][1:][np.diff(gallery[order]) == 0]).size:
+    twice = gallery[order][1:][np.diff(gallery[order]) == 0]
+    if twice.size:
         raise DataError(
             f"gallery: label {twice[0]} has more than one entry; expected one an identity"
         )
@@ -76,10 +76,11 @@ def score_chunks(
     probes: Tensor,
     rows: np.ndarray,
     gallery: Tensor,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     chunk: int = CHUNK,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Cosines of ``probes[rows]`` (n, D) with ``gallery`` (K, D), a block of rows at a time, in one reused buffer."""
+    device = resolve_device(str(device))
     unit = F.normalize(gallery.to(device).float()).T
     step = max(1, min(len(rows), chunk // unit.shape[1]))
     buffer = unit.new_empty(step, unit.shape[1])
@@ -91,9 +92,14 @@ def score_chunks(
 
 @torch.inference_mode()
 def search(
-    probes: Tensor, gallery: Tensor, mates: np.ndarray, *, lowest_rank: int | None = None,
-    device: torch.device | str = "cpu", chunk: int = CHUNK,
-) -> Search:  # fmt: skip
+    probes: Tensor,
+    gallery: Tensor,
+    mates: np.ndarray,
+    *,
+    lowest_rank: int | None = None,
+    device: torch.device | str = "auto",
+    chunk: int = CHUNK,
+) -> Search:
     """Score (n, D) probes against a (K, D) gallery of one entry an identity; ``mates`` as from ``mate_rows``.
 
     Beside the features, memory is one block of ``chunk`` scores. ``lowest_rank`` = N also finds ``Search.lowest``.
@@ -105,17 +111,21 @@ def search(
         best[part] = scores.amax(1).cpu()
     for part, scores in score_chunks(probes, mated, gallery, device, chunk):
         if lowest_rank:
-            lowest = min(
-                lowest, scores.topk(min(lowest_rank, scores.shape[1]), 1).values[:, -1].min().item()
-            )
+            nth = scores.topk(min(lowest_rank, scores.shape[1]), 1).values[:, -1]
+            lowest = min(lowest, nth.min().item())
         mate = scores.gather(1, torch.from_numpy(mates[mated[part]])[:, None].to(scores.device))
         score[part] = mate[:, 0].cpu()
         rank[part] = (
             scores.ge_(mate).sum(1).cpu()
-        )  # 0 and 1 in place: float sums are exact up to 2^24 entries
+        )  # 0 and 1 in place: exact sums up to 2^24 entries
     if not (np.isfinite(best).all() and np.isfinite(score).all()):
         raise DataError("probes or gallery: features hold values that are not finite")
     return Search(score, rank, best, lowest)
+
+
+def above(values: np.ndarray, thresholds: Any) -> np.ndarray:
+    """The fraction of ascending ``values`` that lie strictly above each threshold."""
+    return (len(values) - np.searchsorted(values, thresholds, "right")) / len(values)
 
 
 def open_set(
@@ -124,47 +134,60 @@ def open_set(
     """{"auc", "tpir": {"0.3": …}, "fpir" (reached), "thresholds", "ranks": {"1": …}}, in % but for the thresholds.
 
     The AUC is the exact area under (FPIR, TPIR-N): P(mate within rank N and above an unmated probe's best), equal
-    scores counting half. ``authors``: 1000 thresholds evenly spaced from the lowest to the largest unmated score,
-    the one of nearest FPIR, and the trapezoidal area over that grid (paper-and-code: TPIR threshold, AUC).
+    scores counting half. ``authors``: paper-and-code: TPIR threshold, AUC.
     """
     if not len(found.mate) or not len(found.unmated):
         raise DataError(
             f"open set: got {len(found.mate)} mated and {len(found.unmated)} unmated probes, need both"
         )
-    hit, false = np.sort(np.where(found.rank <= rank, found.mate, -np.inf)), np.sort(found.unmated)
-
-    def above(values: np.ndarray, thresholds: Any) -> np.ndarray:
-        return (len(values) - np.searchsorted(values, thresholds, "right")) / len(values)
-
+    false = np.sort(found.unmated)
+    hit = np.sort(np.where(found.rank <= rank, found.mate, -np.inf))  # a mate beyond rank N: never
     if authors:
-        grid = np.linspace(min(found.lowest, false[0]), false[-1], 1000)
-        chosen = [float(grid[np.argmin(np.abs(above(false, grid) - target))]) for target in fpir]
-        area = (
-            -np.sum(np.diff(above(false, grid)) * (above(hit, grid)[1:] + above(hit, grid)[:-1]))
-            / 2
-        )
+        chosen, area = _on_a_grid(found.lowest, hit, false, fpir)
     else:
         chosen = [strictest_needed(false, target) for target in fpir]
-        area = np.mean([np.searchsorted(false, hit, side) for side in ("left", "right")]) / len(
-            false
-        )
-    # A threshold of -inf would let mates of rank > N pass; the lowest finite number does not.
-    thresholds = {
-        str(f): max(t, float(np.finfo(float).min)) for f, t in zip(fpir, chosen, strict=True)
-    }
+        places = [np.searchsorted(false, hit, side) for side in ("left", "right")]
+        area = float(np.mean(places)) / len(false)
+    # The lowest finite number in the place of -inf, which JSON does not have.
+    lowest = float(np.finfo(float).min)
+    thresholds = {str(f): max(t, lowest) for f, t in zip(fpir, chosen, strict=True)}
+    ranks = sorted({1, 5, 10, 20, rank})
     return {
-        "auc": 100 * float(area), "thresholds": thresholds,
+        "auc": 100 * area,
+        "thresholds": thresholds,
         "tpir": {f: 100 * float(above(hit, t)) for f, t in thresholds.items()},
         "fpir": {f: 100 * float(above(false, t)) for f, t in thresholds.items()},
-        "ranks": {str(n): 100 * float(np.mean(found.rank <= n)) for n in sorted({1, 5, 10, 20, rank})},
-        "mated": len(hit), "unmated": len(false),
-    }  # fmt: skip
+        "ranks": {str(n): 100 * float(np.mean(found.rank <= n)) for n in ranks},
+        "mated": len(hit),
+        "unmated": len(false),
+    }
+
+
+def _on_a_grid(
+    lowest: float, hit: np.ndarray, false: np.ndarray, fpir: Sequence[float]
+) -> tuple[list[float], float]:
+    """The authors' thresholds and area: 1000 even steps from the lowest to the largest unmated score.
+
+    Of them the threshold of nearest FPIR, and the trapezoidal area under the curve on the grid.
+    """
+    grid = np.linspace(min(lowest, false[0]), false[-1], 1000)
+    x, y = above(false, grid), above(hit, grid)
+    chosen = [float(grid[np.argmin(np.abs(x - target))]) for target in fpir]
+    return chosen, float(-np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)
 
 
 def identify(
-    gallery: Tensor, gallery_labels: Any, probes: Tensor, probe_labels: Any, *, fpir: Sequence[float] = FPIR,
-    rank: int = 20, normalised: bool = False, authors: bool = False, device: torch.device | str = "cpu",
-) -> dict[str, Any]:  # fmt: skip
+    gallery: Tensor,
+    gallery_labels: Any,
+    probes: Tensor,
+    probe_labels: Any,
+    *,
+    fpir: Sequence[float] = FPIR,
+    rank: int = 20,
+    normalised: bool = False,
+    authors: bool = False,
+    device: torch.device | str = "auto",
+) -> dict[str, Any]:
     """``open_set`` from image features and labels; probes whose label the gallery lacks (-1) are the unmated."""
     labels, entries = prototypes(gallery, gallery_labels, normalised=normalised)
     mates = mate_rows(labels, probe_labels)
@@ -173,92 +196,85 @@ def identify(
 
 
 def native_embedder(
-    embedder: Embedder, image: Callable[[int], Tensor], *, upsample: bool = False, how: Resize | None = None,
-    crop: Callable[[Tensor], Tensor] = lambda pixels: pixels, size: tuple[int, int] = (CANONICAL, CANONICAL),
-    batch_size: int = 256, keep: dict[Any, Tensor] | None = None,
-) -> Callable[[np.ndarray, int], Tensor]:  # fmt: skip
+    embedder: Embedder,
+    image: Callable[[int], Tensor],
+    *,
+    upsample: bool = False,
+    how: Resize | None = None,
+    crop: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+    size: tuple[int, int] = (CANONICAL, CANONICAL),
+    batch_size: int = 256,
+    keep: dict[Any, Tensor] | None = None,
+) -> Callable[[np.ndarray, int], Tensor]:
     """embed(indices, r) -> (n, D) of native-size faces ``image(i)`` (3, h, w), each resized once to r rows.
 
     ``upsample`` makes a baseline's: every face goes to S and r is not used. ``crop`` and ``size`` are the trunk's.
     ``keep`` holds what it has answered, for when it is asked the same again.
     """
+    kept = {} if keep is None else keep
 
     def embed(indices: np.ndarray, r: int) -> Tensor:
         rows = size[0] if upsample else r
         key = (rows, indices.tobytes())
-        if keep is not None and key in keep:
-            return keep[key]
-        target, parts = (rows, round(rows * size[1] / size[0])), []
-        for start in range(0, len(indices), batch_size):
-            faces = [
-                resize(crop(image(int(i))), target, how)
-                for i in indices[start : start + batch_size]
-            ]
-            parts.append(embedder(torch.stack(faces), rows).float().cpu())
-        z = torch.cat(parts)
-        if keep is not None:
-            keep[key] = z
-        return z
+        if key not in kept:
+            target, parts = (rows, round(rows * size[1] / size[0])), []
+            for block in np.split(indices, range(batch_size, len(indices), batch_size)):
+                faces = [resize(crop(image(int(i))), target, how) for i in block]
+                parts.append(embedder(torch.stack(faces), rows).float().cpu())
+            kept[key] = torch.cat(parts)
+        return kept[key] if keep is not None else kept.pop(key)
 
     return embed
 
 
 def evaluate_strategies(
-    embed: Callable[[np.ndarray, int], Tensor], sizes: Any, labels: Any, in_gallery: Any, *,
-    strategies: Sequence[tuple[str, str]] = STRATEGIES, resolutions: Sequence[int] = (7, 14, 28, 112),
-    lengths: Mapping[int, float] | None = None, **options: Any,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Table 2's lower half: {"max+ceil": report of ``identify`` + branches, scale, …}; ``options`` go to ``identify``.
+    embed: Callable[[np.ndarray, int], Tensor],
+    sizes: Any,
+    labels: Any,
+    in_gallery: Any,
+    *,
+    strategies: Sequence[tuple[str, str]] = STRATEGIES,
+    resolutions: Sequence[int] = (7, 14, 28, 112),
+    lengths: Mapping[int, float] | None = None,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Table 2's lower half: {"max+ceil": ``identify`` + branches, scale, …}; ``options`` go to ``identify``.
 
     ``sizes`` (N, 2) native (width, height), ``labels`` (N,) with -1 for unmated probes, ``in_gallery`` (N,) bool.
     Each image is embedded once at each resolution that some strategy sends it to, and its embedding multiplied by
-    ``lengths[r]``, where given (``verification.fitted_lengths``). ``branches``: % of the images
-    per branch; ``scale``: mean factors by which width and height are resized (paper-and-code: no up-sampling).
+    ``lengths[r]``, where given (``verification.fitted_lengths``). ``branches``: % of the images per branch;
+    ``scale``: mean factors by which width and height are resized (paper-and-code: no up-sampling).
     """
-    from btnet_core.models.btnet import select_branch
-
-    (w, h), labels, in_gallery = (
-        np.asarray(sizes).T,
-        np.asarray(labels),
-        np.asarray(in_gallery, bool),
-    )
-    chosen = {
-        f"{indicator}+{rounding}": np.asarray(
-            select_branch(
-                w, h, indicator=indicator, rounding=rounding, resolutions=tuple(resolutions)
-            )
-        )
-        for indicator, rounding in strategies
-    }
-    sent = {
-        r: np.flatnonzero(np.any([row == r for row in chosen.values()], axis=0))
-        for r in sorted(resolutions)
-    }
-    cache = {r: embed(indices, r) for r, indices in sent.items() if len(indices)}
+    (w, h), labels = np.asarray(sizes).T, np.asarray(labels)
+    in_gallery = np.asarray(in_gallery, bool)
+    chosen = {}
+    for indicator, rounding in strategies:
+        rule = {"indicator": indicator, "rounding": rounding, "resolutions": tuple(resolutions)}
+        chosen[f"{indicator}+{rounding}"] = np.asarray(select_branch(w, h, **rule))
+    every = np.stack(list(chosen.values()))
+    sent = {r: np.flatnonzero((every == r).any(0)) for r in np.unique(every).tolist()}
+    features = {r: embed(indices, r) for r, indices in sent.items()}
     if lengths is not None:
-        check_resolutions("lengths", lengths, cache)
-        cache = {r: lengths[r] * z for r, z in cache.items()}
-    reports = {}
+        check_resolutions("lengths", lengths, features)
+        features = {r: lengths[r] * z for r, z in features.items()}
+    results = {}
     for name, row in chosen.items():
-        features = next(iter(cache.values())).new_empty(
-            len(row), next(iter(cache.values())).shape[1]
-        )
-        for r in np.unique(row).tolist():
-            mine = np.flatnonzero(row == r)
-            features[torch.from_numpy(mine)] = cache[r][
-                torch.from_numpy(np.searchsorted(sent[r], mine))
-            ]
-        report = identify(
-            features[in_gallery],
-            labels[in_gallery],
-            features[~in_gallery],
-            labels[~in_gallery],
-            **options,
-        )
-        share = {str(r): 100 * float(np.mean(row == r)) for r in sorted(resolutions)}
-        reports[name] = {
-            **report,
-            "branches": share,
+        z = _gather(row, sent, features)
+        gallery, gallery_labels = z[in_gallery], labels[in_gallery]
+        probes, probe_labels = z[~in_gallery], labels[~in_gallery]
+        results[name] = {
+            **identify(gallery, gallery_labels, probes, probe_labels, **options),
+            "branches": {str(r): 100 * float(np.mean(row == r)) for r in sorted(resolutions)},
             "scale": [float(np.mean(row / w)), float(np.mean(row / h))],
         }
-    return reports
+    return results
+
+
+def _gather(row: np.ndarray, sent: dict[int, np.ndarray], features: dict[int, Tensor]) -> Tensor:
+    """(N, D): of each image the feature at resolution ``row[i]``, out of those computed for ``sent[r]``."""
+    width = next(iter(features.values())).shape[1]
+    z = torch.empty(len(row), width)
+    for r in np.unique(row).tolist():
+        mine = np.flatnonzero(row == r)
+        z[torch.from_numpy(mine)] = features[r][torch.from_numpy(np.searchsorted(sent[r], mine))]
+    return z

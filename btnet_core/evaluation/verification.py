@@ -1,7 +1,7 @@
 """1:1 verification (Section 4.2): ten-fold accuracy, ROC, TAR@FAR, and the r1&r2 protocol of Table 1.
 
 One decision rule everywhere: two images are called the same person iff ``similarity > threshold`` (strictly).
-The metrics take plain arrays and return shares in [0, 1]; ``evaluate_pairs`` reports in %, like the paper.
+The metrics take plain arrays and return fractions in [0, 1]; ``evaluate_pairs`` gives %, like the paper.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Embedder = Callable[[Tensor, int], Tensor]  # (pixels (B, 3, 112, 112), r) -> (B
 
 @dataclass(frozen=True)
 class TenFold:
-    """Accuracy over folds as shares: mean and (population) standard deviation, then one value a fold."""
+    """Accuracy over folds as fractions: mean and (population) standard deviation, then one value a fold."""
 
     mean: float
     std: float
@@ -46,7 +46,7 @@ class Roc(NamedTuple):
 
 
 class OperatingPoint(NamedTuple):
-    """TAR (or TPIR) and the FAR (or FPIR) really reached, as shares, at ``threshold``."""
+    """TAR (or TPIR) and the FAR (or FPIR) really reached, as fractions, at ``threshold``."""
 
     rate: float
     false_rate: float
@@ -134,17 +134,16 @@ def tar_at_far(similarity: Any, same: Any, far: float, *, authors: bool = False)
     )
 
 
-def strictest_needed(negatives: np.ndarray, share: float) -> float:
-    """The smallest t for which at most ``share`` of ``negatives`` lie strictly above t (-inf if all may)."""
-    if not 0 <= share <= 1:
-        raise ConfigError(f"false accept share: got {share}, expected 0 to 1")
-    allowed = min(
-        int(share * len(negatives)) + 1, len(negatives)
-    )  # + 1: 0.29 * 100 is 28.999… in floats
-    allowed -= allowed / len(negatives) > share
-    if allowed == len(negatives):
+def strictest_needed(negatives: np.ndarray, fraction: float) -> float:
+    """The smallest t for which at most ``fraction`` of ``negatives`` lie strictly above t (-inf if all may)."""
+    if not 0 <= fraction <= 1:
+        raise ConfigError(f"false accept rate: got {fraction}, expected 0 to 1")
+    count = len(negatives)
+    allowed = min(int(fraction * count) + 1, count)  # + 1: 0.29 * 100 is 28.999… in floats
+    allowed -= allowed / count > fraction
+    if allowed == count:
         return float("-inf")
-    k = len(negatives) - 1 - allowed
+    k = count - 1 - allowed
     return float(np.partition(negatives, k)[k])
 
 
@@ -168,53 +167,58 @@ def check_scores(similarity: Any, same: Any, both: bool = False) -> tuple[np.nda
 
 @torch.inference_mode()
 def embed_images(
-    embedder: Embedder, images: Callable[[np.ndarray], Tensor], count: int, r: int, *, mirror: int | None = None,
-    device: torch.device | str = "cpu", how: Resize | None = None, batch_size: int = 256,
-) -> Tensor:  # fmt: skip
+    embedder: Embedder,
+    images: Callable[[np.ndarray], Tensor],
+    count: int,
+    r: int,
+    *,
+    mirror: int | None = None,
+    how: Resize | None = None,
+    batch_size: int = 256,
+) -> Tensor:
     """(count, D) un-normalised f_r(image), plus f_mirror(flipped image) where ``mirror`` names a resolution.
 
     ``images(indices)`` gives pixels; other sizes than 112x112 are brought to it first with ``how``.
     """
     parts = []
     for start in range(0, count, batch_size):
-        pixels = resize(
-            images(np.arange(start, min(start + batch_size, count))).to(device), CANONICAL, how
-        )
-        z = embedder(pixels, r).float()
-        parts.append((z if mirror is None else z + embedder(pixels.flip(-1), mirror).float()).cpu())
+        indices = np.arange(start, min(start + batch_size, count))
+        pixels = resize(images(indices), CANONICAL, how)
+        z = embedder(pixels, r).float().cpu()
+        if mirror is not None:
+            z = z + embedder(pixels.flip(-1), mirror).float().cpu()
+        parts.append(z)
     return torch.cat(parts)
 
 
 def unit_embeddings(
-    embedder: Embedder, pairs: Any, resolutions: Iterable[int], *, flip: bool = True, keep: Path | None = None, **options: Any
-) -> dict[int, Tensor]:  # fmt: skip
-    """For each r the unit embedding (N, D) of every image of a PairSet (datasets/faces.py).
+    embedder: Embedder,
+    pairs: Any,
+    resolutions: Iterable[int],
+    *,
+    flip: bool = True,
+    keep: Path | None = None,
+    how: Resize | None = None,
+    batch_size: int = 256,
+) -> dict[int, Tensor]:
+    """For each r the unit embedding (N, D) of every image of a PairSet (data/pairs.py).
 
     With ``flip`` the mirrored image's embedding is added before normalising. ``keep``: a folder for files from which
-    they are read when the same network has embedded the same images before, by whichever method; ``options`` are those
-    of ``embed_images``.
+    they are read when the same network has embedded the same images in the same way before.
     """
     faces, unit = None, {}
     for r in sorted(set(resolutions), reverse=True):
         path = None
         if keep is not None and hasattr(embedder, "fingerprint"):
-            facts = (
-                embedder.fingerprint(r),
-                pairs.checksum,
-                flip,
-                (options.get("how") or Resize()).name,
-            )
-            path = (
-                Path(keep) / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.safetensors"
-            )
+            facts = embedder.fingerprint(r), pairs.checksum, flip, (how or Resize()).name
+            digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+            path = Path(keep) / f"{digest[:24]}.safetensors"
             if path.is_file():
                 unit[r] = read_safetensors(path)[0]["unit"]
                 continue
         faces = faces if faces is not None else pairs.images(np.arange(pairs.num_images))  # once
-        z = embed_images(
-            embedder, faces.__getitem__, len(faces), r, mirror=r if flip else None, **options
-        )
-        unit[r] = F.normalize(z)
+        options = {"mirror": r if flip else None, "how": how, "batch_size": batch_size}
+        unit[r] = F.normalize(embed_images(embedder, faces.__getitem__, len(faces), r, **options))
         if path is not None:
             write_safetensors(path, {"unit": unit[r]}, {"r": str(r)})
     return unit
@@ -223,16 +227,13 @@ def unit_embeddings(
 def centres(
     embedder: Embedder, faces: Any, resolutions: Iterable[int], *, count: int = 500, **options: Any
 ) -> dict[int, Tensor]:
-    """For each r the mean unit embedding (D,) of ``count`` faces, spread evenly over a FaceSet (datasets/faces.py).
+    """For each r the mean unit embedding (D,) of ``count`` faces, spread evenly over a FaceSet.
 
     Faces of one resolution share a part of their embeddings that says nothing about who they are; ``evaluate_pairs``
     subtracts it. Take training faces. ``options`` are those of ``unit_embeddings``.
     """
-    sample = _spread(faces, count)
-    return {
-        r: unit.mean(0)
-        for r, unit in unit_embeddings(embedder, sample, resolutions, **options).items()
-    }
+    unit = unit_embeddings(embedder, _spread(faces, count), resolutions, **options)
+    return {r: z.mean(0) for r, z in unit.items()}
 
 
 def fitted_lengths(
@@ -240,14 +241,13 @@ def fitted_lengths(
 ) -> dict[int, float]:
     """For each r the factor by which un-normalised embeddings of r px come closest, in least squares, to those of 112.
 
-    sum <z_r, z_112> / sum <z_r, z_r> over ``count`` faces, spread evenly over a FaceSet (datasets/faces.py): 1 at 112,
-    small where z_r is long or says little. Neither Eq. 3 nor a cosine fixes the length of a branch's embeddings, which
-    sums over resolutions depend on (templates, gallery entries). Take training faces. ``options`` are those of
-    ``embed_images``.
+    sum <z_r, z_112> / sum <z_r, z_r> over ``count`` faces, spread evenly over a FaceSet: 1 at 112, small where z_r is
+    long or says little. Neither Eq. 3 nor a cosine fixes the length of a branch's embeddings, on which sums over
+    resolutions depend (templates, gallery entries). Take training faces. ``options`` are those of ``embed_images``.
     """
     sample = _spread(faces, count)
 
-    def embed(r):
+    def embed(r: int) -> Tensor:
         return embed_images(embedder, sample.images, sample.num_images, r, **options).double()
 
     reference = embed(CANONICAL)
@@ -259,7 +259,7 @@ def fitted_lengths(
 
 
 def check_resolutions(name: str, given: Iterable[int], needed: Iterable[int]) -> None:
-    """ConfigError where argument ``name`` lacks a value for a resolution that is needed."""
+    """Raise ConfigError where argument ``name`` lacks a value for a resolution that is needed."""
     if absent := set(needed) - set(given):
         raise ConfigError(f"{name}: has resolutions {sorted(given)}, needs {sorted(absent)}, too")
 
@@ -275,9 +275,13 @@ def _spread(faces: Any, count: int) -> SimpleNamespace:
 
 
 def pair_similarities(
-    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]], *,
-    centre: Mapping[int, Tensor] | None = None, **options: Any,
-) -> dict[tuple[int, int], np.ndarray]:  # fmt: skip
+    embedder: Embedder,
+    pairs: Any,
+    settings: Iterable[tuple[int, int]],
+    *,
+    centre: Mapping[int, Tensor] | None = None,
+    **options: Any,
+) -> dict[tuple[int, int], np.ndarray]:
     """Cosine (P,) of each pair with its first image at r1 rows and its second at r2, per setting (r1, r2).
 
     Each image is embedded once per resolution, and ``centre[r]`` subtracted from its unit embedding;
@@ -287,68 +291,74 @@ def pair_similarities(
     if centre is not None:
         check_resolutions("centre", centre, unit)
         unit = {r: F.normalize(z - centre[r]) for r, z in unit.items()}
-    first, second = (
-        torch.as_tensor(np.asarray(side), dtype=torch.int64) for side in (pairs.first, pairs.second)
-    )
+    first, second = torch.as_tensor(pairs.first), torch.as_tensor(pairs.second)
     return {(a, b): (unit[a][first] * unit[b][second]).sum(1).double().numpy() for a, b in settings}
 
 
 def evaluate_pairs(
-    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]] = TABLE1_SETTINGS, *,
-    cross: str = "both", folds: int = 10, **options: Any,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    embedder: Embedder,
+    pairs: Any,
+    settings: Sequence[tuple[int, int]] = TABLE1_SETTINGS,
+    *,
+    cross: str = "both",
+    folds: int = 10,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
     """Table 1's protocol: {"112&7": {accuracy, std, folds, auc, directions}, …}, in % but for the thresholds.
 
     ``cross="both"`` averages both directions fold by fold when r1 != r2; "authors" puts only the first image of
-    each pair at r1 (paper-and-code: cross-resolution pairs). ``options``: centre, flip, keep, device, how, batch_size.
+    each pair at r1 (paper-and-code: cross-resolution pairs). ``options``: centre, flip, keep, how, batch_size.
     """
     if cross not in ("both", "authors"):
         raise ConfigError(f"cross: got {cross!r}, expected 'both' or 'authors'")
     ways = {
-        (a, b): list(dict.fromkeys([(a, b), (b, a)])) if cross == "both" else [(a, b)]
-        for a, b in settings
+        (a, b): [(a, b), (b, a)] if cross == "both" and a != b else [(a, b)] for a, b in settings
     }
-    scores = pair_similarities(
-        embedder, pairs, list({way: 0 for group in ways.values() for way in group}), **options
-    )
-    report = {}
+    needed = dict.fromkeys(way for group in ways.values() for way in group)
+    scores = pair_similarities(embedder, pairs, needed, **options)
+    results = {}
     for (a, b), group in ways.items():
-        done = []
-        for way in group:
-            fit = ten_fold_accuracy(scores[way], pairs.same, folds)
-            row = {
-                "accuracy": fit.mean,
-                "std": fit.std,
-                "folds": fit.accuracies,
-                "auc": auc(scores[way], pairs.same),
-            }
-            percent = {name: (100 * np.asarray(value)).tolist() for name, value in row.items()}
-            done.append(
-                {"first": way[0], "second": way[1], **percent, "thresholds": list(fit.thresholds)}
-            )
+        done = [
+            {"first": way[0], "second": way[1], **_one_way(scores[way], pairs.same, folds)}
+            for way in group
+        ]
         mean = np.mean([row["folds"] for row in done], axis=0)
-        report[f"{a}&{b}"] = {
-            "accuracy": float(mean.mean()), "std": float(mean.std()), "folds": mean.tolist(),
-            "auc": float(np.mean([row["auc"] for row in done])), "directions": done,
-        }  # fmt: skip
-    return report
+        results[f"{a}&{b}"] = {
+            "accuracy": float(mean.mean()),
+            "std": float(mean.std()),
+            "folds": mean.tolist(),
+            "auc": float(np.mean([row["auc"] for row in done])),
+            "directions": done,
+        }
+    return results
 
 
-def summarise(reports: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The mean over pair sets of ``evaluate_pairs`` reports: {"112&7": {accuracy, std, sets, second_half}, …} in %.
+def _one_way(scores: np.ndarray, same: Any, folds: int) -> dict[str, Any]:
+    """Accuracy, its deviation between folds, of each fold, and the AUC, in %; the thresholds."""
+    found = ten_fold_accuracy(scores, same, folds)
+    return {
+        "accuracy": 100 * found.mean,
+        "std": 100 * found.std,
+        "folds": [100 * value for value in found.accuracies],
+        "auc": 100 * auc(scores, same),
+        "thresholds": list(found.thresholds),
+    }
+
+
+def summarise(results: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The mean over pair sets of what ``evaluate_pairs`` gives: {"112&7": {accuracy, std, sets, second_half}, …} in %.
 
     ``std`` is the mean over the sets of the standard deviation between folds; ``sets`` holds each accuracy;
     ``second_half`` is the accuracy on the later half of the folds, for settings that were chosen on the first.
     """
-    rows = {setting: [report[setting] for report in reports] for setting in reports[0]}
-    return {
-        setting: {
+    summary = {}
+    for setting in results[0]:
+        sets = [result[setting] for result in results]
+        later = [np.mean(row["folds"][len(row["folds"]) // 2 :]) for row in sets]
+        summary[setting] = {
             "accuracy": float(np.mean([row["accuracy"] for row in sets])),
             "std": float(np.mean([row["std"] for row in sets])),
             "sets": [row["accuracy"] for row in sets],
-            "second_half": float(
-                np.mean([np.mean(row["folds"][len(row["folds"]) // 2 :]) for row in sets])
-            ),
+            "second_half": float(np.mean(later)),
         }
-        for setting, sets in rows.items()
-    }
+    return summary

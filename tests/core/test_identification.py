@@ -124,6 +124,38 @@ def test_prototypes_mean_of_unnormalised_features() -> None:
     assert torch.allclose(unit[1], torch.tensor([0.5, 0.5]))
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_gallery_entry_is_the_mean_of_features_as_long_as_they_are(normalised: bool) -> None:
+    """(4, 0) and (0, 1) make (4, 1), nearer to the x axis than the unmated probe; their units make the diagonal."""
+    gallery, mated = torch.tensor([[4.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
+    probes, options = torch.cat([mated, torch.tensor([[2.0, 1.5]])]), {"normalised": True}
+    given = options if normalised else {}
+    found = idn.identify(gallery, [5, 5], probes, [5, -1], fpir=(0.0,), **given)
+    assert found["tpir"]["0.0"] == (0 if normalised else 100)
+    (row,) = idn.evaluate_strategies(
+        lambda rows, r: torch.cat([gallery, probes])[torch.from_numpy(rows)],
+        [(28, 28)] * 4, [5, 5, 5, -1], [1, 1, 0, 0], fpir=(0.0,), strategies=[("max", "ceil")], **given,
+    ).values()  # fmt: skip
+    assert row["tpir"] == found["tpir"]
+
+
+def test_a_mate_beyond_the_rank_is_never_found() -> None:
+    """Everything may pass at FPIR 1, but for the mate of rank 2; and JSON has no infinity."""
+    gallery, probes = torch.eye(3), torch.tensor([[1.0, 0.9, 0.0], [0.0, 1.0, 0.0], [0.1, 0, 0.2]])
+    found = idn.search(probes, gallery, np.array([1, 1, -1]))
+    assert found.rank.tolist() == [2, 1]
+    values = idn.open_set(found, (1.0,), rank=1)
+    assert values["tpir"]["1.0"] == values["ranks"]["1"] == 50
+    assert values["fpir"]["1.0"] == 100
+    assert np.isfinite(values["thresholds"]["1.0"])
+    assert idn.open_set(found, (1.0,), rank=2)["tpir"]["1.0"] == 100
+
+
+def test_the_fpirs_are_the_papers_and_the_authors() -> None:
+    found = idn.search(torch.eye(3), torch.eye(3)[:2], np.array([0, 1, -1]))
+    assert list(idn.open_set(found)["tpir"]) == ["0.3", "0.2", "0.1", "0.01"]
+
+
 def test_mate_rows() -> None:
     assert idn.mate_rows([9, 4, 6], [4, 9, 5, -1, 6, 10]).tolist() == [1, 0, -1, -1, 2, -1]
     with pytest.raises(DataError, match="label 4 has more than one entry"):

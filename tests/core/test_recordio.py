@@ -77,6 +77,25 @@ def test_payloads_with_the_magic_inside_survive(
             assert offset + 8 + (word & (2**29 - 1)) <= path.stat().st_size
 
 
+def test_a_record_is_split_at_aligned_magics_alone(tmp_path: Path) -> None:
+    """By hand, from the format's description: the magic at byte 1 stays, the one at byte 8 is dropped."""
+    with RecordWriter(tmp_path / "x.rec") as writer:
+        writer.write(0, b"x" + MAGIC + b"abc" + MAGIC + b"de")
+    first = struct.pack("<4sI", MAGIC, 1 << 29 | 8) + b"x" + MAGIC + b"abc"
+    last = struct.pack("<4sI", MAGIC, 3 << 29 | 2) + b"de\0\0"
+    assert (tmp_path / "x.rec").read_bytes() == first + last
+
+
+def test_each_part_of_a_split_record_is_padded(tmp_path: Path) -> None:
+    parts = ((1, b"abc\0", 3), (2, b"", 0), (3, b"defgh\0\0\0", 5))
+    data = [
+        struct.pack("<4sI", MAGIC, flag << 29 | size) + content for flag, content, size in parts
+    ]
+    (tmp_path / "x.rec").write_bytes(b"".join(data))
+    (tmp_path / "x.idx").write_text("0\t0\n")
+    assert RecordFile(tmp_path / "x.rec").payload(0) == b"abc" + MAGIC + MAGIC + b"defgh"
+
+
 def test_several_labels_in_a_record(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "train.rec") as writer:
         payload = struct.pack("<IfQQ", 3, 0.0, 0, 0) + struct.pack("<3f", 1, 0.5, 0.25) + picture(3)

@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.evaluation import verification as v
+from btnet_core.images import Resize
 
 
 def scores(seed: int, count: int, levels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -303,12 +304,25 @@ def test_kept_embeddings_are_read_by_every_method_with_the_same_network(
     assert (
         len(list(tmp_path.iterdir())) == 3
     )  # the trunk's at 112 are there already, its branch's are not phi_hr's
+    other = {
+        "flip": False,
+        "how": Resize(kernel="nearest"),
+    }  # of pixels at 112: the name alone differs
+    for option in other:
+        kept = evaluate_pairs(bt, pairs, settings, keep=tmp_path, **{option: other[option]})
+        assert kept == evaluate_pairs(bt, pairs, settings, **{option: other[option]})
+    assert len(list(tmp_path.iterdir())) == 7
+    assert evaluate_pairs(bt, pairs, settings, flip=False) != plain["bt"]
+    coarse = BranchEmbedder(btnet, device="cpu", how=Resize(kernel="nearest"))
+    assert coarse.fingerprint(14) != bt.fingerprint(14)
+    kept = evaluate_pairs(coarse, pairs, settings, keep=tmp_path)
+    assert kept == evaluate_pairs(coarse, pairs, settings) != plain["bt"]
     monkeypatch.setattr(type(bt), "__call__", lambda *_: pytest.fail("embedded again"))
     assert evaluate_pairs(bt, pairs, settings, keep=tmp_path) == plain["bt"]
     with torch.no_grad():
         next(btnet.trunk.parameters()).add_(1e-3)
     evaluate_pairs(hr, pairs, settings, keep=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 5  # other weights, other embeddings
+    assert len(list(tmp_path.iterdir())) == 11  # other weights, other embeddings
 
 
 def test_summary_over_sets_and_the_later_folds() -> None:

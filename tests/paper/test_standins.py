@@ -85,6 +85,8 @@ def test_survface_identities_are_matched_by_id_not_by_order(tmp_path: Path) -> N
     )
     test = read_open_set(tmp_path)
     assert test.labels.tolist() == [3, 7, 3, -1]
+    assert test.in_gallery.tolist() == [True, True, False, False]
+    assert [int(test.images[i][0, 0, 0]) for i in range(4)] == [9, 0, 1, 2]
     assert not test.stand_in
     assert test.name == "QMUL-SurvFace"
 

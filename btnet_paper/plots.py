@@ -439,9 +439,9 @@ def figure6(values: Mapping[str, Any]) -> Figure:
             points[-1, 0],
             0.38,
             color=GREY,
-            label=r"$\phi_{hr}$, $\phi_{mm}$, $\phi_{mr}$: scaled up first",
+            label=r"$\phi_{hr}$, $\phi_{mr}$: scaled up first",
         )
-        axes.bar(x + 0.2, points[:, 0], 0.38, color=BLUE, label=r"$\phi_{bt}$: at its own size",
+        axes.bar(x + 0.2, points[:, 0], 0.38, color=BLUE, label=r"$\phi_{mm}$, $\phi_{bt}$: at its own size",
                  yerr=spread if spread.any() else None, error_kw={"elinewidth": 0.8, "capsize": 2})  # fmt: skip
         for index, value in enumerate(points[:, 0]):
             top = (index + 0.2, value + spread[1, index])

@@ -82,6 +82,15 @@ def report(
     return path
 
 
+def report_or_reason(scale: str, *, runs: str | Path = "runs") -> str:
+    """Returns the path of the report, or why it could not be made: the run is as good without."""
+    try:
+        return str(report(scale, runs=runs))
+    except Exception as error:  # whatever it is, the results must not look lost
+        reason = f"not made ({type(error).__name__}: {error}); the results are complete"
+        return f"{reason}, once mended: btnet report --scale {scale} --runs {runs}"
+
+
 def _check_outputs(run_dir: Path, state: dict[str, Any]) -> None:
     """Raises DataError where a result or figure that the state lists is not there any more."""
     for entry in state.values():

@@ -42,7 +42,7 @@ KEPT = ("results", "figures", "models")  # folders of a run whose files are a no
 LOG = logging.getLogger("btnet.kernel")
 LOG.setLevel(logging.ERROR)  # its warnings are of no use to a reader
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # tags of cells that papermill adds
-OWN = ("scale", "run_dir", "device")  # parameters that options of the command give
+OWN = ("scale", "run_dir", "device", "processes")  # parameters that options of the command give
 
 
 def reproduce(
@@ -52,6 +52,7 @@ def reproduce(
     parameters: dict[str, Any] | None = None,
     resume: bool = True,
     device: str | None = None,
+    processes: str | None = None,
     runs: str | Path = "runs",
     notebooks: str | Path | None = None,
     data: str | None = None,
@@ -62,6 +63,7 @@ def reproduce(
         only: numbers or names; default all.
         parameters: values, or text as on a command line, for the notebooks that know them.
         resume: False repeats unchanged ones, too, training included.
+        processes: how many train together; "auto": one for each GPU. Default: the notebooks'.
         data: checksum of the data; by default of what the scale uses.
 
     Raises:
@@ -72,11 +74,15 @@ def reproduce(
     chosen = select(load_notebooks(notebooks), only)
     if wrong := set(OWN) & set(parameters or {}):
         names = ", ".join(sorted(wrong))
-        raise ReproduceError(f"{names} cannot be a -p parameter: use --scale, --runs, --device")
+        options = "--scale, --runs, --device, --processes"
+        raise ReproduceError(f"{names} cannot be a -p parameter: use {options}")
     if device and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ReproduceError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")
-    given = {"scale": scale} | ({"device": device} if device else {}) | (parameters or {})
-    values = assign(chosen, given, optional=("scale", "device"))
+    if processes and not re.fullmatch(r"auto|[1-9]\d*", processes):
+        raise ReproduceError(f"processes is {processes!r}, expected auto or a number from 1 on")
+    own = {"scale": scale, "device": device, "processes": processes}
+    given = {name: value for name, value in own.items() if value} | (parameters or {})
+    values = assign(chosen, given, optional=OWN)
     depends_on = [code_checksum(), data_checksum(scale) if data is None else data]
     run_dir, began, ran = (Path(runs) / scale).resolve(), time.time(), 0
     with _hold(run_dir):

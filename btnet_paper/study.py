@@ -33,7 +33,8 @@ class Study:
         study.record({"accuracy": accuracy}, config={"flip": flip}, data=study.pairs)
 
     Shown as the last line of a cell it is the scale's claim. ``scale`` is a name or a Scale;
-    ``run_dir`` "" is the scale's own folder.
+    ``run_dir`` "" is the scale's own folder;
+    ``processes`` train together, "auto" one for each GPU.
     """
 
     def __init__(
@@ -44,12 +45,15 @@ class Study:
         run_dir: str | Path = "",
         seed: int = 0,
         device: str = "auto",
+        processes: int | str = 1,
     ) -> None:
         self.name, self.seed = name, seed
         self.scale = get_scale(scale) if isinstance(scale, str) else scale
         self.run_dir = self.scale.run_dir(run_dir)
         self.models = self.run_dir / "models"
         self.device = str(resolve_device(device))
+        number = str(processes)  # a notebook's parameter is a text: "1", "auto"
+        self.processes: int | str = int(number) if number.isdecimal() else number
         self.claim = f"Scale `{self.scale.name}`: {self.scale.claim}"
         self.configs: dict[str, TrainConfig] = {}  # of the runs that `train` was given
         self.trained: dict[str, dict[str, Any]] = {}  # what they measured
@@ -91,10 +95,13 @@ class Study:
 
         A run that is finished is not repeated; an interrupted one goes on from its checkpoint.
         """
+        options: dict[str, Any] = {"device": self.device}
+        if self.processes != 1:
+            options["processes"] = self.processes
         for name, config in runs.items():
             self.folders[name] = self.models / folder / name
             self.configs[name] = config
-            self.trained[name] = train_in_subprocess(config, self.folders[name], device=self.device)
+            self.trained[name] = train_in_subprocess(config, self.folders[name], **options)
         return {name: self.trained[name] for name in runs}
 
     def history(self, *keys: str) -> dict[str, dict[str, list[float]]]:

@@ -17,7 +17,7 @@ from btnet_core.errors import BTNetError, ReproduceError
 
 # Those of scales.py, which --help does not import.
 HEADLINE = "03,04,05"  # notebooks
-SCALES = ("demo", "lfw", "lfw-mr", "lfw-quick", "lfw-scratch", "paper")
+SCALES = ("demo", "lfw", "lfw-mr", "lfw-quick", "lfw-scratch", "paper", "paper-authors")
 
 
 class Failure(click.ClickException):
@@ -135,21 +135,27 @@ def open_model(
 @scale_option
 @option("--only", default="", metavar="01,05", help="Only these notebooks, by number or name.")
 @option("-p", "--parameter", "parameters", multiple=True, callback=pairs_of, metavar="NAME=VALUE",
-        help="A parameter of those notebooks that know it, or quick=true; repeatable.")  # fmt: skip
+        help="A parameter of the notebooks that know it, quick=true, authors=true; repeatable.")  # fmt: skip
 @option("--fresh", is_flag=True, help="Run also those notebooks whose inputs are unchanged.")
 @option("--device", help="auto, cpu, cuda or cuda:N (default: the notebooks').")
+@option("--processes", metavar="N", help="That train together; auto: one for each GPU.")
 @runs_option
 def reproduce(
-    scale: str, only: str, parameters: dict[str, str], fresh: bool, device: str | None, runs: str
-) -> None:
+    scale: str, only: str, parameters: dict[str, str], fresh: bool, device: str | None,
+    processes: str | None, runs: str,
+) -> None:  # fmt: skip
     """Run the notebooks in order and collect their results."""
+    from btnet_paper import report as page
     from btnet_paper import runner
 
-    if parameters.pop("quick", "false").lower() == "true":  # of the scale, not of a notebook
-        scale += "-quick"
-    headline = HEADLINE if "-" in scale else ""
+    for variant in ("quick", "authors"):  # of the scale, where it has such a page
+        if f"{scale}-{variant}" in SCALES and parameters.get(variant, "").lower() == "true":
+            parameters.pop(variant)
+            scale += f"-{variant}"
+    headline = HEADLINE if scale.startswith("lfw-") else ""
     runner.reproduce(scale, only=(only or headline).split(","), parameters=parameters,
-                     resume=not fresh, device=device, runs=runs)  # fmt: skip
+                     resume=not fresh, device=device, processes=processes, runs=runs)  # fmt: skip
+    click.echo(f"  report    {page.report_or_reason(scale, runs=runs)}")
 
 
 @command("btnet figures --runs figures   (from the repository's own results)")

@@ -65,6 +65,12 @@ def test_errata_are_what_they_say() -> None:
         assert show_gain(recomputed[item["row"]]["7&7"]) == item["ours"] == "-"
 
 
+def test_scratch_of_table_3_is_phi_mm_of_table_1() -> None:
+    scratch, phi_mm = published.table("table3")["Scratch"], published.table("table1")["phi_mm"]
+    both = [scratch["112&14"], scratch["14&14"]]
+    assert both == [phi_mm["112&14"], phi_mm["14&14"]] == published.text("scratch_is_phi_mm")
+
+
 def test_text_values_agree_with_the_tables() -> None:
     bt = {
         column: published.gain("table1", "phi_bt", column)

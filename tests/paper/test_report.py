@@ -17,7 +17,7 @@ from PIL import Image
 
 from btnet_core.errors import DataError, ReproduceError
 from btnet_paper import results
-from btnet_paper.report import WIDGET, report
+from btnet_paper.report import WIDGET, report, report_or_reason
 from btnet_tools.cli import main
 
 TEXT = r"""# 05 · Verification
@@ -221,6 +221,18 @@ def test_what_is_damaged_or_gone_is_named(
         path.write_bytes(whole)
     assert main(["report", "--runs", str(run / "nowhere")]) == 1
     assert "run btnet reproduce --scale demo first" in capsys.readouterr().err
+
+
+def test_a_report_that_fails_does_not_lose_the_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("btnet_paper.report._front", fail)
+    told = report_or_reason("demo", runs=run)
+    assert told.startswith("not made (KeyError: 'surprise'); the results are complete")
+    assert told.endswith(f"btnet report --scale demo --runs {run}")
 
 
 @pytest.mark.browser

@@ -125,6 +125,13 @@ def test_a_parameter_goes_to_the_notebooks_that_know_it(place: Path) -> None:
 def test_a_device_that_cannot_be(place: Path) -> None:
     with pytest.raises(ReproduceError, match="tpu"):
         run(place, device="tpu")
+    with pytest.raises(ReproduceError, match="processes is 'many'"):
+        run(place, processes="many")
+
+
+def test_processes_go_to_the_notebooks_that_train(place: Path) -> None:
+    write(place / "nb", "02_second", COUNT + "assert processes == 'auto'", "processes = '1'\n")
+    assert len(run(place, processes="auto")) == 2
 
 
 def test_unknown_notebook(place: Path) -> None:

@@ -28,7 +28,8 @@ def page(tmp_path: Path) -> Path:
 
 
 def test_the_repository_has_these_scales() -> None:
-    assert set(pages()) == {"demo", "lfw", "lfw-mr", "lfw-quick", "lfw-scratch", "paper"}
+    lfw = {"lfw", "lfw-mr", "lfw-quick", "lfw-scratch"}
+    assert set(pages()) == lfw | {"demo", "paper", "paper-authors"}
     for name in pages():
         assert get_scale(name).name == name
         assert get_scale(name).claim.endswith(".")
@@ -41,6 +42,13 @@ def test_a_variant_changes_what_it_lists_and_nothing_else() -> None:
     assert changed == listed | {"name"}
     assert quick.trunk == lfw.trunk | {"epochs": 1}
     assert get_scale("lfw-mr").epochs == {56: 1, 28: 6, 14: 10, 7: 6}
+
+
+def test_the_authors_choices_are_one_page() -> None:
+    paper, theirs = get_scale("paper"), get_scale("paper-authors")
+    assert (paper.authors, theirs.authors) == (False, True)
+    assert theirs.branch == {"embedding_weight": 1.0, "bn": "authors"}
+    assert paper.branch == {}
 
 
 def test_a_page_of_ones_own(page: Path) -> None:

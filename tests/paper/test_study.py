@@ -126,7 +126,9 @@ def test_it_trains_remembers_configurations_and_history(tmp_path: Path, monkeypa
     runs = {name: phi_hr("faces", name=name, lr=0.3) for name in ("a", "b")}
     assert study.train(runs, "ablations") == {"a": {"seconds": 1.0}, "b": {"seconds": 1.0}}
     folders = [tmp_path / "models" / "ablations" / name for name in ("a", "b")]
-    assert asked == [(f.name, f, {"device": "cpu"}) for f in folders]
+    assert asked[:2] == [(f.name, f, {"device": "cpu"}) for f in folders]
+    Study("toy", scale=toy(), run_dir=tmp_path / "two", device="cpu", processes="2").train(runs)
+    assert asked[-1][2] == {"device": "cpu", "processes": 2}
     assert study.history("loss")["b"] == {"step": [1, 2], "loss": [2.0, 1.0]}
     study.record({"x": 1})
     assert results.load(tmp_path, "toy")["config"]["b"]["lr"] == 0.3

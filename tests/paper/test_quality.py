@@ -36,6 +36,17 @@ def test_an_enlarged_face_has_the_rows_it_was_shrunk_to(faces: torch.Tensor, sho
     assert median(faces) > 45
 
 
+def test_grey_weighs_red_and_blue_as_eyes_do() -> None:
+    """0.299 R + 0.587 G + 0.114 B: a pattern of red against blue that leaves it constant shows no detail."""
+    pattern = torch.randn(60, 60, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+    balanced = torch.stack([0.114 * pattern, torch.zeros(60, 60), -0.299 * pattern])
+    flat, seen = torch.full((3, 60, 60), 128.0), torch.stack([pattern, pattern, pattern])
+    assert optical_resolution(flat + 150 * balanced) == pytest.approx(
+        optical_resolution(flat), rel=0.01
+    )
+    assert optical_resolution(flat + 30 * seen) != pytest.approx(optical_resolution(flat), rel=0.5)
+
+
 def test_blur_takes_detail_and_noise_adds_none(faces: torch.Tensor) -> None:
     blurred = [
         median(gaussian_blur(faces, 2 * int(3 * sigma) + 1, sigma))

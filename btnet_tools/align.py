@@ -53,15 +53,15 @@ def to_raw(transform: np.ndarray, x: Tensor | float, y: Tensor | float) -> tuple
     return (a * x + b * y) / (a * a + b * b), (a * y - b * x) / (a * a + b * b)
 
 
-def warp(picture: Tensor, transform: np.ndarray) -> Tensor:
-    """The crop, uint8 (3, 112, 112), of a raw picture, uint8 (3, H, W); black outside it.
+def warp(picture: Tensor, transform: np.ndarray, side: int = SIZE) -> Tensor:
+    """The crop, uint8 (3, side, side), of a raw picture, uint8 (3, H, W); black outside it.
 
     Where the crop shrinks the picture (s = |(a, b)| < 1), each of its pixels is the mean of k x k
     bilinear samples, k = ceil(1 / s), spread evenly over the pixel's area: an area average, so that
     nothing aliases. Where it does not, k = 1: plain bilinear.
     """
-    k = max(1, math.ceil(1 / math.hypot(transform[0], transform[1])))
-    place = (torch.arange(SIZE * k, dtype=torch.float64) + 0.5) / k - 0.5
+    k = max(1, math.ceil(1 / math.hypot(transform[0], transform[1]) - 1e-6))  # but for rounding
+    place = (torch.arange(side * k, dtype=torch.float64) + 0.5) / k - 0.5
     y, x = torch.meshgrid(place, place, indexing="ij")
     x, y = to_raw(transform, x, y)
     rows, columns = picture.shape[-2:]

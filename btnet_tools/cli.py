@@ -238,6 +238,24 @@ def pack(source: str, out: str | None, pairs: str | None, images: str | None) ->
         raise click.UsageError("pack takes FOLDER and OUT, or --pairs FILE and the .bin to write")
 
 
+@command("btnet align photos/ crops/   (pip install 'btnet-core[align]')")
+@click.argument("photos", metavar="PHOTOS")
+@click.argument("out", metavar="OUT")
+@option("--largest", is_flag=True, help="Only the largest face of each photograph.")
+def align(photos: str, out: str, largest: bool) -> int:
+    """Cut the faces out of photographs, aligned as recognisers want them."""
+    from btnet_tools import photographs as work
+
+    found = work.align_photos(Path(photos), Path(out), work.retinaface(), largest)
+    click.echo(f"{len(found['crops']):,} faces in {out}, listed in {out}.json")
+    for name, facts in found["crops"].items():
+        if facts["note"]:
+            click.echo(f"{name}: {facts['note']}", err=True)
+    for name, reason in found["without"].items():
+        click.echo(f"no crop of {name}: {reason}", err=True)
+    return 1 if found["without"] else 0
+
+
 # ---- a recogniser of your own ----------------------------------------------------------------
 
 

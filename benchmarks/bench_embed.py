@@ -21,9 +21,8 @@ import torch
 from PIL import Image
 
 from btnet_core import BTNet
-from btnet_core.images import resize
+from btnet_core.images import resize, to_pixels
 from btnet_core.models.backbone import BackboneConfig, build_backbone
-from btnet_core.models.btnet import to_pixels
 
 SIDES = (112, 28, 14, 7)
 

@@ -33,7 +33,7 @@ from btnet_core.device import autocast
 from btnet_core.errors import BTNetError, DataError
 from btnet_core.evaluation.identification import prototypes
 from btnet_core.evaluation.verification import strictest_needed
-from btnet_core.images import KERNELS, Resize, decode, resize
+from btnet_core.images import KERNELS, Resize, decode, resize, to_pixels
 from btnet_core.models.backbone import BackboneConfig, build_backbone, embed_features
 from btnet_core.models.btnet import (
     INDICATORS,
@@ -42,7 +42,6 @@ from btnet_core.models.btnet import (
     Route,
     coupling_layer,
     select_branch,
-    to_pixels,
 )
 from btnet_core.models.costs import count_macs
 from btnet_paper import plots

@@ -17,12 +17,11 @@ from btnet_core.data.sources import spec_text
 from btnet_core.data.survface import read_open_set
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.files import checksum, find
-from btnet_core.images import decode, encode, read, resize
+from btnet_core.images import decode, encode, is_plain, read, resize
 from btnet_paper.scales import get_scale, pages
 from btnet_tools.catalogue import Entry, entries
 
 LICENCE = "research only; faces of real people, do not redistribute"
-PLAIN = (b"\xff\xd8\xff", b"\x89PNG")  # files that MXNet's readers take as they are
 
 
 # ---- what is there ---------------------------------------------------------------------------
@@ -114,9 +113,9 @@ def pack_pairs(pairs: Path, out: Path, folder: Path | None = None) -> int:
 
 
 def face_bytes(file: Path) -> bytes:
-    """The file's own bytes if it is a JPEG or PNG of 112x112, else the face resized to that, as PNG."""
+    """The file's own bytes if it is a plain JPEG or PNG of 112x112, else the face resized to that, as PNG."""
     data = read(file)
     image = decode(data, where=str(file))
-    if tuple(image.shape[1:]) == (112, 112) and data.startswith(PLAIN):
+    if tuple(image.shape[1:]) == (112, 112) and is_plain(data):
         return data
     return encode(resize(image, 112).round().to(torch.uint8))

@@ -22,12 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from btnet_core.errors import CheckpointError, ConfigError, DataError
 from btnet_core.files import read_safetensors, write_safetensors
-from btnet_core.images import Resize, check_pixels, decode, from_pil, read, resize, scaled_size
+from btnet_core.images import Resize, resize, scaled_size, to_pixels
 from btnet_core.models.backbone import (
     Backbone,
     build_from,
@@ -397,27 +396,3 @@ def weights_digest(module: nn.Module) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def to_pixels(image, where: str) -> Tensor:
-    """A PIL image, path, ``(H, W, 3)`` array or ``(3, H, W)`` tensor as checked RGB pixels ``(3, H, W)``.
-
-    Raises:
-        DataError: naming ``where``.
-    """
-    if isinstance(image, (str, Path)):
-        where = f"{where} ({image})"
-        return decode(read(image, where), where=where)
-    if isinstance(image, Image.Image):
-        return from_pil(lambda: image, where)
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3:
-            raise DataError(
-                f"{where}: got an array of shape {image.shape}, expected (H, W, 3), RGB"
-            )
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    if not isinstance(image, Tensor) or image.ndim != 3:
-        raise DataError(
-            f"{where}: got {type(image).__name__}, expected an image, a path, an array or a (3, H, W) tensor"
-        )
-    return check_pixels(image, where)

@@ -1,0 +1,90 @@
+"""What a file is said to be: of files that the real programs write."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+
+from btnet_core.kinds import what_is
+
+
+def written(write: object) -> bytes:
+    out = io.BytesIO()
+    write(out)  # type: ignore[operator]
+    return out.getvalue()
+
+
+def tar(out: io.BytesIO) -> None:
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("empty"))
+
+
+def zipped(out: io.BytesIO) -> None:
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("a", "b")
+
+
+CASES = {
+    "an empty file": b"",
+    "a file of zeros": bytes(3000),
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n",
+    "an HTML page": b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><title>Quota exceeded</title>",
+    "an HTML page,": b"<html lang='de'>" + "ä".encode() * 2000,
+    "an XML file": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+    "a JSON file": json.dumps({"error": "not found"}).encode(),
+    "a text file": b"Not Found\n",
+    "a safetensors file": save({"x": torch.zeros(2)}),
+    "a pickle": pickle.dumps({"x": 1}),
+    "a PyTorch file of the old format": written(
+        lambda out: torch.save([1], out, _use_new_zipfile_serialization=False)
+    ),
+    "a zip archive": written(lambda out: torch.save({"x": 1}, out)),
+    "a zip archive,": written(zipped),
+    "a gzip file": gzip.compress(b"x"),
+    "a tar archive": written(tar),
+    "a NumPy array": written(lambda out: np.save(out, np.zeros(2))),
+    "a JPEG picture": written(lambda out: Image.new("RGB", (4, 4)).save(out, "JPEG")),
+    "a PNG picture": written(lambda out: Image.new("RGB", (4, 4)).save(out, "PNG")),
+    "in no known format": bytes(range(128, 256)) * 9,
+    "in no known format,": b"ab\x00\x01cd",
+}
+
+
+@pytest.mark.parametrize("words", CASES)
+def test_kinds(words: str, tmp_path: Path) -> None:
+    said = what_is(CASES[words])
+    assert said.startswith(words.rstrip(","))
+    assert "\n" not in said
+    (tmp_path / "file").write_bytes(CASES[words])
+    assert what_is(tmp_path / "file") == said
+
+
+def test_an_onnx_model(tmp_path: Path) -> None:
+    helper = pytest.importorskip("onnx").helper
+    graph = helper.make_graph([], "empty", [], [])
+    for options in ({}, {"producer_name": "pytorch"}, {"doc_string": "x"}):
+        assert what_is(helper.make_model(graph, **options).SerializeToString()) == "an ONNX model"
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    assert what_is(tmp_path / "none") == "a file that cannot be read"
+    assert what_is(tmp_path) == "a file that cannot be read"
+
+
+@given(st.binary(max_size=40), st.sampled_from([b"", b"\x80", b"\x08", b"<", b"\xef\xbb\xbf"]))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_are_something(tail: bytes, start: bytes) -> None:
+    assert what_is(start + tail)

@@ -118,7 +118,10 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
     # SurvFace's .mat lists
     survface.write_layout(place / "surv", [(1, face), (2, face)], [(1, face)], [(0, face)])
     lists_of_faces = sorted((place / "surv").glob("*/*.mat"))
-    found["mat"] = ([path.read_bytes() for path in lists_of_faces], lambda data: survface.read_mat(keep(place / "in.mat", data), MAT))
+    found["mat"] = (
+        [path.read_bytes() for path in lists_of_faces],
+        lambda data: survface.read_mat(keep(place / "in.mat", data), MAT),
+    )
 
     # text: IJB-C's tables, pairs.txt, a list of faces
     points = np.array([[30.0, 50], [65, 50], [48, 70], [33, 90], [63, 90]], np.float32)

@@ -128,8 +128,21 @@ def test_the_readmes_commands_exist() -> None:
     assert {"reproduce", "test", "lab"} <= set(re.findall(r"make (\w+)", readme))
 
 
-def test_the_pages_numbers_are_the_recorded_ones() -> None:
+@pytest.mark.parametrize("script", ["results.py", "run_times.py"])
+def test_the_pages_numbers_are_the_recorded_ones(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "results.py", "--check"], capture_output=True, text=True
+        [sys.executable, ROOT / "scripts" / script, "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_codecheck_compares_is_committed() -> None:
+    """Every output of the demo that codecheck.yml lists, but the report, is under figures/."""
+    listed = [
+        entry["file"] for entry in yaml.safe_load((ROOT / "codecheck.yml").read_text())["manifest"]
+    ]
+    outputs = [name.removeprefix("runs/demo/") for name in listed]
+    assert "report.html" in outputs
+    outputs.remove("report.html")
+    kept = [name.replace("results/", "figures/results/") for name in outputs]
+    assert not [name for name in kept if not (ROOT / name).is_file()]

@@ -27,6 +27,7 @@ from btnet_core.training.config import TrainConfig
 from btnet_core.training.loop import train
 from btnet_core.training.step import embed_all
 from btnet_paper import results
+from btnet_tools.data import bad_images
 from btnet_tools.evaluate import compare, table
 
 # Chosen on the real faces of the scale lfw, on folds 1-5 of its pairs.
@@ -58,6 +59,7 @@ class AdaptOptions:
     adapter: type[Backbone] | None = None  # class of a trunk of one's own
     device: str = "auto"
     fresh: bool = False  # start over, whatever the folder holds
+    skip_bad: bool = False  # leave out images that cannot be read, instead of refusing
     changes: Mapping[str, Any] = field(default_factory=dict)  # fields of TrainConfig
 
     @property
@@ -90,7 +92,7 @@ def adapt(
     Goes on where an earlier call stopped.
 
     Returns:
-        What ``compare`` measured, and ``seconds`` of this call.
+        What ``compare`` measured, ``left_out`` (why each such image was), ``seconds`` of this call.
 
     Raises:
         ConfigError, DataError, CheckpointError: before the first step; TrainingError: see ``train``.
@@ -99,6 +101,10 @@ def adapt(
     faces, backbone = parse_spec(faces), load_backbone(trunk, options.adapter)
     btnet = BTNet(backbone, sorted(options.resolutions, reverse=True))
     check_routes(btnet)
+    bad = bad_images(open_faces(faces), options.skip_bad)
+    if bad:
+        say("\n".join([f"left out {len(bad)} images that cannot be read:", *bad.values()]))
+        faces = {"kind": "without", "faces": faces, "images": sorted(bad)}
     data, held = parts(faces, options)
     training = open_faces(data)
     if options.labels and len(training) == training.num_identities:
@@ -108,6 +114,7 @@ def adapt(
     runs = plan(btnet, data, out, kappa, options)
     store_trunk(out, backbone)
     device = resolve_device(options.device)
+    values = compare(btnet, held, ["before"], options.device)  # what cannot be read is told now
     say(forecast(runs, btnet.to(device), len(training), out, options.fresh))
     if options.labels and not kappa.is_file():
         z = embed_all(backbone, open_pixels(data, runs[0].workers), device, "fp32")
@@ -115,13 +122,13 @@ def adapt(
     for run in runs:
         train(run, place_of(out, run), device=options.device, fresh=options.fresh)
     net = BTNet.load(out, [run.resolution for run in runs])
-    values = compare(net, held, device=options.device)
+    values |= compare(net, held, ["after"], options.device)
     say(table(values))
     if worse := no_gain(values, btnet.resolutions):
         say(
             f"branches {worse} are no gain yet: more faces, or more epochs (--set epochs=30 --fresh)"
         )
-    values["seconds"] = time.monotonic() - began
+    values |= {"left_out": list(bad.values()), "seconds": time.monotonic() - began}
     results.record(out, "adapt", values, config=runs[0], data=training.checksum,
                    kernel=runs[0].resize.name, seed=options.seed)  # fmt: skip
     return values

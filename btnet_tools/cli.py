@@ -93,6 +93,9 @@ device_option = option("--device", default="auto", help="auto, cpu, cuda or cuda
 adapter_option = option(
     "--adapter", metavar="FILE.py", help="File with the Adapter class of a trunk of your own."
 )
+skip_option = option(
+    "--skip-bad", is_flag=True, help="Leave out images that cannot be read, and list them."
+)
 select_option = option(
     "--select", default="max+ceil", metavar="RULE", help="How a face's branch is chosen."
 )
@@ -224,18 +227,24 @@ def data(action: tuple[str, ...], source: str | None) -> None:
 @click.argument("out", required=False)
 @option("--pairs", metavar="FILE", help="LFW's pairs.txt; FOLDER is then the .bin to write.")
 @option("--images", metavar="DIR", help="The images of --pairs (default: its own folder).")
-def pack(source: str, out: str | None, pairs: str | None, images: str | None) -> None:
+@skip_option
+def pack(
+    source: str, out: str | None, pairs: str | None, images: str | None, skip_bad: bool
+) -> None:
     """Write a folder for each person as RecordIO, or a pair list as a verification set."""
     from btnet_tools.data import pack_folder, pack_pairs
 
     if pairs:
         folder = Path(images) if images else None
-        count = pack_pairs(Path(pairs), Path(source), folder)
+        count, bad = pack_pairs(Path(pairs), Path(source), folder, skip_bad)
         click.echo(f"{count:,} pairs in {source}")
     elif out:
-        click.echo(f"{pack_folder(Path(source), Path(out)):,} images in {out}")
+        count, bad = pack_folder(Path(source), Path(out), skip_bad)
+        click.echo(f"{count:,} images in {out}")
     else:
         raise click.UsageError("pack takes FOLDER and OUT, or --pairs FILE and the .bin to write")
+    for reason in bad:
+        click.echo(f"left out {reason}", err=True)
 
 
 @command("btnet align photos/ crops/   (pip install 'btnet-core[align]')")
@@ -284,6 +293,7 @@ more_numbers = click.argument("more", nargs=-1, type=int, metavar="")  # "--reso
 @option("--set", "changes", multiple=True, callback=pairs_of, metavar="NAME=VALUE",
         help="A field of the recipe, e.g. epochs=4; repeatable.")  # fmt: skip
 @more_numbers
+@skip_option
 @fresh_option
 @adapter_option
 @device_option
@@ -300,6 +310,7 @@ def adapt(trunk: str, faces: str, out: str, **given: Any) -> None:
         adapter=find_adapter(given["adapter"]) if given["adapter"] else None,
         device=given["device"],
         fresh=given["fresh"],
+        skip_bad=given["skip_bad"],
         changes={name: value_of(text) for name, text in given["changes"].items()},
     )
     work.adapt(trunk, faces, out, options)
@@ -353,7 +364,8 @@ def evaluate(pairs: tuple[str, ...], baseline: bool, **model: Any) -> None:
     from btnet_tools import evaluate as work
 
     net, sets = open_model(**model), [open_pairs(spec) for spec in pairs]
-    found = work.compare(net, sets, baseline=baseline, device=model["device"])
+    ways = ("before", "after") if baseline else ("after",)
+    found = work.compare(net, sets, ways, model["device"])
     click.echo(work.table(found))
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from btnet_core.data.faces import open_faces
-from btnet_core.data.folders import identity_folders
+from btnet_core.data.faces import FaceSet, image_folder, open_faces, unreadable
 from btnet_core.data.ijbc import read_templates
 from btnet_core.data.pairs import parse_bin, parse_pairs, write_bin
 from btnet_core.data.recordio import write_face_records
@@ -96,20 +95,60 @@ def describe_all() -> str:
 # ---- packing ---------------------------------------------------------------------------------
 
 
-def pack_folder(folder: Path, out: Path) -> int:
-    """One sub-folder per identity -> RecordIO with property and index; returns the number of images."""
-    groups = identity_folders(folder)
-    faces = ((face_bytes(file), label) for label, group in enumerate(groups) for file in group)
-    return write_face_records(out, faces, (112, 112))
+def bad_images(faces: FaceSet, skip: bool = False) -> dict[int, str]:
+    """{index: why} of the images that cannot be read. Reads the whole set.
+
+    Raises:
+        DataError: there are some, unless ``skip``; or there is no other.
+    """
+    bad = unreadable(faces)
+    if len(bad) == len(faces) or (bad and not skip):
+        count = f"{len(bad):,} of {len(faces):,} images cannot be read"
+        told = f"{faces.name}: {count}, the first: {next(iter(bad.values()), 'none')}"
+        raise DataError(told if skip else f"{told}; --skip-bad leaves such images out")
+    return bad
 
 
-def pack_pairs(pairs: Path, out: Path, folder: Path | None = None) -> int:
-    """LFW-style pairs.txt -> a verification ``.bin``; returns the number of pairs."""
+def pack_folder(folder: Path, out: Path, skip_bad: bool = False) -> tuple[int, list[str]]:
+    """One sub-folder per identity -> RecordIO with property and index.
+
+    Returns:
+        The number of images, and why each of those left out was (with ``skip_bad``).
+
+    Raises:
+        DataError: before anything is written, an image cannot be read.
+    """
+    faces = image_folder(folder)
+    bad = bad_images(faces, skip_bad)
+    kept = [i for i in range(len(faces)) if i not in bad]
+    _, labels = torch.unique(faces.labels[kept], return_inverse=True)  # without gaps
+    images = (face_bytes(faces.files[i]) for i in kept)
+    count = write_face_records(out, zip(images, labels.tolist(), strict=True), (112, 112))
+    return count, list(bad.values())
+
+
+def pack_pairs(
+    pairs: Path, out: Path, folder: Path | None = None, skip_bad: bool = False
+) -> tuple[int, list[str]]:
+    """LFW-style pairs.txt -> a verification ``.bin``; returned and raised as by :func:`pack_folder`."""
     if out.suffix != ".bin":
         raise ConfigError(f"{out}: a verification set is written to a .bin file")
     files, same = parse_pairs(pairs, folder)
-    write_bin(out, [face_bytes(file) for file in files], same)
-    return len(same)
+    packed, bad = {}, {}
+    for file in dict.fromkeys(files):
+        try:
+            packed[file] = face_bytes(file)
+        except DataError as error:
+            bad[file] = str(error)
+    if len(packed) == 0 or (bad and not skip_bad):
+        raise DataError(f"{next(iter(bad.values()))}; --skip-bad leaves out pairs with such images")
+    both = zip(files[::2], files[1::2], same, strict=True)
+    kept = [
+        (first, second, flag) for first, second, flag in both if {first, second} <= packed.keys()
+    ]
+    encoded = [packed[file] for first, second, _ in kept for file in (first, second)]
+    write_bin(out, encoded, [flag for _, _, flag in kept])
+    return len(kept), list(bad.values())
 
 
 def face_bytes(file: Path) -> bytes:

@@ -28,25 +28,28 @@ SOME_FACES = 1000  # compared with the trunk's own embedding where no pairs can 
 
 
 def compare(
-    btnet: BTNet, sets: Sequence[PairSet | FaceSet], *, baseline: bool = True, device: str = "auto"
+    btnet: BTNet,
+    sets: Sequence[PairSet | FaceSet],
+    ways: Sequence[str] = ("before", "after"),
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Before (faces scaled up to the trunk) and after (branches), at every pair of resolutions.
 
     Returns:
-        ``sets`` (what it was measured on), ``after`` and, with ``baseline``, ``before``: {"112&14":
-        :func:`operating_points`, …}. Of a face set instead of pairs: {"14": {"cosine": to the
-        trunk's own embedding of the face at full size}, …}.
+        ``sets`` (what it was measured on), and for each of ``ways`` {"112&14": :func:`operating_points`,
+        …}. Of a face set instead of pairs: {"14": {"cosine": to the trunk's own embedding of the face
+        at full size}, …}.
     """
-    embedders: dict[str, Any] = {"after": BranchEmbedder(btnet, device=device)}
-    if baseline:
-        embedders["before"] = UpsamplingEmbedder(btnet.trunk, device=device)
     found: dict[str, Any] = {"sets": [one.name for one in sets]}
     pairs = [one for one in sets if isinstance(one, PairSet)]
-    for name, embedder in embedders.items():
+    for way in ways:
+        embedder: Any = BranchEmbedder(btnet, device=device)
+        if way == "before":
+            embedder = UpsamplingEmbedder(btnet.trunk, device=device)
         if pairs:
-            found[name] = measure(embedder, pairs, btnet.resolutions)
+            found[way] = measure(embedder, pairs, btnet.resolutions)
         else:
-            found[name] = fidelity(embedder, sets[0], btnet.resolutions)
+            found[way] = fidelity(embedder, sets[0], btnet.resolutions)
     return found
 
 

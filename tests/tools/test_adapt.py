@@ -129,6 +129,36 @@ def test_loose_images_without_labels(
     assert BTNet.load(tmp_path / "net").resolutions == (14, 112)
 
 
+def test_bad_images_are_told_before_the_training(trunk: Path, tmp_path: Path, capsys) -> None:
+    faces = open_faces(FACES)
+    for i, label in enumerate(faces.labels.tolist()):
+        (tmp_path / "faces" / str(label)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "faces" / str(label) / f"{i}.png").write_bytes(encode(faces[i][0]))
+    (tmp_path / "faces" / "3" / "14.png").write_bytes(b"<html>")
+    line = ["adapt", "--trunk", str(trunk), "--faces", str(tmp_path / "faces")]
+    line += ["--out", str(tmp_path / "net"), "--resolutions", "7", "--hold-out", "25"]
+    line += ["--set", "epochs=1", "--set", "batch=16"]
+    assert main(line) == 1
+    assert "1 of 96 images cannot be read, the first: " in capsys.readouterr().err
+    assert not (tmp_path / "net").exists()
+    assert main([*line, "--skip-bad"]) == 0
+    assert "left out 1 images" in capsys.readouterr().out
+    record = json.loads((tmp_path / "net" / "results" / "adapt.json").read_text())
+    (left_out,) = record["values"]["left_out"]
+    assert "14.png" in left_out
+
+    # pairs that cannot be read are told before the training, too
+    (tmp_path / "pairs.txt").write_text("\n".join(f"3 {i} 3 {i}" for i in range(20)))
+    for i in range(20):
+        content = b"" if i == 19 else encode(faces[i][0])
+        (tmp_path / "3").mkdir(exist_ok=True)
+        (tmp_path / "3" / f"3_{i:04d}.png").write_bytes(content)
+    line[line.index("--out") + 1] = str(tmp_path / "other")
+    assert main([*line, "--skip-bad", "--pairs", str(tmp_path / "pairs.txt")]) == 1
+    assert "3_0019.png" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "train").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -113,8 +113,35 @@ def test_a_picture_of_another_format_is_packed_as_png(folder: Path, tmp_path: Pa
     """MXNet's layout holds JPEG or PNG; those are packed byte for byte."""
     image = torch.randint(0, 256, (3, 112, 112), dtype=torch.uint8)
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "bob" / "bob_0002.bmp")
-    assert pack_folder(folder, tmp_path / "out") == 4
+    assert pack_folder(folder, tmp_path / "out") == (4, [])
     records = FaceRecords(tmp_path / "out")
     assert records.image(0) == (folder / "ann" / "ann_0001.png").read_bytes()
     assert records.image(3).startswith(b"\x89PNG")
     assert torch.equal(open_faces(str(tmp_path / "out"))[3][0], image)
+
+
+def test_bad_images_are_refused_or_left_out(folder: Path, tmp_path: Path, capsys) -> None:
+    """Ann's second and all of Carl's are broken: Dora's label follows Bob's."""
+    (folder / "ann" / "ann_0002.png").write_bytes(b"")
+    for person, content in (("carl", b"<html>"), ("dora", picture(9))):
+        (folder / person).mkdir()
+        (folder / person / f"{person}_0001.png").write_bytes(content)
+    line = ["pack", str(folder), str(tmp_path / "out")]
+    assert main(line) == 1
+    error = capsys.readouterr().err
+    assert "2 of 5 images cannot be read" in error
+    assert "--skip-bad" in error
+    assert not (tmp_path / "out").exists()
+    assert main([*line, "--skip-bad"]) == 0
+    said = capsys.readouterr()
+    assert "3 images" in said.out
+    assert [name in said.err for name in ("ann_0002", "carl_0001", "bob")] == [True, True, False]
+    assert open_faces(str(tmp_path / "out")).labels.tolist() == [0, 1, 2]
+
+    (tmp_path / "pairs.txt").write_text("ann 1 2\nann 1 bob 1\nbob 1 dora 1\n")
+    line = ["pack", "--pairs", str(tmp_path / "pairs.txt"), "--images", str(folder)]
+    assert main([*line, str(tmp_path / "set.bin")]) == 1
+    assert "ann_0002" in capsys.readouterr().err
+    assert main([*line, str(tmp_path / "set.bin"), "--skip-bad"]) == 0
+    assert "2 pairs" in capsys.readouterr().out
+    assert open_pairs(str(tmp_path / "set.bin")).same.tolist() == [False, False]

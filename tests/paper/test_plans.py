@@ -17,7 +17,6 @@ from btnet_core.evaluation.embedders import (
     UpsamplingEmbedder,
 )
 from btnet_core.models.backbone import BackboneConfig, build_backbone, load_backbone, save_backbone
-from btnet_core.training import methods
 from btnet_core.training.classifier import fresh_weight, save_classifier
 from btnet_core.training.loop import train
 from btnet_paper import plans, published
@@ -58,7 +57,9 @@ def test_rows_are_the_papers_and_each_changes_what_its_name_says(models: Path) -
         {"branch_weight"},
     ]
     assert rows[-1] is standard
-    assert changed(plan["table4"]["ArcFace"], standard) == {"loss"}
+    for row in ("CosFace", "ArcFace"):
+        assert changed(plan["table4"][row], standard) == {"loss"}
+        assert plan["table4"][row].loss == row.lower()
     assert {*map(frozenset, (changed(c, standard) for c in plan["figure7"].values()))} == {
         frozenset(),
         frozenset({"couple_at"}),
@@ -154,6 +155,9 @@ def test_each_run_is_trained_on_what_its_name_says(tmp_path: Path) -> None:
             )
             assert branch.epochs == scale.epochs.get(r, scale.branch.get("epochs", 10))
             assert branch.init == str(tmp_path / scale.teacher / "trunk.safetensors")
+            kappa = str(tmp_path / scale.teacher / "classifier.safetensors")
+            others = scale.pretrained and scale.teacher == "phi_hr"  # came without a classifier
+            assert branch.classifier == ("class_means" if others else kappa)
         assert runs["phi_mr"].sizes == (112, 56, 28, 14, 7)
         assert runs["phi_mr"].size_weights == ()
 
@@ -200,14 +204,6 @@ def test_each_row_beyond_the_paper_is_one_switch_away(models: Path) -> None:
         "batch norms of T_r fixed": {"bn"},
         "all of the trunk fine-tuned (Section 3.4)": {"resolution", "sizes", "branch_weight"},
     }
-
-
-def test_the_recipe_of_adapt_is_that_of_the_scale_lfw() -> None:
-    lfw = get_scale("lfw")
-    assert {key: value for key, value in lfw.branch.items() if key != "validation"} == {
-        key: value for key, value in methods.RECIPE.items() if key != "validation"
-    }
-    assert lfw.epochs == methods.RECIPE_EPOCHS
 
 
 def test_every_reading_of_phi_mm_is_loaded(models: Path) -> None:

@@ -63,6 +63,78 @@ def test_survface_standin_is_read_back_and_says_what_it_is(
     assert training_set(survface_root).native(0).shape[1] < 112
 
 
+class Flat:
+    """Faces of one grey level each, which says in any layout which picture it was."""
+
+    name, checksum = "flat", "flat-1"
+
+    def __init__(self, people: int = 10, pictures: int = 5) -> None:
+        self.labels = torch.arange(people).repeat_interleave(pictures)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices) -> torch.Tensor:
+        levels = 5 * torch.as_tensor(list(indices)).to(torch.uint8)
+        return levels[:, None, None, None].expand(-1, 3, 112, 112)
+
+
+def which(images) -> list[int]:
+    """The picture that each was made from."""
+    middles = [image[:, image.shape[1] // 2, image.shape[2] // 2] for image in images]
+    return [round(float(middle.float().mean()) / 5) for middle in middles]
+
+
+def test_no_picture_is_both_enrolled_and_searched(tmp_path: Path) -> None:
+    faces = Flat()
+    test = survface_standin(faces, tmp_path)
+    source, labels = torch.tensor(which(test.images.load(range(len(test.images))))), test.labels
+    assert sorted(source.tolist()) == list(range(len(faces)))  # each once
+    person, gallery = faces.labels[source], set(faces.labels[source][test.in_gallery].tolist())
+    assert torch.equal(person[labels >= 0], labels[labels >= 0])
+    assert len(gallery) == 6  # of ten people
+    for one in range(10):
+        searched = labels[(person == one) & ~test.in_gallery]
+        assert set(searched.tolist()) == {one if one in gallery else -1}
+        assert len(searched) == (2 if one in gallery else 5)  # half of five, or all
+
+
+def test_each_picture_is_in_one_template_of_its_person(tmp_path: Path) -> None:
+    faces = Flat()
+    templates = ijbc_standin(faces, tmp_path, impostors=20)
+    source = torch.tensor(which(templates.images(range(len(templates.template)))))
+    assert sorted(source.tolist()) == list(range(len(faces)))
+    subject = dict(zip(*(column.tolist() for column in templates.probes), strict=True))
+    for members in templates.galleries.values():
+        enrolled = dict(zip(*(column.tolist() for column in members), strict=True))
+        assert len(set(enrolled.values())) == len(enrolled) == 5  # one of each of its people
+        subject |= enrolled
+    owner = torch.tensor([subject[template] for template in templates.template.tolist()])
+    assert torch.equal(owner, faces.labels[source])
+
+
+def test_a_worse_picture_has_a_lower_detector_score(faces: FaceSet, tmp_path: Path) -> None:
+    templates = ijbc_standin(faces, tmp_path, impostors=20)
+    images = templates.images(range(len(templates.template))).float()
+    detail = (images[..., 1:] - images[..., :-1]).abs().mean((1, 2, 3))
+    score = torch.as_tensor(templates.score)
+    assert detail[score < 0.75].mean() < 0.8 * detail[score > 0.93].mean()
+
+
+def test_a_blurred_and_noisy_test_is_what_its_name_says(faces: FaceSet, tmp_path: Path) -> None:
+    """Moved apart from the faces themselves: the same sizes, less detail with blur, more with noise."""
+    sets = [
+        survface_standin(faces, tmp_path, **how) for how in ({}, {"blur": 4.0}, {"noise": 60.0})
+    ]
+    detail = []
+    for test in sets:
+        images = [image.float() for image in test.images.load(range(len(test.images)))]
+        steps = [(image[..., 1:] - image[..., :-1]).abs().mean() for image in images]
+        detail.append(float(torch.stack(steps).mean()))
+    assert detail[1] < 0.9 * detail[0]
+    assert detail[2] > 1.2 * detail[0]
+
+
 def test_a_standin_is_built_once(faces: FaceSet, survface_root: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in survface_root.rglob("*.jpg")}
     survface_standin(faces, survface_root.parent, blur=1.0, noise=5.0, training=faces)

@@ -125,7 +125,7 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
 
     # text: IJB-C's tables, pairs.txt, a list of faces
     points = np.array([[30.0, 50], [65, 50], [48, 70], [33, 90], [63, 90]], np.float32)
-    lists = {name: [(1, 1)] for name in (*ijbc.GALLERIES, ijbc.PROBES)}
+    lists = {name: [(1, 1)] for name in ijbc.LISTS}
     ijbc.write_layout(place / "ijbc", [(face, points, 0.9, 1, 1)], np.array([[1, 1, 1]]), lists)
     tables = sorted((place / "ijbc" / "meta").iterdir())
     texts = [path.read_bytes() for path in tables]

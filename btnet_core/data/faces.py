@@ -1,6 +1,7 @@
-"""Face sets: images with identity labels, from RecordIO, folders, list files or a registered source.
+"""Face sets: images with identity labels, from RecordIO, folders, lists or a registered source.
 
-Pixels are uint8 RGB ``(3, S, S)`` in [0, 255], S = 112. Files of another size are resized (bilinear, antialiased).
+Pixels are uint8 RGB ``(3, S, S)`` in [0, 255], S = 112; other sizes are resized (bilinear,
+antialiased).
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ def decode_into(
     size: tuple[int, int],
     out: Tensor | None = None,
 ) -> Tensor:
-    """uint8 ``(n, 3, *size)`` of ``read(i)`` for each index, read by several threads; into ``out`` if given."""
+    """uint8 ``(n, 3, *size)`` of ``read(i)`` for each index, by several threads; into ``out``."""
     wanted = [int(i) for i in indices]
     result = torch.empty(len(wanted), 3, *size, dtype=torch.uint8) if out is None else out
     if tuple(result.shape) != (len(wanted), 3, *size) or result.dtype != torch.uint8:
         raise ConfigError(
-            f"out: got {tuple(result.shape)} {result.dtype}, expected {(len(wanted), 3, *size)} uint8"
+            f"out: got {tuple(result.shape)} {result.dtype}, "
+            f"expected {(len(wanted), 3, *size)} uint8"
         )
     pixels_of = result.numpy()  # a shared view: torch calls from many threads contend
 
@@ -115,7 +117,7 @@ class FaceSet(Dataset, ABC):
 
 
 class StoredFaces(FaceSet):
-    """A face set on disk: ``encoded(i) -> bytes`` of image ``i``, ``where(i)`` its place for messages."""
+    """A face set on disk: ``encoded(i)`` gives the bytes of image ``i``, ``where(i)`` its place."""
 
     def __init__(
         self,
@@ -172,7 +174,7 @@ class Part(FaceSet):
 
 
 def hold_out(faces: Spec | FaceSet, held: bool, percent: int = 10, seed: int = 0) -> Part:
-    """``percent`` of the identities that have images, drawn with ``seed`` (``held``), or all images of the others."""
+    """``percent`` of the identities that have images (``held``), or all images of the others."""
     faces = faces if isinstance(faces, FaceSet) else open_faces(faces)
     present = torch.unique(faces.labels)
     if not 0 < percent < 100:
@@ -189,7 +191,7 @@ def hold_out(faces: Spec | FaceSet, held: bool, percent: int = 10, seed: int = 0
 
 
 def leave_out(faces: Spec | FaceSet, images: Sequence[int] | str) -> FaceSet:
-    """All but the ``images``: indices, such as :func:`unreadable` finds, or a list (:func:`marked`)."""
+    """All but the ``images``: indices (see :func:`unreadable`), or a list (:func:`marked`)."""
     faces = faces if isinstance(faces, FaceSet) else open_faces(faces)
     if isinstance(images, str):
         images = marked(images, faces)
@@ -205,7 +207,7 @@ def leave_out(faces: Spec | FaceSet, images: Sequence[int] | str) -> FaceSet:
 
 
 def marked(path: str, faces: FaceSet) -> list[int]:
-    """The images that ``left_out`` of an .npz marks: a number for each image, 0 for those that stay.
+    """The images that ``left_out`` of an .npz marks: for each a number, 0 for those that stay.
 
     None where ``faces`` has just as many images as stay: they were left out when it was made.
 
@@ -239,7 +241,7 @@ class _Files:
 
 
 def image_folder(path: str | Path) -> StoredFaces:
-    """One sub-folder per identity; in a folder of images alone, each counts as an identity of its own."""
+    """One sub-folder per identity; in a folder of images alone, each is an identity of its own."""
     groups = identity_folders(Path(path))
     labels = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
     read = _Files([file for group in groups for file in group])
@@ -249,7 +251,8 @@ def image_folder(path: str | Path) -> StoredFaces:
 def list_file(path: str | Path) -> StoredFaces:
     """A text file of images (relative to its folder) and labels (integers from 0), one a line.
 
-    ``path label``; InsightFace's ``1<tab>path<tab>label``; or im2rec's ``index<tab>label…<tab>path``.
+    ``path label``; InsightFace's ``1<tab>path<tab>label``; or im2rec's
+    ``index<tab>label…<tab>path``.
     """
     path = Path(path)
     files, labels = [], []
@@ -259,7 +262,8 @@ def list_file(path: str | Path) -> StoredFaces:
         name, label = _name_and_label(line)
         if not name or not 0 <= label <= MAX_LABEL:
             raise DataError(
-                f"{path}, line {number}: got {line[:80]!r}, expected an image path and an integer label"
+                f"{path}, line {number}: got {line[:80]!r}, "
+                "expected an image path and an integer label"
             )
         files.append(path.parent / name)
         labels.append(label)
@@ -307,11 +311,11 @@ def record_faces(path: str | Path) -> StoredFaces:
 
 
 def open_faces(spec: Spec) -> FaceSet:
-    """Open a RecordIO set, an image folder or a list file (a text), or one of the registered kinds (a mapping).
+    """Open a RecordIO set, a folder or a list file (a text), or a registered kind (a mapping).
 
-    ``{kind: part, faces: SPEC, held: true, percent: 10, seed: 0}``: some of the identities, or all others
-    (:func:`hold_out`); ``{kind: without, faces: SPEC, images: [3, 17]}``, or a list's path: :func:`leave_out`.
-    btnet_paper brings ``{kind: synthetic, identities: 300, images: 20, seed: 0, first: 0}``.
+    ``{kind: part, faces: SPEC, held: true, percent: 10, seed: 0}``: :func:`hold_out`.
+    ``{kind: without, faces: SPEC, images: [3, 17]}``, or a list's path: :func:`leave_out`.
+    ``{kind: synthetic, identities: 300, images: 20, seed: 0, first: 0}`` is btnet_paper's.
     """
     spec = parse_spec(spec)
     if not isinstance(spec, str):

@@ -1,7 +1,7 @@
 """Which files of a folder are faces: one walk for every reader and every command.
 
-Links are followed. Hidden entries and those that systems leave behind are passed over without a word;
-any other file that the decoder does not read is reported as left out.
+Links are followed. Hidden entries and those that systems leave behind are passed over without a
+word; any other file that the decoder does not read is reported as left out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def is_image(path: Path) -> bool:
 
 
 def entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(folders, files) directly in ``folder``, each sorted by name. Raises DataError if it is none."""
+    """(folders, files) directly in ``folder``, sorted by name. Raises DataError if it is none."""
     folders, files = [], []
     try:
         with os.scandir(folder) as found:
@@ -65,7 +65,7 @@ def entries(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def walk(folder: Path, above: Sequence[tuple[int, int]] = ()) -> Iterator[tuple[Path, list[Path]]]:
-    """``folder`` and every folder under it, each with its files; a link to a folder above it is not followed."""
+    """``folder`` and all folders under it with their files; no link to one above is followed."""
     here = _identity(folder)
     if here in above:
         return
@@ -94,12 +94,13 @@ def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def identity_folders(root: Path) -> list[list[Path]]:
-    """The images of each person: of each sub-folder, or one by one where there are no sub-folders with images.
+    """The images of each person: of each sub-folder, or one by one where none has images.
 
     Warns of files that were left out.
 
     Raises:
-        DataError: no images; images beside folders of images; images deeper than ``<identity>/<image>``.
+        DataError: no images; images beside folders of images; images deeper than
+            ``<identity>/<image>``.
     """
     people, files = entries(root)
     loose, left_out = split_images(files)
@@ -118,8 +119,8 @@ def identity_folders(root: Path) -> list[list[Path]]:
             groups.append(images)
     if loose and groups:
         raise DataError(
-            f"{root}: {len(loose)} images, first {loose[0].name}, beside {len(groups)} folders with images, first "
-            f"{groups[0][0].parent.name}; expected <identity>/<image>, or images alone"
+            f"{root}: {len(loose)} images, first {loose[0].name}, beside {len(groups)} folders "
+            f"with images, first {groups[0][0].parent.name}; expected one or the other"
         )
     if not loose and not groups:
         names = [path.name for path in (*people, *left_out)][:5]
@@ -133,15 +134,14 @@ def identity_folders(root: Path) -> list[list[Path]]:
 def warn_of(root: Path, left_out: Sequence[Path]) -> None:
     """Say how many files were left out, and the first of them by name."""
     if left_out:
-        names = ", ".join(str(file.relative_to(root)) for file in left_out[:5])
-        warnings.warn(
-            f"{root}: left out {len(left_out)} files that are no images: {names}{', …' * (len(left_out) > 5)}",
-            stacklevel=2,
-        )
+        names = [str(file.relative_to(root)) for file in left_out[:5]]
+        names += ["…"] * (len(left_out) > 5)
+        text = f"left out {len(left_out)} files that are no images: {', '.join(names)}"
+        warnings.warn(f"{root}: {text}", stacklevel=2)
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 text file, with or without a byte-order mark and Windows line ends, or DataError."""
+    """Lines of a UTF-8 text file, without byte-order mark and line ends; or DataError."""
     try:
         return path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""1:1 verification sets: InsightFace ``.bin`` files, LFW's ``pairs.txt``, pairs drawn from a face set."""
+"""1:1 verification sets: InsightFace's ``.bin``, LFW's ``pairs.txt``, pairs drawn from faces."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def open_pairs(spec: Spec) -> PairSet:
 
 
 def listed_pairs(path: str, images: str) -> PairSet:
-    """The pairs of a ``pairs.txt`` over a folder of images; relative paths as for ``open_pairs``."""
+    """The pairs of a ``pairs.txt`` over a folder of images; paths as for ``open_pairs``."""
     return pairs_file(find(path), find(images))
 
 
@@ -77,7 +77,7 @@ class _Array:
 
 
 class _Type:
-    """Stands for a numpy dtype. Its state (byte order and the like) is of no use to single bytes."""
+    """Stands for a numpy dtype. Its state (byte order and the like) does not matter for bytes."""
 
     def __init__(self, kind: Any = "", *_: Any) -> None:
         self.kind = (kind.decode() if isinstance(kind, bytes) else kind).lstrip("|")
@@ -141,11 +141,11 @@ def _flags(array: _Array) -> list[Any]:
 
 
 def parse_bin(data: bytes, *, where: str) -> tuple[list[bytes], np.ndarray]:
-    """Encoded images (2P) and ``same`` bool ``(P,)`` of a ``.bin`` pickle, read without running anything in it.
+    """Encoded images (2P) and ``same`` bool ``(P,)`` of a ``.bin`` pickle; nothing in it is run.
 
     Raises:
-        DataError: it holds anything but images (bytes or uint8 arrays) and labels (bools or whole numbers 0 and 1,
-            a list or an array), or the counts differ.
+        DataError: it holds anything but images (bytes or uint8 arrays) and labels (bools or whole
+            numbers 0 and 1, a list or an array), or the counts differ.
     """
     try:
         images, flags = _unpickle(data)
@@ -225,10 +225,11 @@ def _pair_set(
 def parse_pairs(
     path: str | Path, folder: str | Path | None = None
 ) -> tuple[list[Path], list[bool]]:
-    """The 2P image files and P flags of LFW's ``pairs.txt``: ``name 1 2`` or ``name 1 other 2`` in each line.
+    """The 2P image files and P flags of LFW's ``pairs.txt``: ``name 1 2`` or ``name 1 other 2``.
 
-    Image n of a person is ``folder/name/name_000n.<suffix>``; ``folder`` is the one the file lies in by default.
-    A first line of counts is skipped. Names with blanks need tabs between the fields.
+    Image n of a person is ``folder/name/name_000n.<suffix>``; ``folder`` is the one the file lies
+    in by default. A first line of counts is skipped. Names with blanks need tabs between the
+    fields.
     """
     path = Path(path)
     folder = Path(folder) if folder else path.parent
@@ -261,7 +262,7 @@ def _counts(fields: Sequence[str]) -> bool:
 
 
 def _images_by_stem(folder: Path) -> dict[str, Path]:
-    """The images of one person's folder by their names without suffix; empty where there is none."""
+    """The images of one person's folder by name without suffix; empty where there is none."""
     if not os.path.isdir(folder):  # no error for a name that is too long
         return {}
     found: dict[str, Path] = {}
@@ -283,26 +284,26 @@ def pairs_file(path: str | Path, folder: str | Path | None = None) -> PairSet:
 
 
 def draw_pairs(faces: Spec | FaceSet, count: int = 6000, seed: int = 0) -> PairSet:
-    """``count`` pairs in ten folds, each half same, half different, drawn evenly over the identities.
+    """``count`` pairs in ten folds, each half same, half different, drawn evenly over the people.
 
-    No person is in two folds where each tenth of the identities holds enough pairs; otherwise (``shared identities``
-    in the name) all folds draw from all. No pair occurs twice. The same ``seed`` gives the same pairs.
+    No person is in two folds where each tenth of the identities holds enough pairs; otherwise
+    (``shared identities`` in the name) all folds draw from all. No pair occurs twice. The same
+    ``seed`` gives the same pairs.
     """
     faces = faces if isinstance(faces, FaceSet) else open_faces(faces)
     if count < 20 or count % 20:
         raise ConfigError(
-            f"count: got {count}, expected a multiple of 20 (ten folds of half same, half different)"
+            f"count: got {count}, expected a multiple of 20 (ten folds, each half same)"
         )
     rng, half = np.random.default_rng(seed), count // 20
-    labels = np.asarray(faces.labels)
-    order = np.argsort(labels, kind="stable")
-    people = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    people = [people[i] for i in rng.permutation(len(people))]
+    found = by_identity(faces.labels)
+    people = [found[i] for i in rng.permutation(len(found))]
     folds = [people[i::10] for i in range(10)]
     shared = not all(_holds(fold, half) for fold in folds)
     if shared and not _holds(people, 10 * half):
         raise DataError(
-            f"{faces.name}: {len(faces)} images of {len(people)} people are too few for {count} pairs"
+            f"{faces.name}: {len(faces)} images of {len(people)} people "
+            f"are too few for {count} pairs"
         )
     if shared:
         same = np.array_split(_same_pairs(people, 10 * half, rng), 10)
@@ -310,18 +311,25 @@ def draw_pairs(faces: Spec | FaceSet, count: int = 6000, seed: int = 0) -> PairS
     else:
         same = [_same_pairs(fold, half, rng) for fold in folds]
         different = [_different_pairs(fold, half, rng) for fold in folds]
-    blocks = [block for fold in zip(same, different, strict=True) for block in fold]
-    table = torch.from_numpy(np.concatenate(blocks))
-    digest = hashlib.sha256(f"{faces.checksum} {count} {seed} 1".encode()).hexdigest()
+    blocks = zip(same, different, strict=True)
+    table = torch.from_numpy(np.concatenate([np.concatenate(fold) for fold in blocks]))
+    facts = f"{faces.checksum} {count} {seed} 1"
     return PairSet(
         name=f"{faces.name}, {count} pairs, seed {seed}{', shared identities' * shared}",
-        checksum=f"sha256:{digest}",
+        checksum="sha256:" + hashlib.sha256(facts.encode()).hexdigest(),
         first=table[:, 0],
         second=table[:, 1],
         same=torch.tensor(([True] * half + [False] * half) * 10),
         images=faces.images,
         num_images=len(faces),
     )
+
+
+def by_identity(labels: Tensor) -> list[np.ndarray]:
+    """The images of each identity that has some, in the order of the labels."""
+    values = np.asarray(labels)
+    order = np.argsort(values, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
 
 
 def _holds(people: list[np.ndarray], half: int) -> bool:

@@ -1,4 +1,4 @@
-"""Specs: how face sets and pair sets are named. A text is a path; a mapping names a kind and its options.
+"""Specs: how face and pair sets are named. A text is a path; a mapping is a kind with options.
 
 Free of torch, so that a package can say at its import which kinds it brings.
 """
@@ -20,7 +20,7 @@ FACES: dict[str, Opener | str] = {}  # kind -> what opens a face set of it
 
 
 def register(kind: str, opener: Opener | str) -> None:
-    """``opener(**options)`` opens ``{kind: …, **options}``; "module:name" is imported when needed."""
+    """``opener(**options)`` opens ``{kind: …, **options}``; "module:name" is imported if needed."""
     FACES[kind] = opener
 
 
@@ -38,7 +38,7 @@ def spec_text(spec: Spec) -> str:
 
 
 def parse_spec(spec: Spec) -> Spec:
-    """The mapping where ``spec`` is one in JSON (as on a command line), else itself: a path that exists is a path."""
+    """The mapping that ``spec`` is in JSON, as on a command line; else itself. A path stays one."""
     if not isinstance(spec, str) or not spec.startswith("{") or os.path.exists(spec):
         return spec
     try:
@@ -59,8 +59,8 @@ def open_kind(spec: Mapping[str, Any], openers: Mapping[str, Opener | str]) -> A
     """What the opener of ``spec["kind"]`` makes of the other keys.
 
     Raises:
-        ConfigError: a kind or key that is not known, a key that is missing, or a value of another type than the
-            opener's default.
+        ConfigError: a kind or key that is not known, a key that is missing, or a value of another
+            type than the opener's default.
     """
     options, text = dict(spec), spec_text(spec)
     kind = options.pop("kind", None)

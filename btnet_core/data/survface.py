@@ -1,7 +1,8 @@
-"""QMUL-SurvFace as distributed: training set and open-set identification test, faces of 6 to 124 native pixels.
+"""QMUL-SurvFace as distributed: training set and open-set test, faces of 6 to 124 native pixels.
 
-Layout: ``training_set/<id>/*.jpg`` and ``Face_Identification_Test_Set/`` with folders ``gallery``, ``mated_probe``,
-``unmated_probe`` and two ``.mat`` lists of (image name, identity). Identities are matched by id, never by order.
+Layout: ``training_set/<id>/*.jpg`` and ``Face_Identification_Test_Set/`` with folders ``gallery``,
+``mated_probe``, ``unmated_probe`` and two ``.mat`` lists of (image name, identity). Identities are
+matched by id, never by order.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CELLS, CLASSES = 1, frozenset((1, 4, *range(6, 16)))  # of arrays: cells, text, 
 
 
 class Crops(Sequence[Tensor]):
-    """Images at their own sizes: ``crops[i]`` is uint8 ``(3, h, w)``; ``load(indices)`` uses several threads."""
+    """Images at their own sizes: ``crops[i]`` is uint8 ``(3, h, w)``."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
@@ -46,10 +47,6 @@ class Crops(Sequence[Tensor]):
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         return pixels.decode(pixels.read(self.files[index]), where=str(self.files[index]))
 
-    def load(self, indices: Iterable[int]) -> list[Tensor]:
-        wanted = [int(i) for i in indices]
-        return in_parallel(lambda k: self[wanted[k]], len(wanted))
-
     @cached_property
     def sizes(self) -> Tensor:
         """int64 ``(N, 2)``: width, height of each image as it is shown."""
@@ -59,7 +56,7 @@ class Crops(Sequence[Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSet:
-    """1:N open-set test: gallery, then mated probes (their id is in it), then unmated probes (label -1)."""
+    """Gallery, then mated probes (their id is in it), then unmated probes (label -1)."""
 
     name: str
     checksum: str  # of the lists and every image: a deleted probe changes it
@@ -92,7 +89,7 @@ def read_mat(path: Path, names: Sequence[str]) -> list[list[Any]]:
 
 
 def _elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(type, content) of the elements of a MATLAB 5 file or array. Raises ValueError for one that is cut short."""
+    """(type, content) of the elements of a MATLAB 5 file or array; ValueError if one is cut."""
     place = 0
     while place + 8 <= len(data):
         kind, size = struct.unpack_from("<II", data, place)
@@ -108,7 +105,7 @@ def _elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _check_arrays(data: memoryview) -> None:
-    """Raise ValueError where scipy's reader could crash or fill the memory: a type or size that cannot be."""
+    """Raise ValueError for types and sizes at which scipy's reader may crash or fill the memory."""
     for kind, body in _elements(data):
         if kind == COMPRESSED:
             _check_arrays(memoryview(zlib.decompressobj().decompress(body, LARGEST)))
@@ -146,25 +143,28 @@ def _read_list(folder: Path, kind: str) -> tuple[list[Path], Tensor]:
     there = {file.name: file for file in entries(folder / kind)[1]}
     if missing := [name for name in names if name not in there]:
         raise DataError(
-            f"{path}: {len(missing)} of {len(names)} listed images are missing, first {folder / kind / missing[0]}"
+            f"{path}: {len(missing)} of {len(names)} listed images are missing, "
+            f"first {folder / kind / missing[0]}"
         )
     return [there[name] for name in names], torch.tensor([int(n) for n in ids])
 
 
 def read_open_set(root: str | Path) -> OpenSet:
-    """The open-set test under ``root``. Raises DataError when a list, image or identity is missing."""
+    """The open-set test under ``root``; DataError if a list, an image or an identity is missing."""
     root = Path(root)
     folder = root / TEST_FOLDER
     if not (folder / "unmated_probe").is_dir():
         raise DataError(
-            f"{folder / 'unmated_probe'}: no such folder; see `btnet data` for the layout of SurvFace"
+            f"{folder / 'unmated_probe'}: no such folder; "
+            "see `btnet data` for the layout of SurvFace"
         )
     gallery, gallery_ids = _read_list(folder, "gallery")
     mated, mated_ids = _read_list(folder, "mated_probe")
     lost = mated_ids[~torch.isin(mated_ids, gallery_ids)]
     if len(lost):
         raise DataError(
-            f"{folder}: {len(lost)} mated probes have no gallery image, first identity {int(lost[0])}"
+            f"{folder}: {len(lost)} mated probes have no gallery image, "
+            f"first identity {int(lost[0])}"
         )
     unmated, left_out = split_images(entries(folder / "unmated_probe")[1])
     warn_of(folder, left_out)

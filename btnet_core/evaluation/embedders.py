@@ -1,7 +1,8 @@
 """The compared methods as one kind of callable: ``embedder(pixels, r) -> (B, D)`` (paper 4.1).
 
-Each takes faces of canonical size, shrinks them to r itself and embeds them in its own way: the baselines scale back
-up to S, BTNet goes through the branch. Pixels are RGB ``(B, 3, S, S)`` in [0, 255]; embeddings are not normalised.
+Each takes faces of canonical size, shrinks them to r itself and embeds them in its own way: the
+baselines scale back up to S, BTNet goes through the branch. Pixels are RGB ``(B, 3, S, S)`` in [0,
+255]; embeddings are not normalised.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ from btnet_core.models.btnet import BTNet, Route, weights_digest
 
 
 class Embedder(ABC):
-    """Base: batching, inference mode, autocast, channels_last. Subclasses embed one batch in ``_embed``."""
+    """Base: batching, inference mode, autocast, channels_last; ``_embed`` embeds one batch."""
 
-    def __init__(self, *modules: nn.Module, how: Resize | None, device: str = "auto", precision: str = "auto",
-                 batch_size: int = 128) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *modules: nn.Module,
+        how: Resize | None,
+        device: str = "auto",
+        precision: str = "auto",
+        batch_size: int = 128,
+    ) -> None:
         self.device, self.how = resolve_device(device), how or Resize()
         self.precision, self.batch_size = precision, batch_size
         for module in modules:
@@ -58,7 +65,7 @@ class Embedder(ABC):
         return True
 
     def fingerprint(self, r: int) -> str:
-        """Equal for two embedders that give the same embeddings at r: weights, resize and precision."""
+        """Equal for embedders with equal embeddings at r: weights, resize, precision, device."""
         network = self.network(r)
         route = f"route {r}" if isinstance(network, Route) else f"from {r} px"
         return (

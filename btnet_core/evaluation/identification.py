@@ -1,9 +1,10 @@
-"""1:N open-set identification (Sections 4.2, 4.3.2): TPIR20@FPIR, AUC, the nine branch selections of Table 2.
+"""1:N open-set identification (Sections 4.2, 4.3.2): TPIR20@FPIR, AUC, the nine branch selections
+of Table 2.
 
-At threshold t: FPIR(t) is the fraction of unmated probes whose best score is > t; TPIR-N(t) that of mated probes
-whose mate is within rank N and scores > t. The rank of a mate is the number of gallery entries that score >= it,
-itself included: ties count against the mate. TPIR-N@FPIR is taken at the smallest t whose FPIR does not exceed the
-target.
+At threshold t: FPIR(t) is the fraction of unmated probes whose best score is > t; TPIR-N(t) that of
+mated probes whose mate is within rank N and scores > t. The rank of a mate is the number of gallery
+entries that score >= it, itself included: ties count against the mate. TPIR-N@FPIR is taken at the
+smallest t whose FPIR does not exceed the target.
 """
 
 from __future__ import annotations
@@ -36,18 +37,19 @@ CHUNK = 2**26  # scores held at a time (256 MiB)
 
 @dataclass(frozen=True)
 class Search:
-    """What is kept of all scores: each mated probe's mate and its rank, each unmated probe's best score."""
+    """What is kept of all scores: of a mated probe its mate's, of an unmated one the best."""
 
     mate: np.ndarray  # (M,) cosine
     rank: np.ndarray  # (M,) 1 = first
     unmated: np.ndarray  # (U,) cosine
-    lowest: float  # smallest N-th best score of a mated probe: where the authors' grid may begin; else inf
+    lowest: float  # smallest N-th best score of a mated probe, for the authors' grid; else inf
 
 
 def prototypes(
     features: Tensor, labels: Any, *, normalised: bool = False
 ) -> tuple[np.ndarray, Tensor]:
-    """One gallery entry an identity: sorted labels (K,), means (K, D) of its images' un-normalised features.
+    """One gallery entry an identity: sorted labels (K,), means (K, D) of its images' un-normalised
+    features.
 
     Images of one identity may come from different branches (paper-and-code: gallery prototypes).
     ``normalised``: unit features first.
@@ -60,7 +62,7 @@ def prototypes(
 
 
 def mate_rows(gallery_labels: Any, probe_labels: Any) -> np.ndarray:
-    """(n,) the gallery row with each probe's label, -1 for none. Raises DataError for a label with two entries."""
+    """(n,) the gallery row with each probe's label, -1 for none; DataError if a label has two."""
     gallery, probe = np.asarray(gallery_labels), np.asarray(probe_labels)
     order = np.argsort(gallery)
     twice = gallery[order][1:][np.diff(gallery[order]) == 0]
@@ -79,7 +81,7 @@ def score_chunks(
     device: torch.device | str = "auto",
     chunk: int = CHUNK,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Cosines of ``probes[rows]`` (n, D) with ``gallery`` (K, D), a block of rows at a time, in one reused buffer."""
+    """Cosines of ``probes[rows]`` (n, D) with ``gallery`` (K, D), block by block in one buffer."""
     device = resolve_device(str(device))
     unit = F.normalize(gallery.to(device).float()).T
     step = max(1, min(len(rows), chunk // unit.shape[1]))
@@ -100,9 +102,11 @@ def search(
     device: torch.device | str = "auto",
     chunk: int = CHUNK,
 ) -> Search:
-    """Score (n, D) probes against a (K, D) gallery of one entry an identity; ``mates`` as from ``mate_rows``.
+    """Score (n, D) probes against a (K, D) gallery of one entry an identity; ``mates`` as from
+    ``mate_rows``.
 
-    Beside the features, memory is one block of ``chunk`` scores. ``lowest_rank`` = N also finds ``Search.lowest``.
+    Beside the features, memory is one block of ``chunk`` scores. ``lowest_rank`` = N also finds
+    ``Search.lowest``.
     """
     mated, unmated = np.flatnonzero(mates >= 0), np.flatnonzero(mates < 0)
     best, score, rank = np.empty(len(unmated)), np.empty(len(mated)), np.empty(len(mated), np.int64)
@@ -131,14 +135,16 @@ def above(values: np.ndarray, thresholds: Any) -> np.ndarray:
 def open_set(
     found: Search, fpir: Sequence[float] = FPIR, rank: int = 20, *, authors: bool = False
 ) -> dict[str, Any]:
-    """{"auc", "tpir": {"0.3": …}, "fpir" (reached), "thresholds", "ranks": {"1": …}}, in % but for the thresholds.
+    """{"auc", "tpir": {"0.3": …}, "fpir" (reached), "thresholds", "ranks": {"1": …}}, in % but for
+    the thresholds.
 
-    The AUC is the exact area under (FPIR, TPIR-N): P(mate within rank N and above an unmated probe's best), equal
-    scores counting half. ``authors``: paper-and-code: TPIR threshold, AUC.
+    The AUC is the exact area under (FPIR, TPIR-N): P(mate within rank N and above an unmated
+    probe's best), equal scores counting half. ``authors``: paper-and-code: TPIR threshold, AUC.
     """
     if not len(found.mate) or not len(found.unmated):
         raise DataError(
-            f"open set: got {len(found.mate)} mated and {len(found.unmated)} unmated probes, need both"
+            f"open set: got {len(found.mate)} mated and {len(found.unmated)} unmated probes, "
+            "need both"
         )
     false = np.sort(found.unmated)
     hit = np.sort(np.where(found.rank <= rank, found.mate, -np.inf))  # a mate beyond rank N: never
@@ -166,7 +172,7 @@ def open_set(
 def _on_a_grid(
     lowest: float, hit: np.ndarray, false: np.ndarray, fpir: Sequence[float]
 ) -> tuple[list[float], float]:
-    """The authors' thresholds and area: 1000 even steps from the lowest to the largest unmated score.
+    """The authors' thresholds and area: 1000 even steps, up to the largest of ``false``.
 
     Of them the threshold of nearest FPIR, and the trapezoidal area under the curve on the grid.
     """
@@ -188,7 +194,7 @@ def identify(
     authors: bool = False,
     device: torch.device | str = "auto",
 ) -> dict[str, Any]:
-    """``open_set`` from image features and labels; probes whose label the gallery lacks (-1) are the unmated."""
+    """``open_set`` from image features and labels; unmated are probes whose label it lacks (-1)."""
     labels, entries = prototypes(gallery, gallery_labels, normalised=normalised)
     mates = mate_rows(labels, probe_labels)
     found = search(probes, entries, mates, lowest_rank=rank if authors else None, device=device)
@@ -206,10 +212,10 @@ def native_embedder(
     batch_size: int = 256,
     keep: dict[Any, Tensor] | None = None,
 ) -> Callable[[np.ndarray, int], Tensor]:
-    """embed(indices, r) -> (n, D) of native-size faces ``image(i)`` (3, h, w), each resized once to r rows.
+    """embed(indices, r) -> (n, D) of native faces ``image(i)`` (3, h, w), each resized once to r.
 
-    ``upsample`` makes a baseline's: every face goes to S and r is not used. ``crop`` and ``size`` are the trunk's.
-    ``keep`` holds what it has answered, for when it is asked the same again.
+    ``upsample`` makes a baseline's: every face goes to S and r is not used. ``crop`` and ``size``
+    are the trunk's. ``keep`` holds what it has answered, for when it is asked the same again.
     """
     kept = {} if keep is None else keep
 
@@ -238,19 +244,16 @@ def evaluate_strategies(
     lengths: Mapping[int, float] | None = None,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Table 2's lower half: {"max+ceil": ``identify`` + branches, scale, …}; ``options`` go to ``identify``.
+    """Table 2's lower half: {"max+ceil": ``identify`` (which takes ``options``), branches, scale}.
 
-    ``sizes`` (N, 2) native (width, height), ``labels`` (N,) with -1 for unmated probes, ``in_gallery`` (N,) bool.
-    Each image is embedded once at each resolution that some strategy sends it to, and its embedding multiplied by
-    ``lengths[r]``, where given (``verification.fitted_lengths``). ``branches``: % of the images per branch;
-    ``scale``: mean factors by which width and height are resized (paper-and-code: no up-sampling).
+    ``sizes`` (N, 2) native (width, height), ``labels`` (N,) with -1 for unmated probes,
+    ``in_gallery`` (N,) bool. Each image is embedded once at each resolution that some strategy
+    sends it to, and its embedding multiplied by ``lengths[r]``, where given
+    (``verification.fitted_lengths``). ``branches``: % of the images per branch; ``scale``: mean
+    factors by which width and height are resized (paper-and-code: no up-sampling).
     """
     (w, h), labels = np.asarray(sizes).T, np.asarray(labels)
-    in_gallery = np.asarray(in_gallery, bool)
-    chosen = {}
-    for indicator, rounding in strategies:
-        rule = {"indicator": indicator, "rounding": rounding, "resolutions": tuple(resolutions)}
-        chosen[f"{indicator}+{rounding}"] = np.asarray(select_branch(w, h, **rule))
+    enrolled, chosen = np.asarray(in_gallery, bool), _choices(w, h, strategies, resolutions)
     every = np.stack(list(chosen.values()))
     sent = {r: np.flatnonzero((every == r).any(0)) for r in np.unique(every).tolist()}
     features = {r: embed(indices, r) for r, indices in sent.items()}
@@ -260,18 +263,28 @@ def evaluate_strategies(
     results = {}
     for name, row in chosen.items():
         z = _gather(row, sent, features)
-        gallery, gallery_labels = z[in_gallery], labels[in_gallery]
-        probes, probe_labels = z[~in_gallery], labels[~in_gallery]
+        gallery, probes = (z[enrolled], labels[enrolled]), (z[~enrolled], labels[~enrolled])
         results[name] = {
-            **identify(gallery, gallery_labels, probes, probe_labels, **options),
+            **identify(*gallery, *probes, **options),
             "branches": {str(r): 100 * float(np.mean(row == r)) for r in sorted(resolutions)},
             "scale": [float(np.mean(row / w)), float(np.mean(row / h))],
         }
     return results
 
 
+def _choices(
+    w: np.ndarray, h: np.ndarray, strategies: Sequence[tuple[str, str]], resolutions: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """{"max+ceil": the resolution (N,) that each image of w x h goes to, …}."""
+    chosen = {}
+    for indicator, rounding in strategies:
+        rule = {"indicator": indicator, "rounding": rounding, "resolutions": tuple(resolutions)}
+        chosen[f"{indicator}+{rounding}"] = np.asarray(select_branch(w, h, **rule))
+    return chosen
+
+
 def _gather(row: np.ndarray, sent: dict[int, np.ndarray], features: dict[int, Tensor]) -> Tensor:
-    """(N, D): of each image the feature at resolution ``row[i]``, out of those computed for ``sent[r]``."""
+    """(N, D) each image's feature at resolution ``row[i]``, out of those of images ``sent[r]``."""
     width = next(iter(features.values())).shape[1]
     z = torch.empty(len(row), width)
     for r in np.unique(row).tolist():

@@ -1,7 +1,9 @@
-"""Template (set) recognition on IJB-C (A.4, Tables 5-8): aggregation, 1:1 TAR@FAR and 1:N TPIR@FPIR.
+"""Template (set) recognition on IJB-C (A.4, Tables 5-8): aggregation, 1:1 TAR@FAR and 1:N
+TPIR@FPIR.
 
-Setting r1&r2: an image's feature is f_r1(image) + f_r2(flipped image), un-normalised, times its detector score; the
-images of one medium (a video) are averaged, and the media of a template added (paper-and-code: template features).
+Setting r1&r2: an image's feature is f_r1(image) + f_r2(flipped image), un-normalised, times its
+detector score; the images of one medium (a video) are averaged, and the media of a template added
+(paper-and-code: template features).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from btnet_core.evaluation.verification import (
     embed_images,
     tar_at_far,
 )
+from btnet_core.images import Resize
 
 Lists = Mapping[str, tuple[Any, Any]]  # galleries: name -> (template ids, subjects)
 
@@ -34,7 +37,7 @@ Lists = Mapping[str, tuple[Any, Any]]  # galleries: name -> (template ids, subje
 def aggregate(
     features: Tensor, template: Any, media: Any, score: Any = None
 ) -> tuple[np.ndarray, Tensor]:
-    """Sorted template ids (T,) and their features (T, D): sum over media of the mean of score * image feature.
+    """Sorted template ids (T,), features (T, D): sum over media of the mean of score * feature.
 
     Neither image features nor the result are normalised; cosines normalise it.
     """
@@ -42,7 +45,8 @@ def aggregate(
     score = np.ones(len(template)) if score is None else np.asarray(score, np.float64)
     if not len(features) == len(template) == len(media) == len(score):
         raise DataError(
-            f"templates: got {len(features)} features, {len(template)} template and {len(media)} media ids"
+            f"templates: got {len(features)} features, {len(template)} template "
+            f"and {len(media)} media ids"
         )
     ids, row = np.unique(template, return_inverse=True)
     _, medium = np.unique(media, return_inverse=True)
@@ -56,7 +60,7 @@ def aggregate(
 
 
 def rows_of(ids: np.ndarray, wanted: Any, what: str) -> np.ndarray:
-    """Row of each wanted template in the sorted ``ids``; DataError names the first that has no image."""
+    """Row of each wanted template in the sorted ``ids``; DataError for one without images."""
     wanted = np.asarray(wanted)
     rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
     missing = wanted[ids[rows] != wanted]
@@ -76,7 +80,7 @@ def pair_scores(
     device: torch.device | str = "auto",
     chunk: int = 8192,
 ) -> np.ndarray:
-    """(P,) float32 cosines of rows ``first`` and ``second`` of (T, D) features, ``chunk`` pairs at a time."""
+    """(P,) float32 cosines of rows ``first`` and ``second`` of (T, D) features, by chunks."""
     device = resolve_device(str(device))
     unit, result = F.normalize(features.to(device).float()), np.empty(len(first), np.float32)
     for start in range(0, len(first), chunk):
@@ -96,7 +100,7 @@ def identify_templates(
     rank: int = 20,
     device: torch.device | str = "auto",
 ) -> dict[str, Any]:
-    """IJB-C 1:N: every probe searches each gallery; mated where its subject is in it, unmated elsewhere.
+    """IJB-C 1:N: every probe searches each gallery; mated where its subject is in it.
 
     Returns {"tpir": mean over the galleries in %, "G1": what ``open_set`` returns, …}.
     """
@@ -120,10 +124,12 @@ def identify_merged(
     fpir: float = 0.1,
     device: torch.device | str = "auto",
 ) -> OperatingPoint:
-    """The authors' 1:N (paper-and-code: IJB-C 1:N): galleries merged, every probe mated, no rank test.
+    """The authors' 1:N (paper-and-code: IJB-C 1:N): galleries merged, every probe mated, no rank
+    test.
 
-    The threshold is the ceil(fpir * probes)-th highest of all negative pairs; the rate is the fraction of probes
-    whose mate scores above it. ``false_rate`` is the number of higher negative pairs per probe.
+    The threshold is the ceil(fpir * probes)-th highest of all negative pairs; the rate is the
+    fraction of probes whose mate scores above it. ``false_rate`` is the number of higher negative
+    pairs per probe.
     """
     entries = [rows_of(ids, templates, name) for name, (templates, _) in galleries.items()]
     subjects = [np.asarray(people) for _, people in galleries.values()]
@@ -131,7 +137,8 @@ def identify_merged(
     rows = rows_of(ids, probes[0], "probes")
     if (mates < 0).any():
         raise DataError(
-            f"probes: {np.sum(mates < 0)} have no mate in any gallery; the authors' protocol needs one"
+            f"probes: {np.sum(mates < 0)} have no mate in any gallery; "
+            "the authors' protocol needs one"
         )
     count, mate, top = math.ceil(fpir * len(rows)), np.empty(len(rows)), torch.empty(0)
     gallery = features[torch.from_numpy(np.concatenate(entries))]
@@ -153,29 +160,28 @@ def evaluate_templates(
     *,
     normalised: bool = False,
     lengths: Mapping[int, float] | None = None,
-    how: Any = None,
-    batch_size: int = 256,
+    how: Resize | None = None,
     **protocol: Any,
 ) -> dict[str, dict[str, Any]]:
     """Tables 5-8: {"112&7": what ``score_templates`` returns, …}; ``protocol`` are its options.
 
-    ``normalised``: unit f_r1 and f_r2 before they are added. ``lengths``: factors of the resolutions
-    (``verification.fitted_lengths``); each result then has "fitted", the same with lengths[r1] f_r1 + lengths[r2] f_r2.
+    ``normalised``: unit f_r1 and f_r2 before they are added. ``lengths``: factors of the
+    resolutions (``verification.fitted_lengths``); each result then has "fitted", the same with
+    lengths[r1] f_r1 + lengths[r2] f_r2.
     """
     if lengths is not None:
         check_resolutions("lengths", lengths, {r for setting in settings for r in setting})
 
     def embed(r: int, flip: bool) -> Tensor:
         images = (lambda indices: data.images(indices).flip(-1)) if flip else data.images
-        z = embed_images(embedder, images, len(data.template), r, how=how, batch_size=batch_size)
+        z = embed_images(embedder, images, len(data.template), r, how=how)
         return F.normalize(z) if normalised else z
 
     results, kept = {}, dict[tuple[int, bool], Tensor]()
     order = sorted(settings, key=lambda pair: pair[1])
     for place, (r1, r2) in enumerate(order):
-        for key in ((r1, False), (r2, True)):
-            if key not in kept:
-                kept[key] = embed(*key)
+        needed = {(r1, False), (r2, True)} - kept.keys()
+        kept |= {key: embed(*key) for key in needed}
         one, two = kept[r1, False], kept[r2, True]
         later = {key for a, b in order[place + 1 :] for key in ((a, False), (b, True))}
         kept = {key: z for key, z in kept.items() if key in later}  # IJB-C: 1 GB each

@@ -1,7 +1,8 @@
-"""1:1 verification (Section 4.2): ten-fold accuracy, ROC, TAR@FAR, and the r1&r2 protocol of Table 1.
+"""1:1 verification (4.2): ten-fold accuracy, ROC, TAR@FAR, and the r1&r2 protocol of Table 1.
 
-One decision rule everywhere: two images are called the same person iff ``similarity > threshold`` (strictly).
-The metrics take plain arrays and return fractions in [0, 1]; ``evaluate_pairs`` gives %, like the paper.
+One decision rule everywhere: two images are called the same person iff ``similarity > threshold``
+(strictly). The metrics take plain arrays and return fractions in [0, 1]; ``evaluate_pairs`` gives
+%, like the paper.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Embedder = Callable[[Tensor, int], Tensor]  # (pixels (B, 3, 112, 112), r) -> (B
 
 @dataclass(frozen=True)
 class TenFold:
-    """Accuracy over folds as fractions: mean and (population) standard deviation, then one value a fold."""
+    """Accuracy as fractions: mean and (population) standard deviation of the folds, then each."""
 
     mean: float
     std: float
@@ -38,7 +39,7 @@ class TenFold:
 
 
 class Roc(NamedTuple):
-    """All operating points, strictest first: (0, 0) … (1, 1); point k accepts similarity > thresholds[k]."""
+    """All operating points from (0, 0) to (1, 1); point k accepts similarity > thresholds[k]."""
 
     fpr: np.ndarray
     tpr: np.ndarray
@@ -54,12 +55,13 @@ class OperatingPoint(NamedTuple):
 
 
 def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
-    """Accuracy of each fold at the threshold that is best on the other folds: exact, O(P log P + P folds).
+    """Accuracy of each fold at the threshold that is best on the other folds, exact.
 
-    Folds are consecutive blocks (the first P mod ``folds`` hold one pair more). Candidate thresholds: midpoints of
-    neighbouring distinct training scores, the largest one (none accepted) and the number just below the smallest (all
-    accepted). Of several best the largest is taken, as the field does (the first of a rising grid of distances).
-    ``similarity``, ``same``: (P,) scores, larger = more alike; (P,) bool.
+    Folds are consecutive blocks (the first P mod ``folds`` hold one pair more). Candidate
+    thresholds: midpoints of neighbouring distinct training scores, the largest one (none accepted)
+    and the number just below the smallest (all accepted). Of several best the largest is taken, as
+    the field does (the first of a rising grid of distances). ``similarity``, ``same``: (P,) scores,
+    larger = more alike; (P,) bool.
     """
     similarity, same = check_scores(similarity, same)
     if not 2 <= folds <= len(same):
@@ -69,7 +71,7 @@ def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
     sizes = np.array([len(block) for block in np.array_split(same, folds)])
     order = np.argsort(similarity)
     value, label, fold = similarity[order], same[order], np.repeat(np.arange(folds), sizes)[order]
-    # correct[k, i]: decisions of fold k that are right when the i lowest of all scores are rejected.
+    # correct[k, i]: right decisions in fold k when the i lowest of all scores are rejected.
     steps = np.zeros((folds, len(same) + 1), np.int32)
     steps[fold, np.arange(len(same)) + 1] = np.where(label, -1, 1)
     steps[:, 0] = np.bincount(fold[label], minlength=folds)
@@ -88,7 +90,7 @@ def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
 
 
 def _between(value: np.ndarray, train: np.ndarray, i: int) -> float:
-    """The candidate threshold that parts the training scores among ascending ``value[:i]`` from those after."""
+    """The candidate that parts the training scores among ascending ``value[:i]`` from the rest."""
     below, above = value[:i][train[:i]][-1:], value[i:][train[i:]][:1]
     if not len(above):
         return below[0]
@@ -120,7 +122,8 @@ def auc(similarity: Any, same: Any) -> float:
 def tar_at_far(similarity: Any, same: Any, far: float, *, authors: bool = False) -> OperatingPoint:
     """The largest TAR whose FAR does not exceed ``far`` (paper-and-code: TAR at FAR), in O(P).
 
-    ``authors``: the ROC point whose FAR is nearest to ``far``, above or below; of equally near ones the largest TAR.
+    ``authors``: the ROC point whose FAR is nearest to ``far``, above or below; of equally near ones
+    the largest TAR.
     """
     similarity, same = check_scores(similarity, same, both=True)
     if authors:
@@ -135,7 +138,7 @@ def tar_at_far(similarity: Any, same: Any, far: float, *, authors: bool = False)
 
 
 def strictest_needed(negatives: np.ndarray, fraction: float) -> float:
-    """The smallest t for which at most ``fraction`` of ``negatives`` lie strictly above t (-inf if all may)."""
+    """The smallest t with at most ``fraction`` of ``negatives`` above it; -inf if all may be."""
     if not 0 <= fraction <= 1:
         raise ConfigError(f"false accept rate: got {fraction}, expected 0 to 1")
     count = len(negatives)
@@ -148,11 +151,12 @@ def strictest_needed(negatives: np.ndarray, fraction: float) -> float:
 
 
 def check_scores(similarity: Any, same: Any, both: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """(P,) float64 and (P,) bool arrays, or DataError; ``both``: same and different pairs must occur."""
+    """(P,) float64 and (P,) bool arrays, or DataError; ``both``: both kinds of pairs must occur."""
     similarity, same = np.asarray(similarity, np.float64), np.asarray(same).astype(bool)
     if similarity.ndim != 1 or similarity.shape != same.shape or not len(same):
         raise DataError(
-            f"similarity, same: got {similarity.shape} and {same.shape}, expected twice (P,), P >= 1"
+            f"similarity, same: got {similarity.shape} and {same.shape}, "
+            "expected twice (P,), P >= 1"
         )
     if not np.isfinite(similarity).all():
         raise DataError(
@@ -176,7 +180,7 @@ def embed_images(
     how: Resize | None = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """(count, D) un-normalised f_r(image), plus f_mirror(flipped image) where ``mirror`` names a resolution.
+    """(count, D) un-normalised f_r(image), plus f_mirror(flipped image) if ``mirror`` is given.
 
     ``images(indices)`` gives pixels; other sizes than 112x112 are brought to it first with ``how``.
     """
@@ -203,8 +207,9 @@ def unit_embeddings(
 ) -> dict[int, Tensor]:
     """For each r the unit embedding (N, D) of every image of a PairSet (data/pairs.py).
 
-    With ``flip`` the mirrored image's embedding is added before normalising. ``keep``: a folder for files from which
-    they are read when the same network has embedded the same images in the same way before.
+    With ``flip`` the mirrored image's embedding is added before normalising. ``keep``: a folder for
+    files from which they are read when the same network has embedded the same images in the same
+    way before.
     """
     faces, unit = None, {}
     for r in sorted(set(resolutions), reverse=True):
@@ -229,8 +234,9 @@ def centres(
 ) -> dict[int, Tensor]:
     """For each r the mean unit embedding (D,) of ``count`` faces, spread evenly over a FaceSet.
 
-    Faces of one resolution share a part of their embeddings that says nothing about who they are; ``evaluate_pairs``
-    subtracts it. Take training faces. ``options`` are those of ``unit_embeddings``.
+    Faces of one resolution share a part of their embeddings that says nothing about who they are;
+    ``evaluate_pairs`` subtracts it. Take training faces. ``options`` are those of
+    ``unit_embeddings``.
     """
     unit = unit_embeddings(embedder, _spread(faces, count), resolutions, **options)
     return {r: z.mean(0) for r, z in unit.items()}
@@ -239,11 +245,13 @@ def centres(
 def fitted_lengths(
     embedder: Embedder, faces: Any, resolutions: Iterable[int], *, count: int = 500, **options: Any
 ) -> dict[int, float]:
-    """For each r the factor by which un-normalised embeddings of r px come closest, in least squares, to those of 112.
+    """For each r the factor by which un-normalised embeddings of r px come closest, in least
+    squares, to those of 112.
 
-    sum <z_r, z_112> / sum <z_r, z_r> over ``count`` faces, spread evenly over a FaceSet: 1 at 112, small where z_r is
-    long or says little. Neither Eq. 3 nor a cosine fixes the length of a branch's embeddings, on which sums over
-    resolutions depend (templates, gallery entries). Take training faces. ``options`` are those of ``embed_images``.
+    sum <z_r, z_112> / sum <z_r, z_r> over ``count`` faces, spread evenly over a FaceSet: 1 at 112,
+    small where z_r is long or says little. Neither Eq. 3 nor a cosine fixes the length of a
+    branch's embeddings, on which sums over resolutions depend (templates, gallery entries). Take
+    training faces. ``options`` are those of ``embed_images``.
     """
     sample = _spread(faces, count)
 
@@ -265,7 +273,7 @@ def check_resolutions(name: str, given: Iterable[int], needed: Iterable[int]) ->
 
 
 def _spread(faces: Any, count: int) -> SimpleNamespace:
-    """``count`` faces, evenly spread over a FaceSet, as an image set that ``unit_embeddings`` takes."""
+    """``count`` faces, evenly spread over a FaceSet, as an image set for ``unit_embeddings``."""
     chosen = np.linspace(0, len(faces) - 1, min(count, len(faces))).astype(int)
     return SimpleNamespace(
         images=lambda rows: faces.images(chosen[rows]),
@@ -282,10 +290,11 @@ def pair_similarities(
     centre: Mapping[int, Tensor] | None = None,
     **options: Any,
 ) -> dict[tuple[int, int], np.ndarray]:
-    """Cosine (P,) of each pair with its first image at r1 rows and its second at r2, per setting (r1, r2).
+    """Cosine (P,) of each pair with its first image at r1 rows and its second at r2, per setting
+    (r1, r2).
 
-    Each image is embedded once per resolution, and ``centre[r]`` subtracted from its unit embedding;
-    ``options`` are those of ``unit_embeddings``.
+    Each image is embedded once per resolution, and ``centre[r]`` subtracted from its unit
+    embedding; ``options`` are those of ``unit_embeddings``.
     """
     unit = unit_embeddings(embedder, pairs, {r for setting in settings for r in setting}, **options)
     if centre is not None:
@@ -304,10 +313,12 @@ def evaluate_pairs(
     folds: int = 10,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Table 1's protocol: {"112&7": {accuracy, std, folds, auc, directions}, …}, in % but for the thresholds.
+    """Table 1's protocol: {"112&7": {accuracy, std, folds, auc, directions}, …}, in % but for the
+    thresholds.
 
-    ``cross="both"`` averages both directions fold by fold when r1 != r2; "authors" puts only the first image of
-    each pair at r1 (paper-and-code: cross-resolution pairs). ``options``: centre, flip, keep, how, batch_size.
+    ``cross="both"`` averages both directions fold by fold when r1 != r2; "authors" puts only the
+    first image of each pair at r1 (paper-and-code: cross-resolution pairs). ``options``: centre,
+    flip, keep, how, batch_size.
     """
     if cross not in ("both", "authors"):
         raise ConfigError(f"cross: got {cross!r}, expected 'both' or 'authors'")
@@ -346,10 +357,12 @@ def _one_way(scores: np.ndarray, same: Any, folds: int) -> dict[str, Any]:
 
 
 def summarise(results: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The mean over pair sets of what ``evaluate_pairs`` gives: {"112&7": {accuracy, std, sets, second_half}, …} in %.
+    """The mean over pair sets of what ``evaluate_pairs`` gives: {"112&7": {accuracy, std, sets,
+    second_half}, …} in %.
 
-    ``std`` is the mean over the sets of the standard deviation between folds; ``sets`` holds each accuracy;
-    ``second_half`` is the accuracy on the later half of the folds, for settings that were chosen on the first.
+    ``std`` is the mean over the sets of the standard deviation between folds; ``sets`` holds each
+    accuracy; ``second_half`` is the accuracy on the later half of the folds, for settings that were
+    chosen on the first.
     """
     summary = {}
     for setting in results[0]:

@@ -134,7 +134,7 @@ def test_a_gallery_entry_is_the_mean_of_features_as_long_as_they_are(normalised:
     assert found["tpir"]["0.0"] == (0 if normalised else 100)
     (row,) = idn.evaluate_strategies(
         lambda rows, r: torch.cat([gallery, probes])[torch.from_numpy(rows)],
-        [(28, 28)] * 4, [5, 5, 5, -1], [1, 1, 0, 0], fpir=(0.0,), strategies=[("max", "ceil")], **given,
+        [(28, 28)] * 4, [5, 5, 5, -1], [True, True, False, False], fpir=(0.0,), strategies=[("max", "ceil")], **given,
     ).values()  # fmt: skip
     assert row["tpir"] == found["tpir"]
 

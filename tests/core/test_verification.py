@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -317,12 +318,17 @@ def test_kept_embeddings_are_read_by_every_method_with_the_same_network(
     assert coarse.fingerprint(14) != bt.fingerprint(14)
     kept = evaluate_pairs(coarse, pairs, settings, keep=tmp_path)
     assert kept == evaluate_pairs(coarse, pairs, settings) != plain["bt"]
+    others = dataclasses.replace(
+        pairs, checksum="of other faces", images=lambda i: 255 - pairs.images(i)
+    )
+    kept = evaluate_pairs(bt, others, settings, keep=tmp_path)
+    assert kept == evaluate_pairs(bt, others, settings) != plain["bt"]
     monkeypatch.setattr(type(bt), "__call__", lambda *_: pytest.fail("embedded again"))
     assert evaluate_pairs(bt, pairs, settings, keep=tmp_path) == plain["bt"]
     with torch.no_grad():
         next(btnet.trunk.parameters()).add_(1e-3)
     evaluate_pairs(hr, pairs, settings, keep=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 11  # other weights, other embeddings
+    assert len(list(tmp_path.iterdir())) == 13  # other weights, other embeddings
 
 
 def test_summary_over_sets_and_the_later_folds() -> None:

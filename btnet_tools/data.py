@@ -15,7 +15,7 @@ from btnet_core.data.recordio import write_face_records
 from btnet_core.data.sources import spec_text
 from btnet_core.data.survface import read_open_set
 from btnet_core.errors import ConfigError, DataError
-from btnet_core.files import checksum, find
+from btnet_core.files import checksum, data_root, find
 from btnet_core.images import decode, encode, is_plain, read, resize
 from btnet_paper.scales import get_scale, pages
 from btnet_tools.catalogue import Entry, entries
@@ -67,18 +67,22 @@ COUNTERS: dict[str, Callable[[Path], tuple[str, str]]] = {
 
 
 def describe(entry: Entry) -> list[str]:
-    """Where an entry is looked for, and its counts and checksum, or how to get it."""
+    """Where an entry is looked for, its counts and checksum, or how to get it; who may know it."""
     path = find(entry.path)
-    state = "found" if path.exists() else "NOT FOUND"
-    lines = [f"{entry.name} ({entry.kind}, scale {entry.scale}): {state}", f"  {path}"]
-    if not path.exists():
+    there = path.exists()
+    lines = [
+        f"{entry.name} ({entry.kind}, scale {entry.scale}): {'found' if there else 'NOT FOUND'}"
+    ]
+    if there:
+        try:
+            lines += [str(path), *COUNTERS[entry.kind](path)]
+        except DataError as error:
+            lines += [str(path), f"damaged: {error}"]
+    else:
         how = f"{entry.command} ({entry.source})" if entry.get else entry.source
-        return [*lines, f"  get it: {how}", f"  {LICENCE}"]
-    try:
-        counts, digest = COUNTERS[entry.kind](path)
-        return [*lines, f"  {counts}", f"  {digest}", f"  {LICENCE}"]
-    except DataError as error:
-        return [*lines, f"  damaged: {error}", f"  {LICENCE}"]
+        lines += [str(data_root() / entry.path), f"get it: {how}"]
+    first, *more = filter(None, [*lines, entry.trained_on, LICENCE])
+    return [first, *(f"  {line}" for line in more)]
 
 
 def describe_all() -> str:

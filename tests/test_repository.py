@@ -136,6 +136,19 @@ def test_the_pages_numbers_are_the_recorded_ones(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_lock_has_the_versions_of_the_constraints() -> None:
+    """requirements.lock: every direct dependency, and no version other than constraints.txt's."""
+    lock = re.findall(r"^([a-z0-9._-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M)
+    pins = re.findall(r"^([a-z0-9._-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.M)
+    allowed = {(name, version) for name, version in pins}
+    known = {name for name, _ in pins}
+    assert not [pin for pin in lock if pin[0] in known and pin not in allowed]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [project["optional-dependencies"][name] for name in ("tools", "paper", "test", "dev")]
+    direct = names([*project["dependencies"], *(text for extra in extras for text in extra)])
+    assert direct.keys() <= dict(lock).keys(), "see the first lines of requirements.lock"
+
+
 def test_what_a_codecheck_compares_is_committed() -> None:
     """Every output of the demo that codecheck.yml lists, but the report, is under figures/."""
     listed = [

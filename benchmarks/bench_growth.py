@@ -32,7 +32,7 @@ from btnet_core.models.costs import measure_time
 from btnet_core.training import methods
 from btnet_core.training.batches import Sampler
 from btnet_core.training.classifier import Classifier
-from btnet_core.training.step import prepare
+from btnet_core.training.run import prepare
 
 WIDTH, CPU = 512, torch.device("cpu")
 

@@ -35,9 +35,10 @@ from btnet_core.models.backbone import BackboneConfig, build_backbone, embed_fea
 from btnet_core.models.btnet import NORMS
 from btnet_core.models.costs import count_macs
 from btnet_core.training import methods
-from btnet_core.training.batches import TeacherCache
-from btnet_core.training.loop import _clip
-from btnet_core.training.step import Run, prepare
+from btnet_core.training.loop import unscale_and_clip
+from btnet_core.training.run import Run, prepare
+from btnet_core.training.step import branch_inputs, branch_losses, losses_of, to_keep
+from btnet_core.training.teacher import Teacher, TeacherCache
 
 LOOPS = ("plain", "full", "cached")
 
@@ -71,18 +72,21 @@ def train_step(run: Run, step: int, *, full: bool) -> tuple[float, float]:
     began = time.perf_counter()
     batch = run.sampler.batch(step % run.sampler.steps)
     pixels = run.pixels.get(batch.records) if full else None
-    x, teacher = run.inputs(batch, pixels)
-    if full and teacher:  # none where a trunk is trained (bench_growth.py)
-        finish_teacher(run, teacher[0])
-    if run.precision == "fp32" and full:
-        x, teacher = x.contiguous(), [part.contiguous() for part in teacher]
-    loss = sum(run.losses(batch, x, teacher).values())
-    if full and not run.config.influence_weight:  # the student in full, too
-        with torch.no_grad(), autocast(run.device, run.precision):
-            run.network(x)
+    if not run.config.resolution:  # a trunk (bench_growth.py)
+        loss, _ = losses_of(run, batch, pixels)
+    else:
+        x, teacher = branch_inputs(run, batch, pixels)
+        if full:
+            finish_teacher(run, teacher.z_s)
+        if full and run.precision == "fp32":
+            x, teacher = x.contiguous(), Teacher(teacher.z_s.contiguous())
+        loss, _ = branch_losses(run, x, teacher, batch.labels)
+        if full and not run.config.influence_weight:  # the student in full, too
+            with torch.no_grad(), autocast(run.device, run.precision):
+                run.network(x)
     run.optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    _clip(list(run.trainable.values()), run.config.clip_norm, run)
+    unscale_and_clip(run, list(run.trainable.values()))
     run.optimiser.step()
     value = loss.item()  # waits for the device
     return time.perf_counter() - began, value
@@ -90,7 +94,7 @@ def train_step(run: Run, step: int, *, full: bool) -> tuple[float, float]:
 
 @torch.no_grad()
 def finish_teacher(run: Run, z: torch.Tensor) -> None:
-    """From the coupling layer, where branch_rows stops, to the embedding: each unit of the teacher runs once a step."""
+    """From the coupling layer, where the teacher stops, to the embedding: each unit of the teacher runs once a step."""
     units = run.trunk.units()
     after = [name for name, _ in units].index(run.network.couple_at) + 1
     with autocast(run.device, run.precision):
@@ -128,7 +132,7 @@ def prepare_loops(case: Case, folder: Path, device: torch.device) -> tuple[dict[
         plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     run, began = runs["cached"], time.perf_counter()
     run.cache = TeacherCache(
-        run.pixels, len(run.pixels.faces.labels), run.branch_rows, None, device
+        run.pixels, len(run.pixels.faces.labels), lambda faces: to_keep(run, faces), None, device
     )
     filled = time.perf_counter() - began
     for run in runs.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,47 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _processor(),
         "instruction_sets": instruction_sets(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": len(cores()),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "tf32": tf32() if gpu else None,
     }
+
+
+def cores() -> set[int]:
+    """Numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def idle_cores(seconds: float = 0.2) -> int:
+    """How many of its cores nobody else works on, watched for so long; at least 1.
+
+    Two threads on one idle and one busy core are slower than one: they wait for each other.
+    """
+    before = _busy_ticks()
+    if not before:  # no Linux
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        return max(1, len(cores()) - round(load))
+    time.sleep(seconds)
+    after, ticks = _busy_ticks(), seconds * os.sysconf("SC_CLK_TCK")
+    return max(1, sum(after[core] - before[core] < 0.5 * ticks for core in before))
+
+
+def _busy_ticks() -> dict[int, int]:
+    """Clock ticks that each of this process's cores has worked since the machine started."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return {}
+    found = {}
+    for line in stat.read_text().splitlines():
+        name, *ticks = line.split()
+        number = name.removeprefix("cpu")
+        if name.startswith("cpu") and number.isdigit() and int(number) in cores():
+            user, nice, system = (int(value) for value in ticks[:3])
+            found[int(number)] = user + nice + system
+    return found
 
 
 def _processor() -> str:

@@ -22,10 +22,10 @@ from btnet_core.models.btnet import BTNet, coupling_layer, weights_digest
 from btnet_core.models.costs import Cost, route_cost
 from btnet_core.training import checkpoint, methods
 from btnet_core.training.batches import open_pixels
-from btnet_core.training.classifier import class_means, save_classifier
+from btnet_core.training.classifier import save_classifier
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.loop import train
-from btnet_core.training.step import embed_all
+from btnet_core.training.run import class_means
 from btnet_paper import results
 from btnet_tools.data import bad_images
 from btnet_tools.evaluate import compare, table
@@ -117,8 +117,8 @@ def adapt(
     values = compare(btnet, held, ["before"], options.device)  # what cannot be read is told now
     say(forecast(runs, btnet.to(device), len(training), out, options.fresh))
     if options.labels and not kappa.is_file():
-        z = embed_all(backbone, open_pixels(data, runs[0].workers), device, "fp32")
-        save_classifier(kappa, class_means(z, training.labels, training.num_identities))
+        pixels = open_pixels(data, runs[0].workers)
+        save_classifier(kappa, class_means(backbone, pixels, device, "fp32"))
     for run in runs:
         train(run, place_of(out, run), device=options.device, fresh=options.fresh)
     net = BTNet.load(out, [run.resolution for run in runs])

@@ -286,7 +286,7 @@ def embed_features(head: nn.Module, z: Tensor) -> Tensor:
     with torch.autocast(
         "cpu" if z.is_meta else z.device.type, enabled=False
     ):  # meta: costs.count_macs
-        return head(z.float())
+        return head(z if z.dtype == torch.float64 else z.float())
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:

@@ -1,15 +1,13 @@
-"""Batches: who comes when (resumable, independent of the number of processes), their pixels, the teacher's features."""
+"""Batches: who comes when (resumable, whatever the number of processes), and their pixels."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,9 +21,7 @@ from btnet_core.models.backbone import Backbone
 from btnet_core.training import distributed
 from btnet_core.training.config import TrainConfig
 
-MEMORY_SHARE = (
-    0.3  # of the free memory that decoded images, and again the teacher's features, may take
-)
+MEMORY_FRACTION = 0.3  # of the free memory for decoded images, and again for teacher's features
 
 
 @dataclass(frozen=True)
@@ -38,20 +34,31 @@ class Batch:
     size: Tensor  # rows to shrink to
     shift: Tensor  # right and down, in pixels
 
+    def split(self, parts: int) -> list[Batch]:
+        """Equal parts, in order."""
+        columns = [getattr(self, column.name).chunk(parts) for column in fields(self)]
+        return [Batch(*part) for part in zip(*columns, strict=True)]
+
 
 class Sampler:
-    """Every epoch a new order, flips and sizes, drawn from (seed, epoch): a position is (epoch, step) and nothing else.
+    """Every epoch a new order, flips and sizes, drawn from (seed, epoch).
 
-    The draws are for the batch of all processes together; each takes its consecutive part. The last incomplete batch
-    is left out.
+    A position is (epoch, step) and nothing else. The draws are for the batch of all processes
+    together; each takes its consecutive part. The last incomplete batch is left out.
+
+    Raises:
+        ConfigError: the batch cannot be cut, or is larger than the data.
     """
 
     def __init__(self, labels: Tensor, config: TrainConfig) -> None:
         self.labels, self.config = labels, config
-        self.mine = distributed.check_batch(config.batch)
+        self.mine = images_each(config)
         self.steps = len(labels) // config.batch
         if not self.steps:
-            raise ConfigError(f"batch: got {config.batch} images, the data have only {len(labels)}")
+            raise ConfigError(
+                f"batch: got {config.batch} images, the data have only {len(labels)}: "
+                f"set batch to {len(labels)} or less"
+            )
         self._drawn: tuple[int, tuple[Tensor, ...]] | None = None
 
     def batch(self, step: int) -> Batch:
@@ -85,20 +92,40 @@ class Sampler:
         run = (torch.arange(len(order)) - first) // self.config.per_identity
         key = labels * (len(order) + 1) + run
         _, group = torch.unique_consecutive(key, return_inverse=True)
-        return order[
-            torch.argsort(
-                torch.randperm(int(group[-1]) + 1, generator=generator)[group], stable=True
-            )
-        ]
+        place = torch.randperm(int(group[-1]) + 1, generator=generator)
+        return order[torch.argsort(place[group], stable=True)]
+
+
+def images_each(config: TrainConfig) -> int:
+    """Images of this process in a batch.
+
+    Raises:
+        ConfigError: the batch does not divide over processes and parts, or a part is a single image,
+            of which batch norms have no variance.
+    """
+    parts = distributed.world() * config.accumulate
+    among = f"{distributed.world()} processes, each in {config.accumulate} parts"
+    if config.batch % parts:
+        raise ConfigError(f"batch: got {config.batch} for {among}: set a multiple of {parts}")
+    if config.batch == parts:
+        raise ConfigError(
+            f"batch: got {config.batch} for {among}: one image each, and batch norms need two; "
+            f"set batch to {2 * parts} or more"
+        )
+    return config.batch // distributed.world()
 
 
 class Pixels:
-    """uint8 faces by record: all in memory as one tensor when they fit, else decoded ahead by threads."""
+    """uint8 faces by record: all in memory as one tensor when they fit, else decoded ahead."""
 
     def __init__(self, faces: FaceSet, workers: int) -> None:
         self.faces, self.workers = faces, max(1, workers)
-        size = len(faces) * 3 * 112 * 112
-        self.all = faces.images(range(len(faces))) if size < MEMORY_SHARE * free_memory() else None
+        shape = (len(faces), 3, 112, 112)
+        fits = torch.Size(shape).numel() < memory_for_one()
+        self.all = torch.empty(shape, dtype=torch.uint8) if fits else None
+        if self.all is not None:
+            for records in torch.arange(len(faces)).split(1024):
+                self.all[records] = faces.images(records.tolist())
 
     def get(self, records: Tensor) -> Tensor:
         """uint8 ``(n, 3, 112, 112)``."""
@@ -129,37 +156,40 @@ def _pixels(spec: str, workers: int) -> Pixels:
     return Pixels(open_faces(spec), workers)
 
 
+def memory_for_one() -> float:
+    """Bytes that decoded images, or the teacher's features, of one process may take."""
+    return MEMORY_FRACTION * free_memory() / distributed.neighbours()
+
+
 def free_memory() -> float:
     """Bytes of memory that are free or hold files that can be dropped."""
     try:
         with open("/proc/meminfo") as file:
-            return next(
-                int(line.split()[1]) * 1024.0 for line in file if line.startswith("MemAvailable")
-            )
-    except (OSError, StopIteration):
-        return (
-            4e9
-            if not hasattr(os, "sysconf")
-            else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
-        )
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024.0
+    except (OSError, KeyError):  # no Linux
+        if not hasattr(os, "sysconf"):
+            return 4e9
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2.0
 
 
 def transfer(rows: Tensor, device: torch.device) -> Tensor:
     """To the device, without waiting for the copy where there is one to make."""
-    return (
-        rows.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else rows.to(device)
-    )
+    if device.type == "cuda":
+        return rows.pin_memory().to(device, non_blocking=True)
+    return rows.to(device)
 
 
 def mirrored(pixels: Tensor, flip: Tensor) -> Tensor:
-    """Images with ``flip`` set are mirrored left to right; before any down-sampling (paper-and-code: teacher)."""
+    """Images with ``flip`` set are mirrored left to right (paper-and-code: teacher)."""
     return torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
 
 
 def moved(pixels: Tensor, shift: Tensor) -> Tensor:
-    """Each image ``(B, 3, H, W)`` moved right and down by its ``shift`` ``(B, 2)`` pixels, to float32; edges go on."""
+    """Each image ``(B, 3, H, W)`` moved right and down by its ``shift`` ``(B, 2)`` pixels.
+
+    Returns float32; edges go on.
+    """
     rows, columns = pixels.shape[-2:]
     step = 2 * shift.to(pixels.device) / torch.tensor([columns, rows], device=pixels.device)
     matrix = torch.eye(2, 3, device=pixels.device).repeat(len(pixels), 1, 1)
@@ -169,7 +199,7 @@ def moved(pixels: Tensor, shift: Tensor) -> Tensor:
 
 
 def trunk_input(trunk: Backbone, pixels: Tensor, size: Tensor, how: Resize) -> Tensor:
-    """Each face shrunk to its own ``size`` in rows and scaled back up (4.1), normalised ``(B, 3, H, W)``."""
+    """Each face shrunk to its own ``size`` in rows and scaled back up (4.1): ``(B, 3, H, W)``."""
     pixels = trunk.crop(pixels)
     faces = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
     for rows in size.unique().tolist():
@@ -179,89 +209,6 @@ def trunk_input(trunk: Backbone, pixels: Tensor, size: Tensor, how: Resize) -> T
 
 
 def branch_input(trunk: Backbone, pixels: Tensor, r: int, how: Resize) -> Tensor:
-    """Each face shrunk to r rows, normalised ``(B, 3, r, r')``: what B_r sees, never scaled up."""
+    """X_r ``(B, 3, r, r')``: each face shrunk to r rows, normalised, never scaled up."""
     faces = resize(trunk.crop(pixels), scaled_size(r, trunk.config.size), how)
     return trunk.normalise(faces).contiguous(memory_format=torch.channels_last)
-
-
-class TeacherCache:
-    """The branch's input and the teacher's output of every record, as it is and mirrored, computed once.
-
-    Args:
-        count: records; ``compute(pixels uint8) -> tensors`` gives the rows to keep, first the branch's input.
-        folder: for the file; None keeps the rows in memory.
-
-    ``rows(records, flip, device)`` returns what ``compute`` would for those faces.
-    """
-
-    def __init__(
-        self, pixels: Pixels, count: int, compute: Callable[[Tensor], list[Tensor]], folder: Path | None, device: torch.device
-    ) -> None:  # fmt: skip
-        shares = distributed.world() if folder else 1
-        like = compute(pixels.get(torch.arange(1)).to(device))
-        self.size = sum(2 * count * row[0].numel() * row.element_size() for row in like)
-        self.stores = [  # maps lie as (N, H, W, C): the loop reads them channels_last, as the network's own
-            self._store(folder, index, (2 * count, *_channels_last(row).shape[1:]), row.dtype)
-            for index, row in enumerate(like)
-        ]
-        done = folder / "complete" if folder else None
-        if done and done.is_file():  # filled by an earlier run
-            return
-        for start in range(64 * (distributed.rank() if shares > 1 else 0), count, 64 * shares):
-            records = torch.arange(start, min(start + 64, count))
-            faces = pixels.get(records).to(device)
-            for flip, images in enumerate((faces, faces.flip(-1))):
-                for store, row in zip(self.stores, compute(images), strict=True):
-                    store[2 * records + flip] = _channels_last(row).cpu()
-        distributed.wait()
-        if done and distributed.rank() == 0:
-            done.touch()
-
-    @staticmethod
-    def _store(
-        folder: Path | None, index: int, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        if folder is None:
-            return torch.empty(shape, dtype=dtype)
-        folder.mkdir(parents=True, exist_ok=True)
-        size = torch.Size(shape).numel()
-        return torch.from_file(
-            str(folder / f"teacher_{index}.bin"), shared=True, size=size, dtype=dtype
-        ).view(shape)
-
-    def rows(
-        self, records: Tensor, flip: Tensor, device: torch.device, *, first: int = 0
-    ) -> list[Tensor]:
-        """The rows from number ``first`` on."""
-        index = 2 * records + flip
-        rows = [transfer(store[index], device) for store in self.stores[first:]]
-        return [row.permute(0, 3, 1, 2) if row.ndim == 4 else row for row in rows]
-
-
-def _channels_last(row: Tensor) -> Tensor:
-    return row.permute(0, 2, 3, 1) if row.ndim == 4 else row
-
-
-def cache_place(choice: str, size: int, epochs: int, folder: Path) -> tuple[str, str]:
-    """ "memory", "memmap" or "off" for features of ``size`` bytes, and the sentence that announces it.
-
-    "auto" needs more than two passes to pay (the cache holds each face twice), prefers memory, and with several
-    processes a file that they share.
-    """
-    disk = shutil.disk_usage(folder).free
-    if choice == "auto":
-        fits = size < MEMORY_SHARE * free_memory() and distributed.world() == 1
-        choice = (
-            "off" if epochs <= 2 else "memory" if fits else "memmap" if size < 0.5 * disk else "off"
-        )
-    if choice == "memmap" and size > disk:
-        raise ConfigError(
-            f"cache: {size / 1e9:.1f} GB of features, {folder} has {disk / 1e9:.1f} GB free"
-        )
-    place = {"off": "computed at every step", "memory": "kept in memory"}.get(
-        choice, f"kept in {folder / 'cache'}"
-    )
-    return (
-        choice,
-        f"inputs and teacher features of both mirror images: {size / 1e6:.1f} MB, {place}",
-    )

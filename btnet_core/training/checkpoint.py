@@ -1,4 +1,4 @@
-"""Checkpoints of a run in progress: atomic, complete, readable by any number of processes; and the record of a finished one."""
+"""Checkpoints of a run in progress, readable by any number of processes; the record of a finished one."""
 
 from __future__ import annotations
 
@@ -6,43 +6,98 @@ import hashlib
 import json
 import platform
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from btnet_core.errors import CheckpointError, TrainingError, WriteError
+from btnet_core.errors import CheckpointError, ConfigError, TrainingError, WriteError
 from btnet_core.files import load_torch, reason, write_atomically
 from btnet_core.training import distributed
+from btnet_core.training.config import TrainConfig
+from btnet_core.training.run import Run
 
-FORMAT = 1
+FORMAT = 2
 STATE = "checkpoint/state.pt"
 RECORD = "run.json"
+# Fields that change no weight: free to differ when a run goes on, and in part when it is finished.
+MACHINE = frozenset({"workers", "threads", "checkpoint_seconds", "cache", "cache_dir"})
+SHOWN = frozenset({"name", "validation", "validation_resolutions", "validate_epochs"})
 
 
-def versions() -> dict[str, str]:
+# ---- a run in progress --------------------------------------------------------------------------
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """Everything a later process, or another number of them, needs to go on (all must call it)."""
+    distributed.average_statistics(run.network)
+    momentum = {
+        name: run.optimiser.state[parameter]["momentum_buffer"]
+        for name, parameter in run.learns.items()
+    }
+    if "kappa" in momentum:
+        momentum["kappa"] = run.kappa.whole(momentum["kappa"])
+    on_gpu = run.device.type == "cuda"
     return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "format": str(FORMAT),
+        "identity": json.dumps(run.identity),
+        "versions": versions(),
+        "step": run.step,
+        "seconds": time.monotonic() - run.began,
+        "network": run.network.state_dict(),
+        "momentum": momentum,
+        "kappa": run.kappa.whole() if run.kappa is not None else None,
+        "margin": run.kappa.margin.state_dict() if run.kappa is not None else {},
+        "metric": run.metric.state_dict() if run.metric is not None else {},
+        "grad_scaler": run.grad_scaler.state_dict(),
+        "skipped": run.skipped,
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "validation": json.dumps(run.validation),
     }
 
 
-def unwritten(path: Path, error: Exception, good: Path) -> TrainingError:
-    """What to tell when ``path`` could not be written: why, and what is left."""
-    kept = f"; the last good one is kept in {good}" if good.exists() else ""
-    if isinstance(error, WriteError):
-        return TrainingError(f"{error}{kept}")
-    why = reason(error) if isinstance(error, OSError) else error
-    return TrainingError(f"{path}: cannot be written ({why}){kept}")
+def identity_in(state: dict[str, Any]) -> dict[str, Any]:
+    """What ``identity_of`` gave when the state was saved."""
+    return json.loads(state["identity"])
+
+
+def restore(run: Run, state: dict[str, Any]) -> None:
+    """Inverse of ``state_of``."""
+    run.network.load_state_dict(state["network"])
+    for name, buffer in state["momentum"].items():
+        parameter = run.learns[name]
+        buffer = run.kappa.part(buffer) if name == "kappa" else buffer
+        run.optimiser.state[parameter]["momentum_buffer"] = buffer.to(parameter, copy=True)
+    if run.kappa is not None:
+        with torch.no_grad():
+            run.kappa.weight.copy_(run.kappa.part(state["kappa"]))
+        run.kappa.margin.load_state_dict(state["margin"])
+    if run.metric is not None:
+        run.metric.load_state_dict(state["metric"])
+    run.grad_scaler.load_state_dict(state["grad_scaler"])
+    run.step, run.skipped = state["step"], state["skipped"]
+    run.validation = json.loads(state["validation"])
+    run.began = time.monotonic() - state["seconds"]
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None and run.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"])
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint (all processes must call it)."""
+    state = state_of(run)
+    if distributed.rank() == 0:
+        save_state(run.out, state)
 
 
 def save_state(out: Path, state: dict[str, Any]) -> None:
-    """Write a state of tensors, numbers and strings to ``out/checkpoint/state.pt``."""
+    """Write a state of tensors, numbers and texts to ``out/checkpoint/state.pt``."""
     try:
         write_atomically(out / STATE, lambda file: torch.save({"format": FORMAT, **state}, file))
     except WriteError as error:
-        raise unwritten(out / STATE, error, out / STATE) from error
+        raise unwritten(out, error) from error
 
 
 def load_state(out: Path) -> dict[str, Any] | None:
@@ -57,19 +112,27 @@ def load_state(out: Path) -> dict[str, Any] | None:
     try:
         state = load_torch(path)
     except Exception as error:  # torch raises many types for damaged or unsafe files
-        raise CheckpointError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); --fresh starts over"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
-        raise CheckpointError(
-            f"{path}: format {found}, expected {FORMAT}: of another version; --fresh starts over"
-        )
+        kind = type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read ({kind}); --fresh starts over") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        other = f"format {found}, expected {FORMAT}: of another version"
+        raise CheckpointError(f"{path}: {other}; --fresh starts over")
     return state
 
 
+def unwritten(out: Path, error: Exception) -> TrainingError:
+    """What to tell when something in ``out`` could not be written: why, and what is left."""
+    good = out / STATE
+    kept = f"; the last good one is kept in {good}" if good.exists() else ""
+    if isinstance(error, WriteError):
+        return TrainingError(f"{error}{kept}")
+    why = reason(error) if isinstance(error, OSError) else error
+    return TrainingError(f"{out}: cannot be written ({why}){kept}")
+
+
 def check_room(out: Path, needed: int) -> None:
-    """Find out before the first step whether checkpoints of ``needed`` bytes can be written to ``out``.
+    """Find out before the first step whether checkpoints of ``needed`` bytes can be written.
 
     Raises:
         TrainingError: the folder cannot be written, or has no room for two of them.
@@ -81,23 +144,63 @@ def check_room(out: Path, needed: int) -> None:
         probe.unlink()
         free = shutil.disk_usage(out).free
     except OSError as error:
-        raise TrainingError(
-            f"{out}: cannot be written ({error.strerror or error}); choose another folder"
-        ) from error
+        why = reason(error)
+        raise TrainingError(f"{out}: cannot be written ({why}); choose another folder") from error
     if free < 2 * needed + 2**20:
-        raise TrainingError(
-            f"{out}: {free / 1e6:.0f} MB free, checkpoints need {2 * needed / 1e6:.0f} MB (the last good and the next)"
-        )
+        two = f"{2 * needed / 1e6:.0f} MB (the last good and the next)"
+        raise TrainingError(f"{out}: {free / 1e6:.0f} MB free, checkpoints need {two}")
+
+
+# ---- what a run is, and the record of a finished one ---------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+
+
+def identity_of(config: TrainConfig, data: str) -> dict[str, Any]:
+    """The configuration, and digests of what it names; ``data``: checksum of the faces."""
+    named = (config.init, config.classifier)
+    files = [path for path in named if path not in ("", "fresh", "class_means")]
+    inputs = {"data": data, **{path: fingerprint(path) for path in files}}
+    return {"config": config.to_dict(), "inputs": inputs}
 
 
 def fingerprint(path: str | Path) -> str:
     """SHA-256 of an input file; CheckpointError if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
-                hashlib.sha256(file.read()).hexdigest()  # fmt: skip
+            return hashlib.sha256(file.read()).hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any], out: Path, free: frozenset[str]) -> None:
+    """What ``out`` holds is only gone on with, or returned, for the same recipe and inputs.
+
+    Raises:
+        ConfigError: naming every field and input that differs.
+    """
+    config = _complete(old["config"])
+    pairs = [(key, config.get(key), new["config"].get(key)) for key in config | new["config"]]
+    pairs += [
+        (f"content of {key}", old["inputs"].get(key), new["inputs"].get(key))
+        for key in old["inputs"] | new["inputs"]
+    ]
+    changed = [f"{key} {a!r} -> {b!r}" for key, a, b in pairs if a != b and key not in free]
+    if changed:
+        raise ConfigError(
+            f"{out}: holds a run of another recipe ({'; '.join(sorted(changed))}); "
+            "choose another folder, or start over with fresh=True (--fresh)"
+        )
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the fields that came after it, at their defaults."""
+    try:
+        return TrainConfig.from_dict(config).to_dict()
+    except ConfigError:  # a field that is gone
+        return config
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
@@ -111,11 +214,8 @@ def read_record(out: Path) -> dict[str, Any] | None:
         record = json.loads((out / RECORD).read_text())
     except (OSError, ValueError, RecursionError):
         return None
-    return (
-        record
-        if isinstance(record, dict) and {"config", "inputs", "metrics"} <= record.keys()
-        else None
-    )
+    whole = isinstance(record, dict) and {"config", "inputs", "metrics"} <= record.keys()
+    return record if whole else None
 
 
 def forget(out: Path) -> None:

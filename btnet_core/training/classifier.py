@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from btnet_core.training import distributed
 def shard(num_classes: int) -> tuple[int, int]:
     """First class and number of classes that this process holds."""
     n, r = distributed.world(), distributed.rank()
-    return num_classes * r // n, num_classes * (r + 1) // n - num_classes * r // n
+    first, end = num_classes * r // n, num_classes * (r + 1) // n
+    return first, end - first
 
 
 class Classifier(nn.Module):
@@ -26,8 +28,9 @@ class Classifier(nn.Module):
     Args:
         weight: ``(C, D)`` rows of every class; this process keeps its own.
         margin: which loss.
-        sample_rate: share of each shard's classes that take part in a step: those of the batch, and negatives drawn
-            at random (An et al. 2021, PartialFC). Deviation: the rows left out still decay and keep their momentum.
+        sample_rate: fraction of each shard's classes that take part in a step: those of the batch,
+            and negatives drawn at random (An et al. 2021, PartialFC). Deviation: the rows left out
+            still decay and keep their momentum.
         seed: of the draws, which differ from process to process.
     """
 
@@ -39,13 +42,12 @@ class Classifier(nn.Module):
         self.first, count = shard(self.num_classes)
         self.weight = nn.Parameter(weight[self.first : self.first + count].clone())
         self.margin, self.sample_rate = margin, sample_rate
-        self.seed, self.step = seed, 0  # of the draws of negatives; the training loop sets the step
+        self.seed, self.step = seed, 0  # of the draws; the training loop sets the step
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Embeddings ``(b, D)`` and labels ``(b,)`` of this process -> its share of the mean loss of the whole batch.
+        """z ``(b, D)``, labels ``(b,)`` of this process -> the mean loss of the whole batch.
 
-        The softmax part is the same value on every process and is counted once; its gradient reaches every z and
-        every shard.
+        The value is the same on every process; its gradient reaches every z and every shard.
         """
         with torch.autocast(z.device.type, enabled=False):
             z = z if z.dtype == torch.float64 else z.float()
@@ -58,32 +60,31 @@ class Classifier(nn.Module):
             return distributed.sharded_cross_entropy(logits, column)
 
     def _rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight rows that take part, and where in them each label is (-1: not on this process)."""
+        """Weight rows that take part, and where in them each label is (-1: not here)."""
         column, count = labels - self.first, len(self.weight)
         column = torch.where((column >= 0) & (column < count), column, -1)
-        wanted = round(count * self.sample_rate)
         if self.sample_rate == 1 or not self.training:
             return self.weight, column
-        generator = torch.Generator().manual_seed(
-            hash((self.seed, self.step, distributed.rank())) % 2**63
-        )
-        priority = torch.rand(count, generator=generator).to(labels.device)
+        seed = hash((self.seed, self.step, distributed.rank())) % 2**63
+        priority = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+        priority = priority.to(labels.device)
         present = torch.unique(column[column >= 0])
         priority[present] = 2.0  # every class of the batch takes part, however many there are
-        chosen = priority.topk(max(wanted, len(present))).indices.sort().values
+        wanted = max(round(count * self.sample_rate), len(present))
+        chosen = priority.topk(wanted).indices.sort().values
         place = torch.searchsorted(chosen, column.clamp_min(0))
         return self.weight[chosen], torch.where(column >= 0, place, -1)
 
     @staticmethod
     def _target(cosine: Tensor, column: Tensor) -> Tensor:
         """Cosine of the true class of each sample, wherever it is held; no gradient."""
-        rows = torch.nonzero(column >= 0).squeeze(1)
-        target = cosine.new_zeros(len(column))
-        target[rows] = cosine.detach()[rows, column[rows]]
-        return distributed.all_sum(target)
+        if not cosine.shape[1]:  # more processes than classes
+            return distributed.all_sum(cosine.new_zeros(len(column)))
+        own = cosine.detach().gather(1, column.clamp_min(0)[:, None]).squeeze(1)
+        return distributed.all_sum(torch.where(column >= 0, own, 0))
 
     def whole(self, mine: Tensor | None = None) -> Tensor:
-        """The rows of every process ``(C, D)``: of the weights, or of a tensor like them (their momentum)."""
+        """The rows of every process ``(C, D)``: of the weights, or of a tensor like them."""
         mine = self.weight.detach() if mine is None else mine
         total = mine.new_zeros(self.num_classes, *mine.shape[1:])
         total[self.first : self.first + len(mine)] = mine
@@ -99,13 +100,17 @@ def fresh_weight(num_classes: int, dim: int, seed: int) -> Tensor:
     return torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(seed)) * 0.01
 
 
-def class_means(z: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """kappa* where the trunk came without one: the mean of the unit embeddings of each class, at unit length.
+def class_means(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, dim: int) -> Tensor:
+    """kappa* where the trunk came without one: each class's mean unit embedding, at length 1.
 
-    z ``(N, D)``, labels ``(N,)`` -> ``(C, D)``. A class without images keeps the zero vector (cosine 0 to all).
+    batches of z ``(n, D)`` and labels ``(n,)`` -> ``(C, D)``; each process brings faces of its own.
+    A class without images keeps the zero vector (cosine 0 to all).
     """
-    total = torch.zeros(num_classes, z.shape[1]).index_add_(0, labels, F.normalize(z.float()))
-    return F.normalize(total)
+    total = torch.zeros(num_classes, dim)
+    for z, labels in batches:
+        unit = F.normalize(z.float())
+        total = total.to(z.device).index_add_(0, labels.to(z.device), unit)
+    return F.normalize(distributed.all_sum(total))
 
 
 def save_classifier(path: Path, weight: Tensor) -> None:
@@ -117,16 +122,14 @@ def load_classifier(path: str | Path, num_classes: int, dim: int) -> Tensor:
     """Read ``weight (C, D)``.
 
     Raises:
-        CheckpointError: unreadable, or of other classes than the data (a head cannot move to another problem,
-            paper-and-code: fresh head).
+        CheckpointError: unreadable, or of other classes than the data (a head cannot move to another
+            problem, paper-and-code: fresh head).
     """
-    state, _ = read_safetensors(path)
-    weight = state.get("weight")
+    weight = read_safetensors(path)[0].get("weight")
     if weight is None or tuple(weight.shape) != (num_classes, dim):
         found = "no tensor 'weight'" if weight is None else f"{tuple(weight.shape)}"
-        raise CheckpointError(
-            f"{path}: got {found}, the data and trunk need a classifier ({num_classes}, {dim})"
-        )
+        needed = f"the data and trunk need a classifier ({num_classes}, {dim})"
+        raise CheckpointError(f"{path}: got {found}, {needed}")
     return weight
 
 
@@ -140,5 +143,6 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     if len(wrong):
         index = int(wrong[0])
         raise ConfigError(
-            f"{len(wrong)} labels outside 0..{num_classes - 1}, the first is {int(labels[index])} of record {index}"
+            f"{len(wrong)} labels outside 0..{num_classes - 1}, "
+            f"the first is {int(labels[index])} of record {index}"
         )

@@ -1,121 +1,114 @@
-"""Training in a process of its own, so that a notebook's dead kernel loses nothing."""
+"""Training in processes of its own: `python -m btnet_core.training.launch`, also under torchrun."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
-from btnet_core.errors import ConfigError, TrainingError
-from btnet_core.files import holder
-from btnet_core.training import checkpoint
+from btnet_core.data.sources import register, registered
+from btnet_core.device import resolve_device
+from btnet_core.errors import BTNetError, ConfigError, TrainingError
+from btnet_core.files import write_atomically
+from btnet_core.training import checkpoint, distributed
 from btnet_core.training.config import TrainConfig
+from btnet_core.training.loop import train
 from btnet_core.training.progress import LIVE, STEP, watched
 
-MALLOC = {  # of glibc: freed memory is kept, in huge pages, and not asked for anew at every step; elsewhere ignored
+MALLOC = {  # of glibc: freed memory is kept, in huge pages, not asked for anew at every step
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_ARENA_MAX": "1",
 }
+INTERRUPTED = 130  # status of a process that was stopped by Ctrl-C and saved a checkpoint
 
 
 def train_from_file(
     config: Path | str, out: Path | str, *, device: str = "auto", fresh: bool = False
 ) -> dict[str, Any]:
-    """``train`` for the command line: the configuration is a JSON file."""
-    from btnet_core.training import distributed
-    from btnet_core.training.loop import train
-
+    """``train`` with the configuration of a page (JSON or YAML); leaves torchrun's group at the end."""
     try:
-        text = Path(config).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{config}: cannot be read ({error})") from error
-    try:
-        metrics = train(TrainConfig.from_json(text), out, device=device, fresh=fresh)
+        return train(TrainConfig.read(config), out, device=device, fresh=fresh)
     finally:
         distributed.stop()
-    return metrics
 
 
 def train_in_subprocess(
-    config: TrainConfig,
-    out: Path | str,
-    *,
-    device: str = "auto",
-    fresh: bool = False,
-    command: Sequence[str] = (),
-) -> dict[str, Any]:
-    """As ``train``, in another process that outlives this one, with its progress as a bar or as lines.
+    config: TrainConfig, out: Path | str, *, device: str = "auto", fresh: bool = False,
+    processes: int | str = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """As ``train``, in other processes, with their progress as a bar or as lines.
 
-    Its lines are also in ``out/train.log``. Interrupting the cell stops the process, which saves a checkpoint first;
-    calling again goes on, after a kernel's death by watching the process that it left. ``command`` replaces ``python``
-    in front of ``-m btnet_tools train``, e.g. ("torchrun", "--nproc-per-node=4"). Environment variable BTNET_FRESH=1
-    (``btnet reproduce --fresh``) acts as ``fresh``.
+    Their lines are also in ``out/train.log``. Interrupting the cell stops them, and a checkpoint is
+    saved first; calling again goes on. BTNET_FRESH=1 (`btnet reproduce --fresh`) acts as ``fresh``.
+
+    Args:
+        processes: how many share each batch; "auto": one for each GPU.
 
     Raises:
-        TrainingError: the process failed; its last lines are in the message.
+        TrainingError: they failed; the last lines are in the message.
         KeyboardInterrupt: after the checkpoint.
     """
     out, fresh = Path(out), fresh or os.environ.get("BTNET_FRESH") == "1"
-    out.mkdir(parents=True, exist_ok=True)
-    if pid := holder(out):
-        print(f"{config.name}: process {pid} is training here, started earlier")
-        _follow(out, config.name, lambda: holder(out) != 0, lambda: _interrupt(pid))
-    file, log = out / "config.json", out / "train.log"
-    file.write_text(config.to_json())
+    page, log = out / "config.json", out / "train.log"
+    write_atomically(page, config.to_json())
     (out / LIVE).unlink(missing_ok=True)
-    arguments = [
-        *(command or (sys.executable,)),
-        "-m",
-        "btnet_tools",
-        "train",
-        "--config",
-        str(file),
-        "--out",
-        str(out),
-    ]
+    arguments = [*command(count(processes, device)), "--config", str(page), "--out", str(out)]
     arguments += ["--device", device, *(["--fresh"] if fresh else [])]
+    for kind, opener in registered().items():
+        arguments += ["--source", f"{kind}={opener}"]
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            arguments,
-            env=MALLOC | os.environ,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
+            arguments, env=MALLOC | os.environ, stdout=sink, stderr=subprocess.STDOUT,
             start_new_session=True,
-        )
-    _follow(
-        out, config.name, lambda: process.poll() is None, lambda: process.send_signal(signal.SIGINT)
-    )
+        )  # fmt: skip
+    _follow(process, out, config.name)
     if process.returncode:
         tail = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-8:])
         raise TrainingError(f"training in {out} ended with status {process.returncode}:\n{tail}")
     record = checkpoint.read_record(out)
-    return json.loads(json.dumps(record["metrics"])) if record else {}
+    return record["metrics"] if record else {}
 
 
-def _interrupt(pid: int) -> None:
-    if pid > 0:  # known
-        with suppress(ProcessLookupError):  # it has just ended
-            os.kill(pid, signal.SIGINT)
+def count(processes: int | str, device: str) -> int:
+    """The number of processes; ConfigError if there are not as many GPUs."""
+    gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
+    if processes == "auto":
+        return max(1, gpus)
+    if not isinstance(processes, int) or processes < 1:
+        raise ConfigError(f"processes: got {processes!r}, expected 'auto' or a number from 1 on")
+    if gpus and processes > gpus:
+        raise ConfigError(f"processes: got {processes}, the machine has {gpus} GPUs")
+    return processes
 
 
-def _follow(out: Path, name: str, runs: Callable[[], bool], stop: Callable[[], None]) -> None:
-    """Show the training in ``out`` while it ``runs``; Ctrl-C calls ``stop``, and is raised when it has ended."""
+def command(processes: int) -> list[str]:
+    """How ``main`` is started in that many processes."""
+    module = ["-m", "btnet_core.training.launch"]
+    if processes == 1:
+        return [sys.executable, *module]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *torchrun, *module]
+
+
+def _follow(process: subprocess.Popen, out: Path, name: str) -> None:
+    """Show the training in ``out`` until it ends; Ctrl-C stops it, and is raised then."""
     bar, live, stopped, alive = None, watched(), False, True
     with (out / "train.log").open(encoding="utf-8", errors="replace") as log:
         while alive:
             try:
-                alive = runs()
+                alive = process.poll() is None
                 for line in log.read().splitlines():
                     if not (live and line.startswith(STEP.format(name=name))):
                         (print if bar is None else bar.write)(line)
@@ -123,7 +116,7 @@ def _follow(out: Path, name: str, runs: Callable[[], bool], stop: Callable[[], N
                 bar = _advance(bar, out, name) if live else None
                 time.sleep(0.2 if alive else 0)
             except KeyboardInterrupt:
-                stop()
+                process.send_signal(signal.SIGINT)
                 stopped = True
     if bar is not None:
         bar.close()
@@ -137,11 +130,34 @@ def _advance(bar: tqdm | None, out: Path, name: str) -> tqdm | None:
         at = json.loads((out / LIVE).read_text())
     except (OSError, ValueError):  # not there yet
         return bar
-    bar = (
-        bar
-        if bar is not None
-        else tqdm(total=at["total"], initial=at["start"], desc=name, unit="step")
-    )
+    if bar is None:
+        bar = tqdm(total=at["total"], initial=at["start"], desc=name, unit="step")
     bar.set_postfix_str(at["text"], refresh=False)
     bar.update(at["step"] - bar.n)
     return bar
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One process of a training; returns its status."""
+    parser = argparse.ArgumentParser(prog="python -m btnet_core.training.launch")
+    parser.add_argument("--config", required=True, metavar="FILE", help="page of a TrainConfig")
+    parser.add_argument("--out", required=True, metavar="DIR", help="for checkpoint and weights")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--fresh", action="store_true", help="start over, whatever DIR holds")
+    parser.add_argument("--source", action="append", default=[], metavar="KIND=MODULE:NAME",
+                        help="what opens face sets of that kind")  # fmt: skip
+    options = parser.parse_args(arguments)
+    for source in options.source:
+        register(*source.split("=", 1))
+    try:
+        train_from_file(options.config, options.out, device=options.device, fresh=options.fresh)
+    except BTNetError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

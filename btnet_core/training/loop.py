@@ -1,17 +1,16 @@
-"""Training: ``train`` runs a configuration in a folder from wherever it stands to its end; ``fit`` is the loop."""
+"""Training: ``train`` takes a configuration to a finished folder; ``fit`` is the loop."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,135 +19,174 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from btnet_core.data.faces import open_faces
-from btnet_core.data.pairs import PairSet, open_pairs
-from btnet_core.data.sources import spec_text
-from btnet_core.errors import CheckpointError, ConfigError, TrainingError
+from btnet_core.device import idle_cores
+from btnet_core.errors import CheckpointError, TrainingError
 from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
 from btnet_core.evaluation.verification import evaluate_pairs
 from btnet_core.files import lock, read_safetensors, write_safetensors
 from btnet_core.models.backbone import save_backbone
 from btnet_core.models.btnet import BTNet, Route, weights_digest
 from btnet_core.training import checkpoint, distributed
-from btnet_core.training.batches import Batch, TeacherCache, cache_place
+from btnet_core.training.batches import Batch
 from btnet_core.training.classifier import save_classifier
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.progress import Progress
-from btnet_core.training.step import Run, describe, prepare
+from btnet_core.training.run import Run, prepare
+from btnet_core.training.step import losses_of, to_keep
+from btnet_core.training.teacher import TeacherCache, cache_place
 
-MACHINE = frozenset(
-    {"workers", "checkpoint_seconds", "cache", "cache_dir"}
-)  # settings that change no result
+READ_EVERY = 10  # steps on a GPU, which is not waited for in between
 
 
 def fit(run: Run, progress: Progress) -> None:
-    """Train from ``run.step`` to the end: load, forward, backward, sum, clip, check, step, tell, save."""
-    config, steps = run.config, run.sampler.steps
+    """Train from ``run.step`` to the last one: load, forward, backward, reduce, clip, step, save."""
     network = list(run.trainable.values())
-    saved = time.monotonic()
+    readings = Readings(run, progress)
     run.modes(training=True)
     with _interruptible() as stop:
-        for batch, pixels in _batches(run):
-            lr = config.lr_at(run.step, steps)
-            for group in run.optimiser.param_groups:
-                group["lr"] = lr
-            parts = run.losses(batch, *run.inputs(batch, pixels))
+        for batch, pixels in run.batches():
+            lr = _set_lr(run)
             run.optimiser.zero_grad(set_to_none=True)
-            (sum(parts.values()) * run.scaler.scale).backward()
+            terms = backward(run, batch, pixels)
             distributed.sum_gradients(network)
-            norm = _clip(network, config.clip_norm, run)
-            values = _values(parts, norm, stop)
-            _check_finite(run, values, batch, lr)
-            if run.scaler.passes(math.isfinite(values["norm"])):
-                run.optimiser.step()
+            norm = unscale_and_clip(run, network)
+            readings.add(batch, lr, terms, norm, stop.is_set())
+            run.grad_scaler.step(run.optimiser)
+            run.grad_scaler.update()
             run.step += 1
-            if run.scaler.enabled:
-                progress.extra = {
-                    "loss_scale": run.scaler.scale,
-                    "skipped_steps": run.scaler.skipped,
-                }
-            progress.step(
-                run.step, {k: v for k, v in values.items() if k != "stop"}, lr, config.batch
-            )
-            ended = run.step % steps == 0
-            if (
-                ended
-                and config.validate_epochs
-                and (run.step // steps) % config.validate_epochs == 0
-                and run.step < run.total
-            ):
+            if readings.waiting:
+                continue
+            ended = run.step % run.sampler.steps == 0
+            if ended and _validation_due(run):
                 validate(run, progress)
-            if ended or values["stop"] or _due(run, saved):
-                run.save()
-                saved = time.monotonic()
-            if values["stop"]:
-                progress.say(f"{config.name}: stopped at step {run.step}, checkpoint saved")
+            if ended or readings.stop or readings.late:
+                checkpoint.save(run)
+                readings.saved = time.monotonic()
+            if readings.stop:
+                progress.say(f"{run.config.name}: stopped at step {run.step}, checkpoint saved")
                 raise KeyboardInterrupt
 
 
-def _batches(run: Run) -> Iterator[tuple[Batch, Tensor | None]]:
-    batches = (run.sampler.batch(step) for step in range(run.step, run.total))
-    cached = run.cache is not None and not run.config.shift
-    return ((batch, None) for batch in batches) if cached else run.pixels.stream(batches)
+def _set_lr(run: Run) -> float:
+    """The step's learning rate, handed to the optimiser."""
+    lr = run.config.lr_at(run.step, run.sampler.steps)
+    for group in run.optimiser.param_groups:
+        group["lr"] = lr
+    return lr
 
 
-def _clip(network: list[nn.Parameter], limit: float, run: Run) -> Tensor:
-    """Unscale all gradients, clip the network's to norm ``limit``; returns that norm before clipping.
+def backward(run: Run, batch: Batch, pixels: Tensor | None) -> dict[str, Tensor]:
+    """Add the gradients of L, part by part of the batch; returns the terms of L.
 
-    It is not finite when any gradient is not, the classifier's included.
+    The parts are means over as many faces each, so that they add up to the mean over the batch. What
+    depends on a batch as a whole sees a part: batch norms, and CurricularFace's t, which moves at
+    each part (Deviation where ``accumulate`` is above 1).
+    """
+    parts = run.config.accumulate
+    faces = pixels.chunk(parts) if pixels is not None else [None] * parts
+    total: dict[str, Tensor] = {}
+    for part, some in zip(batch.split(parts), faces, strict=True):
+        L, terms = losses_of(run, part, some)
+        run.grad_scaler.scale(L / parts).backward()
+        for name, term in terms.items():
+            total[name] = total.get(name, 0) + term.detach() / parts
+    return total
+
+
+def unscale_and_clip(run: Run, network: list[nn.Parameter]) -> Tensor:
+    """Unscale all gradients and clip the network's; returns their norm before clipping.
+
+    A gradient of the classifier that is not finite, on any process, makes the norm not finite on all:
+    they stop, or skip the step, together.
     """
     gradients = [p.grad for p in network if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) / run.scaler.scale
-    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0) / run.scaler.scale)
     if run.kappa is not None and run.kappa.weight.grad is not None:
-        run.kappa.weight.grad /= run.scaler.scale
-        norm = norm + 0 * distributed.all_sum(run.kappa.weight.grad.square().sum())
-    return norm
+        gradients[0] += 0 * distributed.all_sum(run.kappa.weight.grad.sum())
+    if run.grad_scaler.is_enabled():
+        run.grad_scaler.unscale_(run.optimiser)
+    return torch.nn.utils.clip_grad_norm_(network, run.config.clip_norm)
 
 
-def _values(parts: dict[str, Tensor], norm: Tensor, stop: threading.Event) -> dict[str, float]:
-    """Loss parts of the whole batch, gradient norm and whether any process was asked to stop; one synchronisation."""
-    names = [*parts, "norm", "stop"]
-    n = distributed.world()
-    mine = [
-        value.detach().float() / (n if name == "influence" else 1) for name, value in parts.items()
-    ]
-    mine += [norm.float() / n, norm.new_tensor(float(stop.is_set()))]
-    values = dict(zip(names, distributed.all_sum(torch.stack(mine)).tolist(), strict=True))
-    return {"loss": sum(values[name] for name in parts), **values}
+class Readings:
+    """Loss terms and gradient norms of the latest steps, brought from the device together.
 
-
-def _check_finite(run: Run, values: dict[str, float], batch: Batch, lr: float) -> None:
-    """Stop before a bad step is taken.
-
-    Raises:
-        TrainingError: with step, learning rate, loss parts, norms and the records of the batch.
+    Attributes:
+        waiting: values of some steps have not been read yet.
+        stop, late: whether any process was asked to stop, and whether a checkpoint is due; as of the
+            last reading, the same on all processes.
+        saved: when the last checkpoint was written.
     """
-    overflow = run.scaler.scale > 1  # of fp16 gradients: the step is skipped and the scale halved
-    if math.isfinite(values["loss"]) and (math.isfinite(values["norm"]) or overflow):
-        run.norms.append(values["norm"])
-        return
-    weights = torch.nn.utils.get_total_norm([p.detach() for p in run.trainable.values()]).item()
-    before = ", ".join(f"{norm:.4g}" for norm in run.norms)
-    shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items() if key != "stop")
-    raise TrainingError(
-        f"{run.config.name}: not finite at step {run.step + 1} (epoch {run.step / run.sampler.steps:.2f}), lr {lr:.4g}: "
-        f"{shown}; gradient norms before it {before}; norm of the weights {weights:.4g}; records {batch.records.tolist()}. "
-        f"The last checkpoint is kept in {run.out / checkpoint.STATE}"
-    )
 
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self.run, self.progress = run, progress
+        self.every = READ_EVERY if run.device.type == "cuda" else 1
+        self.rows: list[tuple[int, float, Batch, Tensor]] = []
+        self.norms: deque[float] = deque(maxlen=5)
+        self.stop = self.late = False
+        self.saved = time.monotonic()
 
-def _due(run: Run, saved: float) -> bool:
-    due = time.monotonic() - saved >= run.config.checkpoint_seconds
-    if distributed.world() == 1:
-        return due
-    return bool(
-        distributed.all_sum(torch.tensor(float(due), device=run.device)).item()
-    )  # all at the same step
+    @property
+    def waiting(self) -> bool:
+        return bool(self.rows)
+
+    def add(
+        self, batch: Batch, lr: float, terms: dict[str, Tensor], norm: Tensor, stop: bool
+    ) -> None:
+        """Take a step's values; read those that wait where it is time to.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite; the last checkpoint is from before it.
+        """
+        step, n = self.run.step + 1, distributed.world()
+        whole = {"influence": n, "norm": n}  # the same on all processes: counted once
+        values = {name: value.float() / whole.get(name, 1) for name, value in terms.items()}
+        values["norm"] = norm.float() / n
+        self.rows.append((step, lr, batch, torch.stack(list(values.values()))))
+        ended = step % self.run.sampler.steps == 0 or step == self.run.total
+        if step % self.every == 0 or ended:
+            self._read([*values], stop)
+
+    def _read(self, names: list[str], stop: bool) -> None:
+        late = time.monotonic() - self.saved >= self.run.config.checkpoint_seconds
+        flags = self.rows[0][3].new_tensor([float(stop), float(late)])
+        read = distributed.all_sum(torch.cat([*(row[3] for row in self.rows), flags])).tolist()
+        *values, stop_count, late_count = read
+        self.stop, self.late = stop_count > 0, late_count > 0
+        for index, (step, lr, batch, _) in enumerate(self.rows):
+            mine = values[index * len(names) : (index + 1) * len(names)]
+            row = dict(zip(names, mine, strict=True))
+            loss = sum(value for name, value in row.items() if name != "norm")
+            self._check({"loss": loss, **row}, step, lr, batch)
+            self.progress.step(step, {"loss": loss, **row}, lr, self.run.config.batch)
+        self.rows.clear()
+
+    def _check(self, values: dict[str, float], step: int, lr: float, batch: Batch) -> None:
+        """Tell a step that must not be gone on from, with all that one needs to see why."""
+        run, scaler = self.run, self.run.grad_scaler
+        finite = math.isfinite(values["norm"])
+        overflow = not finite and scaler.is_enabled() and scaler.get_scale() > 1  # step is skipped
+        if scaler.is_enabled():
+            run.skipped += overflow
+            self.progress.extra = {
+                "grad_scale": scaler.get_scale(),
+                "skipped_steps": run.skipped,
+            }
+        if math.isfinite(values["loss"]) and (finite or overflow):
+            self.norms.append(values["norm"])
+            return
+        before = ", ".join(f"{norm:.4g}" for norm in self.norms)
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        raise TrainingError(
+            f"{run.config.name}: not finite at step {step} (epoch {step / run.sampler.steps:.2f}), "
+            f"lr {lr:.4g}: {shown}; gradient norms before it {before}; "
+            f"records {batch.records.tolist()}. "
+            f"The last checkpoint is kept in {run.out / checkpoint.STATE}"
+        )
 
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that the step in progress ends and is saved; a second one stops at once."""
+    """Ctrl-C and SIGTERM set the event: the step ends and is saved. A second one stops at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -167,18 +205,16 @@ def _interruptible() -> Iterator[threading.Event]:
             signal.signal(number, action)
 
 
-# ---- from a configuration to a finished folder ------------------------------------------------------------------
+# ---- from a configuration to a finished folder --------------------------------------------------
 
 
 def train(
-    config: TrainConfig,
-    out: Path | str,
-    *,
-    device: str = "auto",
-    fresh: bool = False,
+    config: TrainConfig, out: Path | str, *, device: str = "auto", fresh: bool = False,
     show: str = "auto",
-) -> dict[str, Any]:
-    """Train what ``config`` says in folder ``out``; go on from its checkpoint; return at once if it is finished.
+) -> dict[str, Any]:  # fmt: skip
+    """Train what ``config`` says in folder ``out``.
+
+    Goes on from the checkpoint that is there; returns at once what is finished.
 
     Args:
         device: "auto", "cpu", "cuda", …; under torchrun each process takes its own.
@@ -186,126 +222,104 @@ def train(
         show: see ``Progress``.
 
     Returns:
-        Of the last steps: loss parts; ``seconds`` (all sessions), ``images_per_second``, ``parameters`` (that learnt),
-        ``validation`` (accuracy in % for each "r1&r2", last evaluation), ``config``.
+        Of the last steps: loss terms; ``seconds`` (all sessions), ``images_per_second``,
+        ``parameters`` (that learnt), ``validation`` (accuracy in % for each "r1&r2", at the end).
 
     Raises:
-        ConfigError, CheckpointError, DataError: before the first step. TrainingError: it had to stop.
+        ConfigError, CheckpointError, DataError: before the first step; also where ``out`` holds a run
+            of another recipe or of other faces. BusyError: another process trains there.
+        TrainingError: it had to stop.
         KeyboardInterrupt: it was stopped; a checkpoint is saved.
     """
-    out, chosen = Path(out), distributed.start(device)
-    torch.set_float32_matmul_precision(config.matmul)
-    torch.backends.cudnn.allow_tf32 = config.matmul != "highest"  # convolutions, too
-    identity = {"config": json.loads(config.to_json()), "inputs": _inputs(config)}
+    out, place = Path(out), distributed.start(device)
+    identity = checkpoint.identity_of(config, open_faces(config.data).checksum)
     record = None if fresh else checkpoint.read_record(out)
-    if record and record["inputs"] == identity["inputs"]:
-        changed = _changed(_complete(record["config"]), identity["config"], MACHINE)
-        if not changed:
-            return record["metrics"]
+    if record:
+        checkpoint.check_same(record, identity, out, checkpoint.MACHINE)
+        return record["metrics"]
     checkpoint.check_room(out, 0)
     with lock(out) if distributed.rank() == 0 else nullcontext():
         distributed.wait()  # every process has read the record before the first one removes it
-        if fresh or record:  # asked for again, or finished with another configuration: start over
+        if fresh:
             checkpoint.forget(out)
+        state = checkpoint.load_state(out)
+        if state is not None:
+            old = checkpoint.identity_in(state)
+            free = checkpoint.MACHINE | checkpoint.SHOWN
+            checkpoint.check_same(old, identity, out, free)
         try:
-            return _train(config, out, chosen, identity, show)
+            with _machine(config, place, state):
+                return _train(config, out, place, identity, state, show)
         except (OSError, SafetensorError) as error:
-            raise checkpoint.unwritten(out, error, out / checkpoint.STATE) from error
+            raise checkpoint.unwritten(out, error) from error
+
+
+@contextmanager
+def _machine(config: TrainConfig, device: torch.device, state: dict | None) -> Iterator[None]:
+    """torch as the run needs it. A resumed run keeps its threads: sums then come in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_float32_matmul_precision(config.matmul)
+    torch.backends.cudnn.allow_tf32 = config.matmul != "highest"  # convolutions, too
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    if device.type == "cpu":
+        idle = max(1, idle_cores() // distributed.neighbours())
+        kept = state["threads"] if state else min(threads, idle)
+        torch.set_num_threads(config.threads or kept)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train(
-    config: TrainConfig, out: Path, device: torch.device, identity: dict[str, Any], show: str
-) -> dict[str, Any]:
+    config: TrainConfig, out: Path, device: torch.device, identity: dict[str, Any],
+    state: dict[str, Any] | None, show: str,
+) -> dict[str, Any]:  # fmt: skip
     run = prepare(config, out, device)
+    run.identity = identity
     folder = btnet_folder(run)
     numbers = sum(tensor.numel() for tensor in run.network.state_dict().values())
     numbers += run.kappa.num_classes * run.trunk.config.embedding if run.kappa is not None else 0
     checkpoint.check_room(out, 8 * numbers)  # float32, and as many momenta
-    state = checkpoint.load_state(out)
     if state is not None:
-        _check_same(_complete(json.loads(state["config"])), identity["config"], out)
-        run.restore(state)
-    show = show if distributed.rank() == 0 else "none"
+        checkpoint.restore(run, state)
+    first = distributed.rank() == 0
     progress = Progress(
-        out,
-        config.name,
-        run.total,
-        run.step,
-        run.sampler.steps,
-        show=show,
-        speak=distributed.rank() == 0,
-    )
-    progress.say(describe(run))
+        out, config.name, run.total, run.step, run.sampler.steps,
+        show=show if first else "none", speak=first,
+    )  # fmt: skip
+    progress.say(run.describe())
     try:
-        _fill_cache(run, progress)
+        fill_cache(run, progress)
         fit(run, progress)
+        write_weights(run, folder)
         validate(run, progress)
-        return _finish(run, progress, identity, folder)
+        return _finish(run, progress)
     finally:
         progress.close()
 
 
-def _inputs(config: TrainConfig) -> dict[str, str]:
-    """Digests of what the configuration names: a finished run is only that of the same inputs."""
-    files = [
-        path
-        for path in (config.init, config.classifier)
-        if path not in ("", "fresh", "class_means")
-    ]
-    return {
-        "data": open_faces(config.data).checksum,
-        **{path: checkpoint.fingerprint(path) for path in files},
-    }
-
-
-def _complete(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration with the fields that came after it, at their defaults."""
-    try:
-        return json.loads(TrainConfig.from_json(json.dumps(config)).to_json())
-    except ConfigError:  # a field that is gone: another configuration
-        return config
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any], free: frozenset[str]) -> list[str]:
-    """The fields that differ, but for those in ``free``."""
-    keys = (old.keys() | new.keys()) - free
-    return [
-        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
-        for key in keys
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    """Going on from a checkpoint is only allowed where the result is what the configuration says."""
-    changed = _changed(
-        old, new, MACHINE | {"validation", "validation_resolutions", "validate_epochs", "name"}
-    )
-    if changed:
-        raise ConfigError(
-            f"{out}: its checkpoint is of another configuration ({'; '.join(sorted(changed))}); "
-            "choose another folder, or start over with fresh=True (--fresh)"
-        )
-
-
-def _fill_cache(run: Run, progress: Progress) -> None:
-    """Compute the teacher's features of every face once, where that pays and fits."""
-    config = run.config
+def fill_cache(run: Run, progress: Progress) -> None:
+    """Keep the teacher's answers to all faces, where that pays and fits."""
+    config, faces = run.config, run.pixels.faces
     if not config.resolution or config.cache == "off":
         return
-    row = run.branch_rows(run.pixels.get(torch.arange(1)).to(run.device))
-    count = len(run.pixels.faces.labels)
-    size = sum(2 * count * part.numel() * part.element_size() for part in row)
+    row = to_keep(run, run.pixels.get(torch.arange(1)).to(run.device))
+    size = sum(2 * len(faces) * part.numel() * part.element_size() for part in row.values())
+    facts = (
+        weights_digest(run.trunk), faces.checksum, run.network.couple_at, config.resize.name,
+        run.precision, [(name, tuple(part.shape), part.dtype) for name, part in row.items()],
+    )  # fmt: skip
     folder = Path(config.cache_dir or run.out / "cache")
-    place, text = ("memmap", f"inputs and teacher features: {size / 1e6:.1f} MB, kept in {folder} for other runs") if \
-        config.cache_dir else cache_place(config.cache, size, config.epochs, run.out)  # fmt: skip
-    facts = (weights_digest(run.trunk), run.pixels.faces.checksum, run.network.couple_at, config.resize.name,
-             run.precision, [(tuple(part.shape), part.dtype) for part in row])  # fmt: skip
     folder /= hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    shared = bool(config.cache_dir)
+    found = cache_place(config.cache, size, config.last_epoch, folder, shared)
+    place, text = distributed.all_objects(found)[0]
     progress.say(f"{config.name}: {text}")
     if place != "off":
+        kept = folder if place == "memmap" else None
         run.cache = TeacherCache(
-            run.pixels, count, run.branch_rows, folder if place == "memmap" else None, run.device
+            run.pixels, len(faces), lambda pixels: to_keep(run, pixels), kept, run.device
         )
 
 
@@ -321,51 +335,43 @@ def btnet_folder(run: Run) -> Path | None:
     if (folder / "trunk.safetensors").is_file():
         _, metadata = read_safetensors(folder / "trunk.safetensors")
         if metadata.get("digest") != weights_digest(run.trunk):
-            raise CheckpointError(
-                f"{folder}: holds a BTNet with another trunk than {run.config.init or 'this one'}"
-            )
+            other = run.config.init or "this one"
+            raise CheckpointError(f"{folder}: holds a BTNet with another trunk than {other}")
     return folder
 
 
+def _validation_due(run: Run) -> bool:
+    every, epoch = run.config.validate_epochs, run.step // run.sampler.steps
+    return every > 0 and epoch % every == 0 and run.step < run.total
+
+
 def validate(run: Run, progress: Progress) -> None:
-    """Verification accuracy in % at 112&r and r&r on each of the configured pair sets (first process alone)."""
+    """Verification accuracy in % at 112&r and r&r on each pair set; the processes share the sets."""
     config = run.config
-    if not config.validation:
+    if not run.pairs:
         return
     distributed.average_statistics(run.network)
-    if distributed.rank() == 0:
-        size = run.trunk.config.size[0]
-        resolutions = (
-            (size, config.resolution) if config.resolution else config.validation_resolutions
-        )
-        settings = list(
-            dict.fromkeys([(size, r) for r in resolutions] + [(r, r) for r in resolutions])
-        )
-        embedder = _embedder(run)
-        row: dict[str, Any] = {
-            "step": run.step,
-            "epoch": run.step / run.sampler.steps,
-            "accuracy": {},
-        }
-        for spec in config.validation:
-            report = evaluate_pairs(embedder, _pairs(spec_text(spec)), settings, how=config.resize)
-            row["accuracy"][spec_text(spec)] = {name: value["accuracy"] for name, value in report.items()}
-        run.validation.append(row)
-        progress.write({"step": run.step, "validation": row["accuracy"]})
-        progress.say(f"{config.name}: epoch {row['epoch']:.4g} accuracy " + ", ".join(
-            f"{name} {value:.2f}" for name, value in mean_accuracy(row).items()))  # fmt: skip
+    size = run.trunk.config.size[0]
+    rows = (size, config.resolution) if config.resolution else config.validation_resolutions
+    settings = list(dict.fromkeys([(size, r) for r in rows] + [(r, r) for r in rows]))
+    embedder, found = _embedder(run), {}
+    for pairs in run.pairs[distributed.rank() :: distributed.world()]:
+        result = evaluate_pairs(embedder, pairs, settings, how=config.resize)
+        found[pairs.name] = {name: value["accuracy"] for name, value in result.items()}
     run.modes(training=True)
+    together = {name: row for some in distributed.all_objects(found) for name, row in some.items()}
+    accuracy = {pairs.name: together[pairs.name] for pairs in run.pairs}
+    epoch = run.step / run.sampler.steps
+    run.validation.append({"step": run.step, "epoch": epoch, "accuracy": accuracy})
+    progress.write({"step": run.step, "validation": accuracy})
+    means = ", ".join(f"{name} {value:.2f}" for name, value in mean_accuracy(accuracy).items())
+    progress.say(f"{config.name}: epoch {epoch:.4g} accuracy {means}")
 
 
-def mean_accuracy(row: dict[str, Any]) -> dict[str, float]:
+def mean_accuracy(accuracy: dict[str, dict[str, float]]) -> dict[str, float]:
     """Accuracy at each "r1&r2", averaged over the pair sets."""
-    sets = list(row["accuracy"].values())
+    sets = list(accuracy.values())
     return {name: sum(one[name] for one in sets) / len(sets) for name in sets[0]}
-
-
-@lru_cache(maxsize=8)
-def _pairs(spec: str) -> PairSet:
-    return open_pairs(spec)
 
 
 def _embedder(run: Run) -> Embedder:
@@ -377,37 +383,44 @@ def _embedder(run: Run) -> Embedder:
     return BranchEmbedder(btnet, **options)
 
 
-def _finish(
-    run: Run, progress: Progress, identity: dict[str, Any], folder: Path | None
-) -> dict[str, Any]:
-    """Write the weights and the record; returns the metrics."""
+def write_weights(run: Run, folder: Path | None) -> None:
+    """The trained weights, written by the first process."""
     config, out = run.config, run.out
     distributed.average_statistics(run.network)
     kappa = run.kappa.whole() if run.kappa is not None else None
-    metrics = {
-        key: value for key, value in progress.row.items() if key not in ("step", "epoch", "seconds")
-    }
-    seconds = time.monotonic() - run.began
-    metrics |= {"steps": run.total, "seconds": seconds, "images_per_second": run.total * config.batch / seconds,
-                "parameters": sum(p.numel() for p in run.trainable.values()), "skipped_steps": run.scaler.skipped,
-                "validation": mean_accuracy(run.validation[-1]) if run.validation else {}}  # fmt: skip
     if distributed.rank():
-        return metrics
+        return
     if folder is not None:
         btnet = BTNet(run.trunk, ())
         btnet.routes[str(config.resolution)] = run.network
-        btnet.save(
-            folder, only=config.resolution if (folder / "trunk.safetensors").is_file() else None
-        )
+        there = (folder / "trunk.safetensors").is_file()
+        btnet.save(folder, only=config.resolution if there else None)
     elif isinstance(run.network, Route):
         facts = {"r": str(config.resolution), "couple_at": run.network.couple_at}
         write_safetensors(out / "route.safetensors", run.network.state_dict(), facts)
     else:
-        save_backbone(run.trunk, out / "trunk.safetensors")
+        save_backbone(run.network, out / "trunk.safetensors")
     if kappa is not None:
         save_classifier(out / "classifier.safetensors", kappa)
-    shutil.rmtree(out / "cache", ignore_errors=True)
-    checkpoint.write_record(
-        out, {**identity, "versions": checkpoint.versions(), "metrics": metrics}
-    )
+
+
+def _finish(run: Run, progress: Progress) -> dict[str, Any]:
+    """Write the record; returns the metrics."""
+    seconds = time.monotonic() - run.began
+    accuracy = run.validation[-1]["accuracy"] if run.validation else None
+    last = {k: v for k, v in progress.row.items() if k not in ("step", "epoch", "seconds")}
+    metrics = {
+        **last,
+        "steps": run.total,
+        "seconds": seconds,
+        "images_per_second": run.total * run.config.batch / seconds,
+        "parameters": sum(p.numel() for p in run.trainable.values()),
+        "skipped_steps": run.skipped,
+        "precision": run.precision,
+        "validation": mean_accuracy(accuracy) if accuracy else {},
+    }
+    if distributed.rank() == 0:
+        shutil.rmtree(run.out / "cache", ignore_errors=True)
+        record = {**run.identity, "versions": checkpoint.versions(), "metrics": metrics}
+        checkpoint.write_record(run.out, record)
     return metrics

@@ -65,7 +65,9 @@ def full_finetuning(data: Spec, r: int, trunk: str, kappa: str, **changes: Any) 
     return TrainConfig(**{**values, **changes})
 
 
-def table3(data: Spec, row: str, trunk: str, kappa: str, r: int = 14, **changes: Any) -> TrainConfig:
+def table3(
+    data: Spec, row: str, trunk: str, kappa: str, r: int = 14, **changes: Any
+) -> TrainConfig:
     """A row of Table 3 by its name: each adds one thing to the row before.
 
     "scratch": the route from random weights; "pretraining": from trunk and classifier; "bct": the classifier fixed;

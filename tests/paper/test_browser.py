@@ -158,10 +158,9 @@ def test_progress_shows_while_the_cell_runs(page: Any, lab: tuple[str, str, Path
     )
     code = f"""
         import sys
-        from btnet_core.training import methods
-        from btnet_core.training.launch import train_in_subprocess
-        command = (sys.executable, {str(root / "training.py")!r})
-        train_in_subprocess(methods.phi_hr({{"kind": "synthetic"}}), {str(root / "out")!r}, command=command)
+        from btnet_core.training import launch, methods
+        launch.command = lambda processes: [sys.executable, {str(root / "training.py")!r}]
+        launch.train_in_subprocess(methods.phi_hr({{"kind": "synthetic"}}), {str(root / "out")!r})
     """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(code))])
     notebook.metadata["kernelspec"] = {

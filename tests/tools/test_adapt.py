@@ -76,7 +76,7 @@ def test_adapt_trains_branches_and_compares(
     )
 
     # again: nothing is trained or embedded for class means
-    monkeypatch.setattr(module, "embed_all", None)
+    monkeypatch.setattr(module, "class_means", None)
     said.clear()
     adapt(trunk, FACES, tmp_path / "net", options, said.append)
     assert said[0].count("about 0 s, 100 % done") == 2

@@ -1,0 +1,102 @@
+"""The configuration of a run: round trips, pages, the schedule, what cannot work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from btnet_core.errors import ConfigError
+from btnet_core.training import methods
+from btnet_core.training.config import TrainConfig
+
+FACES = {"kind": "synthetic", "identities": 6, "images": 6, "seed": 0}
+
+
+def test_schedule_of_a2() -> None:
+    config = TrainConfig(data=FACES)
+    assert (
+        config.lr,
+        config.epochs,
+        config.warmup_epochs,
+        config.momentum,
+        config.weight_decay,
+    ) == (
+        0.2,
+        25,
+        2,
+        0.9,
+        5e-4,
+    )
+    rates = [config.lr_at(step, 10) for step in range(250)]
+    assert rates[:20] == sorted(rates[:20])
+    assert max(rates) == pytest.approx(0.2, rel=0.06)
+    assert rates[20] == pytest.approx(0.2)
+    assert rates[135] == pytest.approx(0.2 * 0.5**2)
+    assert config.replace(batch=128).peak_lr == pytest.approx(0.05)
+    bt = methods.phi_bt(FACES, 14, "t", "k")
+    assert (bt.lr, bt.epochs, bt.warmup_epochs, bt.branch_weight, bt.fix_classifier) == (
+        0.02,
+        10,
+        0.0,
+        0.5,
+        True,
+    )
+
+
+def test_the_first_and_last_steps_of_the_schedule() -> None:
+    """Warm-up rises by equal steps to its peak; the last step before the end is a small square."""
+    config = TrainConfig(data=FACES, warmup_epochs=2, epochs=10, lr=0.3)
+    rates = [config.lr_at(step, 5) for step in range(50)]
+    assert rates[:11] == pytest.approx([0.3 * k / 11 for k in range(1, 11)] + [0.3])
+    assert rates[-1] == pytest.approx(0.3 * (1 / 40) ** 2)
+    stopped = config.replace(stop_epoch=4)
+    assert (stopped.last_epoch, config.last_epoch) == (4, 10)
+    assert [stopped.lr_at(step, 5) for step in range(20)] == rates[:20]
+
+
+def test_configuration_round_trip_and_errors() -> None:
+    config = methods.phi_bt(FACES, 14, "trunk", couple_at="S4U1")
+    assert TrainConfig.from_json(config.to_json()) == config
+    with pytest.raises(ConfigError, match="learning_rate"):
+        TrainConfig.from_json('{"data": "x", "learning_rate": 1}')
+    for wrong in (
+        {"loss": "l2"},
+        {"epochs": 0},
+        {"branch_weight": 1.0},
+        {"size_weights": (1.0, 1.0)},
+    ):
+        with pytest.raises(ConfigError):
+            TrainConfig(data=FACES, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"resolution": -1}, {"stop_epoch": 26}, {"sizes": ()}, {"sample_rate": 1.5}, {"momentum": 1.0},
+    {"warmup_epochs": 25}, {"influence_weight": 0.0}, {"fix_classifier": True}, {"shift": 1.0},
+    {"couple_at": "S3U1"}, {"branch_weight": 0.5, "resolution": 14}, {"batch": "many"},
+    {"branch_weight": 0.5, "init": "t"}, {"accumulate": 2, "loss": "triplet"}, {"matmul": "tf32"},
+])  # fmt: skip
+def test_what_cannot_work_names_the_field(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match="|".join(wrong)):
+        TrainConfig(data=FACES, **wrong)
+
+
+def test_pages_of_json_and_yaml(tmp_path: Path) -> None:
+    config = methods.phi_mr(FACES, "v2", weight_decay=1e-5)
+    (tmp_path / "a.json").write_text(config.to_json())
+    (tmp_path / "a.yaml").write_text(
+        "name: phi_mr_v2  # with comments\n"
+        "data: {kind: synthetic, identities: 6, images: 6, seed: 0}\n"
+        "sizes: [112, 56, 28, 14, 7]\n"
+        "size_weights: [0.3, 0.25, 0.2, 0.15, 0.1]\n"
+        "weight_decay: 1.0e-5\n"
+    )
+    for name in ("a.json", "a.yaml"):
+        assert TrainConfig.read(tmp_path / name) == config
+    for text, told in (("[1", "YAML"), ("3", "fields"), ("data: x\nweight_decay: 1e-5", "number"),
+                       ("data: x\nlearning_rate: 1", "learning_rate")):  # fmt: skip
+        (tmp_path / "wrong.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            TrainConfig.read(tmp_path / "wrong.yaml")
+    with pytest.raises(ConfigError, match=r"nothing.json"):
+        TrainConfig.read(tmp_path / "nothing.json")

@@ -114,7 +114,7 @@ def branch_inputs(run: Run, batch: Batch, pixels: Tensor | None) -> tuple[Tensor
             other = see(run, faces.flip(-1))[1].z
         else:
             other = run.cache.get("z", batch.records, ~batch.flip)
-        teacher = teacher._replace(z=teacher.z.float() + other.float())
+        teacher = Teacher(teacher.z_s, teacher.z.float() + other.float())
     if config.shift:
         face = moved(faces, batch.shift)
         x = branch_input(run.trunk, face, config.resolution, config.resize)
@@ -136,5 +136,5 @@ def see(run: Run, faces: Tensor) -> tuple[Tensor, Teacher]:
 def to_keep(run: Run, faces: Tensor) -> dict[str, Tensor]:
     """What a cache keeps of ``faces``, by name."""
     x, teacher = see(run, faces)
-    found = {"x": x, **teacher._asdict()}
+    found = {"x": x, "z_s": teacher.z_s, "z": teacher.z}
     return {name: value for name, value in found.items() if value is not None}

@@ -17,6 +17,7 @@ from btnet_core.evaluation.embedders import (
     UpsamplingEmbedder,
 )
 from btnet_core.models.backbone import BackboneConfig, build_backbone, load_backbone, save_backbone
+from btnet_core.models.btnet import BTNet, weights_digest
 from btnet_core.training.classifier import fresh_weight, save_classifier
 from btnet_core.training.loop import train
 from btnet_paper import plans, published
@@ -228,3 +229,22 @@ def test_every_reading_of_phi_mm_is_loaded(models: Path) -> None:
     (models / "phi_mm_7" / "run.json").unlink()
     with pytest.raises(CheckpointError, match=r"phi_mm_7.*not been finished"):
         plans.load_methods(models)
+
+
+def test_every_run_of_table_1_at_a_tiny_scale(tmp_path: Path) -> None:
+    demo = get_scale("demo")
+    quick = {"batch": 12, "epochs": 1, "warmup_epochs": 0.0, "lr": 2.0, "precision": "fp32"}
+    tiny = type(demo)(**{**vars(demo), "faces": FACES, "pairs": (), "backbone": TINY, "hr": quick, "trunk": quick,
+                         "specialists": {"native": quick}, "branch": quick})  # fmt: skip
+    for name, config in plans.plan(tiny, tmp_path).items():
+        metrics = train(config, tmp_path / name, device="cpu", show="none")
+        assert 0 < metrics["loss"] < 1e3, name
+    found = plans.load_methods(tmp_path, device="cpu")
+    assert list(found) == ["phi_hr", "phi_mm", "phi_mr", "phi_bt"]
+    pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
+    for embedder in found.values():
+        assert embedder(pixels, 14).shape == (2, 16)
+    assert BTNet.load(tmp_path / "phi_bt").resolutions == (7, 14, 28, 112)
+    assert weights_digest(BTNet.load(tmp_path / "phi_bt").trunk) == weights_digest(
+        load_backbone(tmp_path / "phi_mr" / "trunk.safetensors")
+    )

@@ -68,36 +68,43 @@ def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
         raise ConfigError(
             f"folds: got {folds} for {len(same)} pairs, expected 2 to the number of pairs"
         )
-    sizes = np.array([len(block) for block in np.array_split(same, folds)])
+    count = len(same)
+    sizes = count // folds + (np.arange(folds) < count % folds)
     order = np.argsort(similarity)
     value, label, fold = similarity[order], same[order], np.repeat(np.arange(folds), sizes)[order]
     # correct[k, i]: right decisions in fold k when the i lowest of all scores are rejected.
-    steps = np.zeros((folds, len(same) + 1), np.int32)
-    steps[fold, np.arange(len(same)) + 1] = np.where(label, -1, 1)
+    steps = np.zeros((folds, count + 1), np.int32)
+    steps.ravel()[fold * (count + 1) + np.arange(1, count + 1)] = 1 - 2 * label
     steps[:, 0] = np.bincount(fold[label], minlength=folds)
     correct = np.cumsum(steps, axis=1, dtype=np.int32)
     training = correct.sum(0, dtype=np.int32) - correct
-    training[:, 1:-1][:, value[1:] == value[:-1]] = -1  # no threshold parts equal scores
-    best = len(same) - np.argmax(training[:, ::-1], axis=1)
-    thresholds = np.array([_between(value, fold != k, int(i)) for k, i in enumerate(best)])
+    equal = np.flatnonzero(value[1:] == value[:-1]) + 1
+    training[:, equal] = -1  # no threshold parts equal scores
+    best = count - np.argmax(training[:, ::-1], axis=1)
+    thresholds = [_between(value, fold == k, int(i)) for k, i in enumerate(best)]
     accuracies = correct[np.arange(folds), np.searchsorted(value, thresholds, "right")] / sizes
     return TenFold(
         float(accuracies.mean()),
         float(accuracies.std()),
         tuple(accuracies.tolist()),
-        tuple(thresholds.tolist()),
+        tuple(thresholds),
     )
 
 
-def _between(value: np.ndarray, train: np.ndarray, i: int) -> float:
-    """The candidate that parts the training scores among ascending ``value[:i]`` from the rest."""
-    below, above = value[:i][train[:i]][-1:], value[i:][train[i:]][:1]
-    if not len(above):
-        return below[0]
-    if not len(below):
-        return np.nextafter(above[0], -np.inf)
-    middle = below[0] + (above[0] - below[0]) / 2
-    return middle if middle < above[0] else below[0]  # neighbours in float64 have no middle
+def _between(value: np.ndarray, held: np.ndarray, i: int) -> float:
+    """The candidate that parts scores not ``held`` among ascending ``value[:i]`` from the rest."""
+    below, above = i - 1, i
+    while below >= 0 and held[below]:
+        below -= 1
+    while above < len(value) and held[above]:
+        above += 1
+    if above == len(value):
+        return float(value[below])
+    if below < 0:
+        return float(np.nextafter(value[above], -np.inf))
+    middle = value[below] + (value[above] - value[below]) / 2
+    # Neighbours in float64 have no middle.
+    return float(middle if middle < value[above] else value[below])
 
 
 def roc(similarity: Any, same: Any) -> Roc:

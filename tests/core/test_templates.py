@@ -180,6 +180,11 @@ def test_evaluate_templates_end_to_end() -> None:
     distance = np.abs(fpr - 0.05)
     assert theirs["tar"] == pytest.approx(100 * tpr[distance == distance.min()].max())
     assert set(theirs["identification"]) == {"rate", "false_rate", "threshold"}
+    far = (7 + 0.7) / len(strangers)  # nearest to it: the point where 8 strangers pass, not 7
+    for authors, passing in ((False, 7), (True, 8)):
+        options = {"far": far, "fpir": 0.2, "authors": authors}
+        row = tp.evaluate_templates(embedder, sets, [(112, 28)], **options)["112&28"]
+        assert row["far"] == pytest.approx(100 * passing / len(strangers))
 
 
 def test_lengths_and_unit_features_weigh_the_two_images() -> None:

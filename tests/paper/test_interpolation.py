@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.images import Resize, degrade, resize
 from btnet_paper.interpolation import (
+    cells,
     complete_bound,
     error_curves,
     error_map,
@@ -144,6 +146,69 @@ def test_without_antialiasing_nothing_is_lost_to_it(blobs):
     curves = error_curves(blobs, [14, 28], Resize(antialias=False))
     assert curves["antialiasing"].abs().max() == 0
     torch.testing.assert_close(curves["measured"], curves["interpolation"])
+
+
+@pytest.mark.parametrize(("size", "r"), [(112, 28), (112, 7), (112, 30), (28, 9), (16, 16)])
+def test_cells_are_those_that_a_pixel_lies_in(size, r):
+    """By fractions: pixel p of the large image is at (p + 1/2) r / size - 1/2 of the small one."""
+    found = cells(size, r).tolist()
+    for p in range(size):
+        position = Fraction(2 * p + 1, 2) * r / size - Fraction(1, 2)
+        between = [i for i in range(r - 3) if i + 1 <= position < i + 2]
+        assert found[p] == (between[0] if between else -1), p
+    assert set(found) - {-1} == set(range(r - 3))
+
+
+def test_bounds_and_where_they_hold_are_those_of_a_loop_in_float64():
+    """The definitions, one pixel at a time, on an image whose cells all differ."""
+    size, r = 24, 8
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1)) * 255
+    image = F.avg_pool2d(F.pad(image, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
+    curves = error_curves(image, [r])
+    small, up, smooth = (
+        z[0].double().numpy()
+        for z in (resize(image, r), degrade(image, r), lowpass(image, r, Resize()))
+    )
+
+    def derivatives(c, y, x):
+        f = small[c]
+        f_xx = f[y, x - 1] - 2 * f[y, x] + f[y, x + 1]
+        f_yy = f[y - 1, x] - 2 * f[y, x] + f[y + 1, x]
+        f_xxyy = sum((1, -2, 1)[i] * (1, -2, 1)[j] * f[y + i - 1, x + j - 1]
+                     for i in range(3) for j in range(3))  # fmt: skip
+        return abs(f_xx), abs(f_yy), abs(f_xxyy)
+
+    interior = range(1, r - 1)
+    paper = [derivatives(c, y, x)[2] / 64 for c in range(3) for y in interior for x in interior]
+    assert curves["paper"].item() == pytest.approx(np.mean(paper), rel=1e-5)
+    complete, holds = [], {"paper": [], "complete": []}
+    for c in range(3):
+        for y in range(1, r - 2):
+            for x in range(1, r - 2):
+                corners = [derivatives(c, y + i, x + j) for i in (0, 1) for j in (0, 1)]
+                xx, yy, xxyy = (max(values) for values in zip(*corners, strict=True))
+                complete.append((xx + yy) / 8 + xxyy / 64)
+                for p, q in _pixels_between(y, x, size, r):
+                    error = abs(up[c, p, q] - smooth[c, p, q])
+                    holds["paper"].append(error <= xxyy / 64)
+                    holds["complete"].append(error <= complete[-1])
+    assert curves["complete"].item() == pytest.approx(np.mean(complete), rel=1e-5)
+    assert 0.05 < np.mean(holds["paper"]) < np.mean(holds["complete"]) < 1
+    for name, fraction in holds.items():
+        assert curves[f"{name}_holds"].item() == pytest.approx(np.mean(fraction), abs=1e-6), name
+
+
+def _pixels_between(y, x, size, r):
+    """Pixels of the large image in the cell whose upper left corner is pixel (y, x) of the small."""
+    at = [(p + 0.5) * r / size - 0.5 for p in range(size)]
+    inside = [[p for p in range(size) if corner <= at[p] < corner + 1] for corner in (y, x)]
+    return [(p, q) for p in inside[0] for q in inside[1]]
+
+
+def test_eq_11_is_a_sixty_fourth_of_the_mixed_derivative():
+    """f = 3 x^2 y^2: f_xxyy = 12, and Eq. 7 at a cell's middle is 12/4 * 1/4 * 1/4."""
+    bound = paper_bound(_grid(lambda x, y: 3 * x**2 * y**2))
+    torch.testing.assert_close(bound, torch.full_like(bound, 12 / 4 * 0.25 * 0.25))
 
 
 def test_knee_of_a_hyperbola_is_the_geometric_mean_of_the_range():

@@ -13,7 +13,7 @@ from btnet_core.images import resize
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet
 from btnet_paper import plots
-from btnet_paper.quality import calibrate, optical_resolution, risk_coverage
+from btnet_paper.quality import optical_resolution, risk_coverage
 from btnet_paper.standins import survface_standin
 
 
@@ -70,16 +70,6 @@ def test_the_estimate_stays_within_the_image(faces: torch.Tensor) -> None:
     ):
         assert 1 <= optical_resolution(face) <= max(face.shape[-2:])
     assert optical_resolution(faces[0]) == optical_resolution(faces[0].float())
-
-
-def test_calibrate_fits_what_it_is_given() -> None:
-    source = open_faces({"kind": "synthetic", "identities": 60, "images": 2, "seed": 3})
-    assert calibrate(source, count=5, variants=2) == calibrate(source, count=5, variants=2)
-    weights = calibrate(source, count=120, variants=8)
-    shrunk = resize(resize(source.images(range(10)), 14), 90)
-    assert np.median([optical_resolution(face, weights) for face in shrunk]) == pytest.approx(
-        14, rel=0.3
-    )
 
 
 def test_embed_chooses_by_detail_and_reports_it(faces: torch.Tensor) -> None:

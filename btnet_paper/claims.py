@@ -58,7 +58,7 @@ def verdict(leads: Leads) -> str | None:
 
 
 def told(long: pd.DataFrame, where: str) -> str:
-    """Markdown: each claim about ``where`` ("Table 1"), and whether the numbers show it as the paper's.
+    """Markdown: each claim about ``where`` ("Table 1"), and whether the numbers show it.
 
     ``long`` holds the numbers of one source; a claim that they say nothing about is left out.
     """
@@ -231,21 +231,11 @@ CLAIMS = (
     Claim("phi_bt above every baseline", "A.4, Tables 6, 8", _templates),
 )
 MADE_BY = {
-    "Figure 1": "01_upsampling_error",
-    "Figure 2": "02_architecture_and_cost",
-    "Figure 3": "02_architecture_and_cost",
-    "Figure 4": "09_feature_maps",
-    "Figure 5": "02_architecture_and_cost",
-    "Figure 6": "02_architecture_and_cost",
-    "Figure 7": "07_ablations",
-    "Figure 8": "06_survface_identification",
-    "Figure 9": "09_feature_maps",
-    "Table 1": "05_verification",
-    "Table 2": "06_survface_identification",
-    "Table 3": "07_ablations",
-    "Table 4": "07_ablations",
-    "Table 5": "08_template_aggregation",
-    "Table 6": "08_template_aggregation",
-    "Table 7": "08_template_aggregation",
-    "Table 8": "08_template_aggregation",
+    **dict.fromkeys(("Figure 1",), "01_upsampling_error"),
+    **dict.fromkeys(("Figure 2", "Figure 3", "Figure 5", "Figure 6"), "02_architecture_and_cost"),
+    **dict.fromkeys(("Table 1",), "05_verification"),
+    **dict.fromkeys(("Table 2", "Figure 8"), "06_survface_identification"),
+    **dict.fromkeys(("Table 3", "Table 4", "Figure 7"), "07_ablations"),
+    **dict.fromkeys(("Table 5", "Table 6", "Table 7", "Table 8"), "08_template_aggregation"),
+    **dict.fromkeys(("Figure 4", "Figure 9"), "09_feature_maps"),
 }

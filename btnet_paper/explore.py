@@ -44,9 +44,10 @@ from btnet_core.models.btnet import (
     select_branch,
 )
 from btnet_core.models.costs import count_macs
-from btnet_paper import plots
 from btnet_paper.features import network, stages
 from btnet_paper.plans import load_methods
+from btnet_paper.plots import style
+from btnet_paper.plots.images import pixels, stretched
 from btnet_paper.scales import Scale
 
 METHODS = ("phi_hr", "phi_mm", "phi_mr", "phi_bt")  # Table 1's order
@@ -230,12 +231,12 @@ class Explorer:
         """One face and who is recognised, and a line that says which branch was taken and why."""
         view, n = self.look(choice), len(self.methods)
         r, (h, w) = view["r"], view["native"].shape[-2:]
-        with mpl.rc_context(plots.STYLE):
+        with mpl.rc_context(style.STYLE):
             page = Page(338 + 90 * n if n else 226)
             error = np.uint8(255 * mpl.colormaps["magma"](view["error"] / 64)[..., :3])
             mean = f"|error|, mean {view['error'].mean():.1f} levels"
             titles = ("face, 112 px", f"captured: {w} x {h} px", "scaled back up", mean)
-            shown = (*(plots._picture(view[name]) for name in ("face", "native", "seen")), error)
+            shown = (*(pixels(view[name]) for name in ("face", "native", "seen")), error)
             for x, title, image in zip(range(48, 808, 190), titles, shown, strict=True):
                 page.tile(image, x, 30, 176)
                 page.text_at(x + 88, 16, title, ha="center", fontsize=8)
@@ -248,7 +249,7 @@ class Explorer:
                 side, side, rounding=choice.rounding, resolutions=self.resolutions
             )
             axes.step(side, taken, "#999999", where="mid")
-            axes.plot(here, r, "o", color=plots._colour(r), markersize=9)
+            axes.plot(here, r, "o", color=style.colour(r), markersize=9)
             axes.set(
                 xscale="log",
                 yscale="log",
@@ -281,10 +282,10 @@ class Explorer:
         for y, (name, (maps, cosines)) in zip(
             itertools.count(top, row), view["methods"].items(), strict=False
         ):
-            own = plots.METHODS[name][1]
+            own = style.METHODS[name][1]
             t, best = self.threshold(name, view["r"], choice.fpir), np.argsort(-cosines)[:4]
-            tiles = [np.uint8(255 * mpl.colormaps["viridis"](plots._map(z))[..., :3]) for z in maps]
-            tiles += [plots._picture(self.gallery[person]) for person in best]
+            tiles = [np.uint8(255 * mpl.colormaps["viridis"](stretched(z))[..., :3]) for z in maps]
+            tiles += [pixels(self.gallery[person]) for person in best]
             places = [
                 *range(48, 48 + row * len(maps), row),
                 *range(664, 664 + row * len(best), row),
@@ -293,12 +294,12 @@ class Explorer:
                 page.tile(tile, x, y + 2, row - 4)
             page.text_at(24, y + row / 2, f"φ_{name[4:]}", ha="center", color=own, fontsize=9)
             page.mark(426 + 214 * cosines, y + row / 2, "|", color="#999999", markersize=10)
-            page.mark(426 + 214 * max(t, -0.4), (y + 6, y + row - 6), "-", color=plots.RED)
+            page.mark(426 + 214 * max(t, -0.4), (y + 6, y + row - 6), "-", color=style.RED)
             if known := view["probe"] is not None and view["probe"] < self.known:
                 page.mark(426 + 214 * cosines[view["probe"]], y + row / 2, "o", color=own, ms=7)
             value, right = cosines[best[0]], known and best[0] == view["probe"]
             verdict, colour = (
-                ("recognised", plots.GREEN) if right else ("taken for the first", plots.RED)
+                ("recognised", style.GREEN) if right else ("taken for the first", style.RED)
             )
             verdict, colour = (verdict, colour) if value > t else ("nobody", "#666666")
             page.text_at(
@@ -308,7 +309,7 @@ class Explorer:
     def _draw_people(self, page: Page, choice: Choice, r: int, top: int, row: int = 22) -> None:
         """Known people and strangers, all shrunk to the resolution of the branch: who is called what by each method."""
         small, limit = (
-            [plots._picture(face) for face in resize(self.probes, r)],
+            [pixels(face) for face in resize(self.probes, r)],
             f"at most {choice.fpir:.0%}",
         )
         titles = (
@@ -329,13 +330,13 @@ class Explorer:
             ):
                 found = self.recognised(name, r, choice.fpir)[start:stop]
                 for value, mark, colour in (
-                    (1, "o", plots.GREEN),
+                    (1, "o", style.GREEN),
                     (0, ".", "#bbbbbb"),
-                    (-1, "X", plots.RED),
+                    (-1, "X", style.RED),
                 ):
                     page.mark(at[found == value], y, mark, color=colour, markersize=5)
                 page.text_at(x + 466, y, f"{np.mean(found == (-1 if start else 1)):.0%}")
-                page.text_at(24, y, f"φ_{name[4:]}", ha="center", color=plots.METHODS[name][1])
+                page.text_at(24, y, f"φ_{name[4:]}", ha="center", color=style.METHODS[name][1])
 
     def costs(self, choice: Choice) -> tuple[Page, str]:
         """What each branch costs wherever it ends, and a line with the numbers of the chosen end."""
@@ -345,24 +346,24 @@ class Explorer:
             r: [row["standard"] for row in table].index(True) for r, table in tables.items()
         }
         ends = standard[choice.branch] if choice.ends < 0 else min(choice.ends, len(rows) - 1)
-        row, colour = rows[ends], plots._colour(choice.branch)
-        with mpl.rc_context(plots.STYLE):
+        row, colour = rows[ends], style.colour(choice.branch)
+        with mpl.rc_context(style.STYLE):
             page = Page(250)
             left, right = page.axes_at(70, 30, 660, 150), page.axes_at(800, 30, 268, 150)
             left.plot([100 * entry["share"] for entry in rows], ".-", color=colour)
             left.plot(
-                ends, 100 * row["share"], "o", color=colour, **plots.HOLLOW | {"markersize": 13}
+                ends, 100 * row["share"], "o", color=colour, **style.HOLLOW | {"markersize": 13}
             )
             for r, at in standard.items():
                 left.plot(
                     at,
                     100 * tables[r][at]["share"],
                     "*",
-                    color=plots._colour(r),
+                    color=style.colour(r),
                     markersize=11,
                     mec="white",
                 )
-                right.barh(str(r), tables[r][0]["macs"] / row["trunk"], color=plots._colour(r))
+                right.barh(str(r), tables[r][0]["macs"] / row["trunk"], color=style.colour(r))
             left.set(
                 yscale="log",
                 ylabel="stored, % of the trunk",

@@ -1,6 +1,7 @@
 """Feature maps inside the compared methods (Figures 4 and 9), and how alike two of them are.
 
-Stage k is the layer where the trunk first has 56, 28, 14 and 7 rows: where the branch of that resolution would join.
+Stage k is the layer where the trunk first has 56, 28, 14 and 7 rows: where the branch of that
+resolution would join.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def network(embedder: Embedder, r: int) -> tuple[Backbone, nn.Module]:
         return embedder.btnet.trunk, embedder.btnet.route(r)
     if isinstance(embedder, MultiModelEmbedder):
         return network(embedder.single[r], r)
-    return embedder.backbone, embedder.backbone  # type: ignore[attr-defined]  # UpsamplingEmbedder's
+    return embedder.backbone, embedder.backbone  # type: ignore[attr-defined]
 
 
 def stages(trunk: Backbone) -> tuple[int, ...]:
@@ -34,7 +35,7 @@ def stages(trunk: Backbone) -> tuple[int, ...]:
 
 
 def stage_features(embedder: Embedder, pixels: Tensor, r: int) -> list[Tensor]:
-    """Output ``(B, C_k, h, w)`` of each stage for ``(B, 3, S, S)`` faces of resolution ``r``; float32, on the CPU."""
+    """Output (B, C_k, h, w) of each stage, float32 on the CPU, for (B, 3, S, S) faces of ``r`` px."""
     trunk, net = network(embedder, r)
     parts = [net.branch, net.shared] if isinstance(net, Route) else [trunk.body]
     units = {name: unit for part in parts for name, unit in part.named_children()}
@@ -52,12 +53,12 @@ def stage_features(embedder: Embedder, pixels: Tensor, r: int) -> list[Tensor]:
 
 
 def alike(z_r: Tensor, z_s: Tensor) -> Tensor:
-    """Cosine ``(B,)`` of each face's maps ``(B, C, h, w)`` and ``(B, C, h', w')``; the larger is averaged down first."""
+    """Cosine (B,) of each face's maps (B, C, h, w) and (B, C, h', w'); the larger is averaged down."""
     rows, columns = min(z_r.shape[2:], z_s.shape[2:])
     a, b = (F.adaptive_avg_pool2d(z, (rows, columns)).flatten(1) for z in (z_r, z_s))
     return F.cosine_similarity(a, b)
 
 
 def strength(z: Tensor) -> Tensor:
-    """What a picture of maps ``(B, C, h, w)`` shows: their root mean square over channels ``(B, h, w)``."""
+    """What a picture of maps (B, C, h, w) shows: their root mean square over channels (B, h, w)."""
     return z.square().mean(1).sqrt()

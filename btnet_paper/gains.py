@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 
 def gain(value: float, value_hr: float, value_baseline: float) -> float | None:
-    """(M - M_hr) / |M_baseline - M_hr|: Eq. 4 with phi_mr as the baseline, Eq. 5 with phi_r of phi_mm.
+    """(M - M_hr) / |M_baseline - M_hr|: Eq. 4 with phi_mr as the baseline, Eq. 5 with phi_mm.
 
-    None where the denominator is 0 (the baseline equals phi_hr); differences under 1e-9 are rounding, so 0.
+    None where the denominator is 0 (the baseline equals phi_hr); under 1e-9 it is rounding, so 0.
     """
     span = abs(value_baseline - value_hr)
     return (value - value_hr) / span if span > 1e-9 else None
@@ -19,22 +19,18 @@ def show_gain(value: float | None) -> str:
     return "-" if value is None else f"{round(value, 2) + 0.0:+.2f}"
 
 
-def gains(
-    table: Mapping[str, Mapping[str, float]],
-    hr: str = "phi_hr",
-    mr: str = "phi_mr",
-    mm: str = "phi_mm",
-) -> dict[str, dict[str, float | None]]:
-    """Every gain of ``{method: {"r1&r2": M}}``; None in phi_hr's own row, where undefined, and without a baseline."""
+def gains(table: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Every gain of ``{method: {"r1&r2": M}}``, by Eq. 4 where r1 and r2 differ, else by Eq. 5.
+
+    None in phi_hr's own row, where undefined, and without a baseline.
+    """
     result: dict[str, dict[str, float | None]] = {}
     for method, row in table.items():
         result[method] = dict.fromkeys(row)
         for setting, value in row.items():
             first, second = setting.split("&")
-            baseline, base = (
-                table.get(mm if first == second else mr, {}).get(setting),
-                table[hr].get(setting),
-            )
-            if method != hr and baseline is not None and base is not None:
+            baseline = table.get("phi_mm" if first == second else "phi_mr", {}).get(setting)
+            base = table["phi_hr"].get(setting)
+            if method != "phi_hr" and baseline is not None and base is not None:
                 result[method][setting] = gain(value, base, baseline)
     return result

@@ -27,7 +27,7 @@ def same(setting: str) -> bool:
 
 
 def cells(name: str) -> Iterator[tuple[str, str, float | None, str]]:
-    """(row, column, value, gain) of a table in the paper's order; a printed "-" is None, no gain ""."""
+    """(row, column, value, gain) of a table in its order; a printed "-" is None, no gain ""."""
     for row, columns in _pick(_published()["tables"], name, "table")["rows"].items():
         for column, (value, *gain) in columns.items():
             yield row, column, value, gain[0] if gain else ""

@@ -146,7 +146,7 @@ class Study:
             device=self.device,
             arrays=arrays,
         )
-        made, _ = figures.remake(self.run_dir, self.name)
+        made = figures.save(self.run_dir, self.name)
         for name in made if show else ():
             display(Image(self.run_dir / "figures" / f"{name}.png", width=900, alt=name))
         return self.load()

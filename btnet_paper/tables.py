@@ -77,7 +77,7 @@ def wide(table: str, long: pd.DataFrame) -> pd.DataFrame:
 
 
 def beside(table: str, long: pd.DataFrame, caption: str = "") -> Table:
-    """One of the paper's tables: a block for each source, the paper's last, and what was not run."""
+    """One of the paper's tables, a block for each source, and in its caption what was not run."""
     shown = wide(table, long)
     sources = shown.index.get_level_values(0)
     missing = [f"scale {scale}" for scale in SCALES if f"scale {scale}" not in sources]

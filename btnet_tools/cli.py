@@ -166,16 +166,16 @@ def reproduce(
 @runs_option
 @option("--out", default="figures", metavar="DIR", help="Where figures and results go.")
 def figures(scale: str, runs: str, out: str) -> None:
-    """Draw every figure and table of the paper again from recorded results, without training."""
-    from btnet_paper.figures import remake
+    """Draw every figure of the paper again from recorded results, without training."""
+    from btnet_paper.figures import publish
 
     folder = Path(runs) if (Path(runs) / "results").is_dir() else Path(runs) / scale
-    made, missing = remake(folder, out=out, scale=scale)
+    made, missing = publish(folder, out, scale=scale)
     if not made:
         raise ReproduceError(
             f"{folder / 'results'} holds no results: btnet reproduce --scale {scale} makes them"
         )
-    click.echo(f"{len(made)} figures and tables in {out}")
+    click.echo(f"{len(made)} figures in {out}")
     if missing:
         click.echo(f"not recorded: {', '.join(missing)}")
 

@@ -12,6 +12,7 @@ from matplotlib.collections import PolyCollection
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet, select_branch
 from btnet_paper import plots, published
+from btnet_paper.plots import style
 
 METHODS = ("phi_hr", "phi_mm", "phi_mr", "phi_bt")
 
@@ -76,7 +77,7 @@ def test_figure1_shows_means_spread_and_knees():
     assert len(bands) == 3
     low, high = bands[0].get_paths()[0].get_extents().intervaly
     assert (low, high) == (pytest.approx(0.9 * 4 * 0.5), pytest.approx(1.2 * 4 * 8))
-    rise = _lines(right)["measured error, knee at 14"].get_ydata()
+    rise = right.lines[0].get_ydata()
     assert (rise[0], rise[-1]) == (0, 1)
     marks = [x for x in right.lines if list(x.get_xdata()) == [14]]
     assert marks[0].get_ydata()[0] == pytest.approx(rise[3])  # the knee lies on its curve
@@ -142,7 +143,7 @@ def test_figure3_follows_the_model(btnet):
     filled = [
         box
         for box in moved.axes[0].patches
-        if box.get_facecolor()[:3] == mpl.colors.to_rgb(plots.GREEN) and box.get_facecolor()[3] > 0
+        if box.get_facecolor()[:3] == mpl.colors.to_rgb(style.GREEN) and box.get_facecolor()[3] > 0
     ]
     assert len(filled) == 4  # stem, S1U1, S1U2-3, S2U1: what follows is shared
 
@@ -233,9 +234,9 @@ def test_figure9_outlines_the_coupling_layers_of_bt_alone():
         "similarity": dict.fromkeys(METHODS, row),
     }
     figure = plots.figure9(values, arrays)
-    pictures = [axes for axes in figure.axes if axes.images]
-    assert len(pictures) == 2 * 4 * 4
-    outlined = [i for i, axes in enumerate(pictures) if axes.spines["top"].get_visible()]
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(shown) == 2 * 4 * 4
+    outlined = [i for i, axes in enumerate(shown) if axes.spines["top"].get_visible()]
     assert outlined == [3 * 8 + 2, 3 * 8 + 4 + 2]  # stage 3 of phi_bt, at 112 and at 14
     charts = [axes for axes in figure.axes if axes.lines]
     np.testing.assert_allclose(
@@ -255,7 +256,7 @@ def test_tour_outlines_each_face_by_its_branch():
     values = {"trained": False, "people": 2, "branch": branches, "size": [(112, 112), (7, 7)] * 2}
     axes = plots.tour(values | {"similarity": np.eye(4).tolist()}, arrays).axes
     assert [a.spines["top"].get_edgecolor() for a in axes[:4]] == [
-        mpl.colors.to_rgba(plots._colour(r)) for r in branches
+        mpl.colors.to_rgba(style.colour(r)) for r in branches
     ]
     np.testing.assert_array_equal(axes[4].images[0].get_array(), np.eye(4))
     assert "NOT TRAINED" in axes[4].get_title()
@@ -273,7 +274,7 @@ def test_accuracy_curves_errors_and_paper():
     np.testing.assert_allclose(line.get_xydata(), [[14, 72], [112, 98]])
     np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], [[70, 74], [97.5, 98.5]])
     assert list(_hollow(axes)[0].get_ydata()) == [73.88]
-    assert line.get_color() == plots.METHODS["phi_hr"][1]
+    assert line.get_color() == style.METHODS["phi_hr"][1]
     assert [a.get_title() for a in figure.axes] == ["r & r", "112 & r"]
     assert {"scale demo", "paper, as printed"} <= {
         t.get_text() for t in figure.legends[0].get_texts()
@@ -283,8 +284,8 @@ def test_accuracy_curves_errors_and_paper():
 def test_loss_curves_on_plain_numbers():
     axes = plots.loss_curves({"phi_bt_14": ([20, 40], [9.0, 3.0])}).axes[0]
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[20, 9], [40, 3]])
-    assert axes.lines[0].get_color() == plots._colour(14)
-    assert axes.get_legend().get_texts()[0].get_text() == r"$\phi_{bt}$, 14 px"
+    assert axes.lines[0].get_color() == style.colour(14)
+    assert axes.figure.legends[0].get_texts()[0].get_text() == r"$\phi_{bt}$, 14 px"
     assert axes.get_yscale() == "log"
     assert [float(tick.get_text()) for tick in axes.get_yticklabels()]  # no powers of ten
 
@@ -294,8 +295,8 @@ def test_figures_leave_no_trace_and_keep_their_style(costs):
     figure = plots.figure5(costs)
     assert dict(mpl.rcParams) == before
     assert plt.get_fignums() == []
-    assert figure.axes[0].xaxis.get_ticklabels()[0].get_fontsize() == plots.STYLE["xtick.labelsize"]
-    assert mpl.rcParams["xtick.labelsize"] != plots.STYLE["xtick.labelsize"]
+    assert figure.axes[0].xaxis.get_ticklabels()[0].get_fontsize() == style.STYLE["xtick.labelsize"]
+    assert mpl.rcParams["xtick.labelsize"] != style.STYLE["xtick.labelsize"]
 
 
 def test_pictures_stand_in_strips_under_their_titles() -> None:

@@ -69,7 +69,7 @@ def test_a_trunk_of_others_is_made_ready_and_renewed(tmp_path: Path) -> None:
 
 
 def test_a_record_says_how_it_came_about(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(figures, "remake", lambda *_: ([], []))
+    monkeypatch.setattr(figures, "save", lambda *_: [])
     study = Study("toy", scale=toy(), run_dir=tmp_path, seed=3, device="cpu")
     values = study.record({"x": 1.5}, config={"flip": True}, data=[study.faces], kernel="nearest")
     assert values == study.load() == {"x": 1.5}
@@ -121,7 +121,7 @@ def test_it_trains_remembers_configurations_and_history(tmp_path: Path, monkeypa
         return {"seconds": 1.0}
 
     monkeypatch.setattr("btnet_paper.study.train_in_subprocess", train)
-    monkeypatch.setattr(figures, "remake", lambda *_: ([], []))
+    monkeypatch.setattr(figures, "save", lambda *_: [])
     study = Study("toy", scale=toy(), run_dir=tmp_path, device="cpu")
     runs = {name: phi_hr("faces", name=name, lr=0.3) for name in ("a", "b")}
     assert study.train(runs, "ablations") == {"a": {"seconds": 1.0}, "b": {"seconds": 1.0}}

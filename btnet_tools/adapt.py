@@ -222,8 +222,9 @@ def forecast(runs: Sequence[TrainConfig], btnet: BTNet, faces: int, out: Path, f
         left = 1 - state["step"] / max(1, steps) if state else 1.0
         if not fresh and checkpoint.read_record(place_of(out, run)):
             left = 0.0
-        macs = trunk.macs + FORWARD_AND_BACKWARD * cost.macs  # the teacher's pass and the branch's
-        seconds = left * steps * run.batch * macs / speed
+        macs = FORWARD_AND_BACKWARD * cost.macs * steps * run.batch
+        macs += trunk.macs * teacher_passes(run, steps, faces)
+        seconds = left * macs / speed
         total += seconds
         megabytes = 4 * (cost.stored + cost.running) / 1e6
         done = f", {100 * (1 - left):.0f} % done" if left < 1 else ""
@@ -233,6 +234,12 @@ def forecast(runs: Sequence[TrainConfig], btnet: BTNet, faces: int, out: Path, f
             f"about {duration(seconds)}{done}"
         )
     return "\n".join([*lines, f"in all about {duration(total)}, and the comparison"])
+
+
+def teacher_passes(run: TrainConfig, steps: int, faces: int) -> int:
+    """How many images the trunk embeds: each face and its mirror image once where they are kept."""
+    every = steps * run.batch * (2 if run.embedding_mirrored else 1)
+    return every if run.cache == "off" or run.epochs <= 2 else min(every, 2 * faces)
 
 
 def macs_per_second(btnet: BTNet, trunk: Cost) -> float:

@@ -23,13 +23,16 @@ from btnet_core.models.backbone import (
     save_backbone,
 )
 from btnet_core.models.btnet import BTNet, weights_digest
+from btnet_core.models.costs import route_cost
+from btnet_core.training import checkpoint
 from btnet_tools import adapt as module
-from btnet_tools.adapt import AdaptOptions, adapt, parts
+from btnet_tools.adapt import AdaptOptions, adapt, forecast, parts, plan
 from btnet_tools.adapter import Adapter, find_adapter
 from btnet_tools.cli import main
 
 FACES = {"kind": "synthetic", "identities": 24, "images": 4, "seed": 0}
 SMALL = {"epochs": 1, "batch": 16}
+TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
 DOC = Path(__file__).resolve().parents[2] / "docs" / "own-recogniser.md"
 
 
@@ -37,7 +40,7 @@ DOC = Path(__file__).resolve().parents[2] / "docs" / "own-recogniser.md"
 def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("trunk") / "trunk.safetensors"
-    save_backbone(build_backbone(BackboneConfig(name="iresnet18", width=0.125, embedding=16)), path)
+    save_backbone(build_backbone(TINY), path)
     return path
 
 
@@ -81,9 +84,7 @@ def test_adapt_trains_branches_and_compares(
     adapt(trunk, FACES, tmp_path / "net", options, said.append)
     assert said[0].count("about 0 s, 100 % done") == 2
     other = tmp_path / "other.safetensors"
-    save_backbone(
-        build_backbone(BackboneConfig(name="iresnet18", width=0.125, embedding=16)), other
-    )
+    save_backbone(build_backbone(TINY), other)
     with pytest.raises(CheckpointError, match="another trunk"):
         adapt(other, FACES, tmp_path / "net", options, said.append)
 
@@ -101,6 +102,64 @@ def test_nobody_is_both_learnt_from_and_compared_on(seed: int) -> None:
     assert not set(learnt.indices.tolist()) & set(compared.indices.tolist())  # type: ignore[attr-defined]
     assert learnt.num_identities + compared.num_identities == everybody.num_identities
     assert len(learnt) + len(compared) == len(everybody)
+
+
+def test_the_plan_is_phi_bt_by_the_recipe(tmp_path: Path) -> None:
+    net = BTNet(build_backbone(TINY), (28, 14))
+    options = AdaptOptions(changes={"lr": 0.25, "seed": 4})
+    large, small = plan(net, FACES, tmp_path, tmp_path / "kappa", options)
+    assert [large.resolution, small.resolution] == [28, 14]
+    assert [large.epochs, small.epochs] == [module.EPOCHS[28], module.EPOCHS[14]]
+    assert (small.lr, small.seed, small.batch, small.margin, small.s) == (0.25, 4, 128, 0.2, 32)
+    assert (small.embedding, small.embedding_weight, small.shift) == ("cosine", 60, 4)
+    assert (small.influence_weight, small.branch_weight, small.fix_classifier) == (1, 0.5, True)
+    assert small.classifier == str(tmp_path / "kappa")
+    assert small.init == str(tmp_path / "trunk.safetensors")
+    assert small.btnet == str(tmp_path)
+    unlabelled = AdaptOptions(labels=False)
+    assert plan(net, FACES, tmp_path, tmp_path, unlabelled)[0].influence_weight == 0
+
+
+def test_the_forecast_is_operations_at_the_timed_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 faces in batches of 10, 4 epochs: 400 branch passes of 3 MACs each, the teacher's 200 are kept."""
+    net = BTNet(build_backbone(TINY), (28, 14))
+    changes = {"batch": 10, "epochs": 4}
+    runs = plan(net, FACES, tmp_path, tmp_path, AdaptOptions(changes=changes))
+    seconds = []
+    monkeypatch.setattr(module, "macs_per_second", lambda *_: 1e6)
+    monkeypatch.setattr(module, "duration", lambda value: str(seconds.append(value)))
+    trunk, large, small = (route_cost(net, r).macs for r in (112, 28, 14))
+    text = forecast(runs, net, 100, tmp_path, fresh=False)
+    expected = [(3 * 400 * macs + 200 * trunk) / 1e6 for macs in (large, small)]
+    assert seconds == pytest.approx([*expected, sum(expected)])
+    assert "40 steps of 10" in text
+    (tmp_path / "train" / "branch_14").mkdir(parents=True)
+    monkeypatch.setattr(
+        checkpoint, "load_state", lambda out: {"step": 30} if out.name == "branch_14" else None
+    )
+    seconds.clear()
+    assert "75 % done" in forecast(runs, net, 100, tmp_path, fresh=False)
+    assert seconds[1] == pytest.approx(expected[1] / 4)
+    seconds.clear()
+    forecast(runs, net, 100, tmp_path, fresh=True)
+    assert seconds[1] == pytest.approx(expected[1])
+    short = runs[0].replace(
+        epochs=2
+    )  # too short to keep the teacher's features; both mirror images
+    assert module.teacher_passes(short, 20, 100) == 400
+    assert module.teacher_passes(short.replace(embedding_mirrored=False), 20, 100) == 200
+
+
+def test_branches_that_are_no_gain_are_named() -> None:
+    def rows(**accuracy: float) -> dict[str, Any]:
+        return {f"{r[1:]}&{r[1:]}": {"accuracy": value} for r, value in accuracy.items()}
+
+    values = {"before": rows(r7=0.6, r14=0.7), "after": rows(r7=0.61, r14=0.69)}
+    assert module.no_gain(values, (7, 14, 112)) == [14]
+    values = {"before": {"7": {"cosine": 0.6}}, "after": {"7": {"cosine": 0.5}}}
+    assert module.no_gain(values, (7, 112)) == [7]
 
 
 def test_loose_images_without_labels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from PIL import Image
 
 import btnet_core
 from btnet_core.errors import DataError
+from btnet_core.images import encode, resize
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet
 from btnet_tools.cli import main
-from btnet_tools.embed import ahead
+from btnet_tools.embed import Face, Reader, ahead, embed_folder, warn_of_photographs
 
 SIDES = {"a/big.png": 112, "a/small.jpg": 20, "b.bmp": 7}
 
@@ -67,6 +69,53 @@ def test_embed_writes_a_row_an_image(model: Path, faces: Path, tmp_path: Path, c
         == 0
     )
     assert np.load(out)["names"].tolist() == ["b.bmp"]
+
+
+def test_a_trunk_with_fewer_columns_reports_the_picture_as_it_is(tmp_path: Path) -> None:
+    """A MobileFaceNet of 112x96 crops a 30 x 40 picture to its shape; 112 pictures fill batches of 64."""
+    torch.manual_seed(0)
+    config = BackboneConfig(name="mobilefacenet", size=(112, 96), width=0.25, embedding=16)
+    net = BTNet(build_backbone(config), (28, 14)).eval()
+    sizes = [(30, 40), (14, 12), (100, 100), (20, 20)] * 28
+    for i, size in enumerate(sizes):
+        pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
+        (tmp_path / "faces").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "faces" / f"{i:03d}.png")
+    count, failed = embed_folder(net, str(tmp_path / "faces"), str(tmp_path / "e.npz"))
+    assert (count, failed) == (112, {})
+    with np.load(tmp_path / "e.npz") as table:
+        assert table["size"].tolist() == [list(size) for size in sizes]
+        expected = net.embed(sorted((tmp_path / "faces").iterdir())).numpy()
+        np.testing.assert_allclose(table["embeddings"], expected, atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(table["embeddings"], axis=1), 1, atol=1e-5)
+
+
+def test_pictures_that_are_no_crops_are_warned_of_once() -> None:
+    def face(*size: int) -> Face:
+        return Face(size=size, r=112, resize_factor=(1.0, 1.0), reliability=1.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_photographs({"a": face(112, 112), "b": face(250, 250), "c": face(20, 12)})
+    odd = {"a": face(112, 112), "wide": face(100, 300), "large": face(600, 500)}
+    with pytest.warns(
+        UserWarning, match=r"2 pictures .* first wide \(300x100\).*btnet align"
+    ) as seen:
+        warn_of_photographs(odd)
+    assert len(seen) == 1
+
+
+def test_detail_chooses_the_branch(model: Path, tmp_path: Path) -> None:
+    """A face of 7 pixels that was scaled up to 112 has little detail: detail+near sends it to a small branch."""
+    face = torch.randint(0, 256, (3, 7, 7), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "a.png").write_bytes(encode(resize(face.float(), 112).round().to(torch.uint8)))
+    net = BTNet.load(model)
+    by_size, by_detail = (
+        Reader(net, rule)(tmp_path / "a.png") for rule in ("max+ceil", "detail+near")
+    )
+    assert (by_size.r, by_detail.r) == (112, 7)
+    assert by_detail.pixels.shape == (3, 7, 7)
+    assert by_size.reliability == by_detail.reliability < 17.5
 
 
 def test_unreadable_images_stop_it_or_are_listed(

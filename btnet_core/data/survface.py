@@ -189,9 +189,8 @@ def write_layout(
     gallery: Iterable[tuple[int, Tensor]],
     mated: Iterable[tuple[int, Tensor]],
     unmated: Iterable[tuple[int, Tensor]],
-    training: Iterable[tuple[int, Tensor]] = (),
 ) -> None:
-    """Write (identity, image) pairs in SurvFace's layout, as JPEG."""
+    """Write the (identity, image) pairs of a test in SurvFace's layout, as JPEG; same pairs, same bytes."""
     test = root / TEST_FOLDER
     for kind, faces in (("gallery", gallery), ("mated_probe", mated)):
         names, ids = _write_images(test / kind, faces, "{identity}_cam1_{i}.jpg")
@@ -199,9 +198,16 @@ def write_layout(
             f"{kind}_set": np.array(names, object)[:, None],
             f"{kind}_ids": np.array(ids, np.int64)[:, None],
         }
-        savemat(str(test / f"{kind}_img_ID_pairs.mat"), table)
+        path = test / f"{kind}_img_ID_pairs.mat"
+        savemat(str(path), table)
+        undated = b"MATLAB 5.0 MAT-file".ljust(116)  # scipy writes the time into these bytes
+        path.write_bytes(undated + path.read_bytes()[116:])
     _write_images(test / "unmated_probe", unmated, "{i:06d}.jpg")
-    _write_images(root / "training_set", training, "{identity}/{identity}_cam1_{i}.jpg")
+
+
+def write_training(root: Path, faces: Iterable[tuple[int, Tensor]]) -> None:
+    """Write (identity, image) pairs as SurvFace's training set, as JPEG."""
+    _write_images(root / "training_set", faces, "{identity}/{identity}_cam1_{i}.jpg")
 
 
 def _write_images(

@@ -94,11 +94,13 @@ def test_what_makes_a_notebook_run_again(place: Path, monkeypatch: pytest.Monkey
         "01_first 1 demo",
         "02_second 1 demo",
     ]  # the second depends on the first
-    assert len(run(place, data="other")) == 7
-    monkeypatch.setattr("btnet_paper.runner.code_checksum", lambda: "other code")
+    write(place / "nb", "01_first", COUNT + "# changed again\n1 + 1\n")
+    assert len(run(place)) == 7  # nothing but the first has changed since
     assert len(run(place, data="other")) == 9
+    monkeypatch.setattr("btnet_paper.runner.code_checksum", lambda: "other code")
+    assert len(run(place, data="other")) == 11
     (place / "runs/demo/notebooks/02_second.ipynb").unlink()
-    assert run(place, data="other")[9:] == ["02_second 1 demo"]
+    assert run(place, data="other")[11:] == ["02_second 1 demo"]
 
 
 @pytest.mark.parametrize(

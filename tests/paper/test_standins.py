@@ -16,7 +16,12 @@ from btnet_core.data.faces import FaceSet, open_faces
 from btnet_core.data.ijbc import ARCFACE, align, read_templates, similarity_transform, warp
 from btnet_core.data.survface import TEST_FOLDER, read_open_set, training_set, write_layout
 from btnet_core.errors import DataError
-from btnet_paper.standins import ijbc_standin, native_sizes, survface_standin
+from btnet_paper.standins import (
+    ijbc_standin,
+    native_sizes,
+    survface_standin,
+    survface_training_standin,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def faces() -> FaceSet:
 @pytest.fixture(scope="module")
 def survface_root(faces: FaceSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("survface")
-    survface_standin(faces, parent, blur=1.0, noise=5.0, training=faces)
+    survface_standin(faces, parent, blur=1.0, noise=5.0)
     return next(parent.iterdir())
 
 
@@ -59,8 +64,6 @@ def test_survface_standin_is_read_back_and_says_what_it_is(
     assert len(test.images) == len(faces)
     height_width = test.images.sizes.flip(1)
     assert torch.equal(height_width[3], torch.tensor(test.images[3].shape[1:]))
-    assert len(training_set(survface_root)) == len(faces)
-    assert training_set(survface_root).native(0).shape[1] < 112
 
 
 class Flat:
@@ -88,7 +91,7 @@ def which(images) -> list[int]:
 def test_no_picture_is_both_enrolled_and_searched(tmp_path: Path) -> None:
     faces = Flat()
     test = survface_standin(faces, tmp_path)
-    source, labels = torch.tensor(which(test.images.load(range(len(test.images))))), test.labels
+    source, labels = torch.tensor(which(list(test.images))), test.labels
     assert sorted(source.tolist()) == list(range(len(faces)))  # each once
     person, gallery = faces.labels[source], set(faces.labels[source][test.in_gallery].tolist())
     assert torch.equal(person[labels >= 0], labels[labels >= 0])
@@ -113,6 +116,28 @@ def test_each_picture_is_in_one_template_of_its_person(tmp_path: Path) -> None:
     assert torch.equal(owner, faces.labels[source])
 
 
+def test_a_training_part_is_built_like_the_test(tmp_path: Path) -> None:
+    faces = Flat()
+    folder = survface_training_standin(faces, tmp_path)
+    training = training_set(folder.parent)
+    assert (len(training), training.num_identities) == (len(faces), 10)
+    assert training.images([0]).shape == (1, 3, 112, 112)
+    sizes = torch.tensor([training.native(i).shape[1:] for i in range(len(training))])
+    assert sizes.min() < 24 < sizes.max() <= 124
+    source = torch.tensor(which([training.native(i) for i in range(len(training))]))
+    assert sorted(source.tolist()) == list(range(len(faces)))
+    assert torch.equal(faces.labels[source], training.labels)
+    assert survface_training_standin(faces, tmp_path) == folder
+    assert "stand-in" in (folder.parent / "STAND-IN.txt").read_text()
+
+
+def test_a_standin_built_again_has_the_same_checksum(faces: FaceSet, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scipy.io.matlab._mio5.time.asctime", lambda: "another day")
+        first = survface_standin(faces, tmp_path / "a")
+    assert survface_standin(faces, tmp_path / "b").checksum == first.checksum
+
+
 def test_a_worse_picture_has_a_lower_detector_score(faces: FaceSet, tmp_path: Path) -> None:
     templates = ijbc_standin(faces, tmp_path, impostors=20)
     images = templates.images(range(len(templates.template))).float()
@@ -128,7 +153,7 @@ def test_a_blurred_and_noisy_test_is_what_its_name_says(faces: FaceSet, tmp_path
     ]
     detail = []
     for test in sets:
-        images = [image.float() for image in test.images.load(range(len(test.images)))]
+        images = [image.float() for image in list(test.images)]
         steps = [(image[..., 1:] - image[..., :-1]).abs().mean() for image in images]
         detail.append(float(torch.stack(steps).mean()))
     assert detail[1] < 0.9 * detail[0]
@@ -137,7 +162,7 @@ def test_a_blurred_and_noisy_test_is_what_its_name_says(faces: FaceSet, tmp_path
 
 def test_a_standin_is_built_once(faces: FaceSet, survface_root: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in survface_root.rglob("*.jpg")}
-    survface_standin(faces, survface_root.parent, blur=1.0, noise=5.0, training=faces)
+    survface_standin(faces, survface_root.parent, blur=1.0, noise=5.0)
     assert {path: path.stat().st_mtime_ns for path in survface_root.rglob("*.jpg")} == before
 
 

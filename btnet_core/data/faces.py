@@ -265,13 +265,21 @@ def list_file(path: str | Path) -> StoredFaces:
                 f"{path}, line {number}: got {line[:80]!r}, "
                 "expected an image path and an integer label"
             )
-        files.append(path.parent / name)
+        files.append(_beside(path, name))
         labels.append(label)
     if not files:
         raise DataError(f"{path}: no images in it")
     read, identities = _Files(files), max(labels) + 1
     table = torch.tensor(labels, dtype=torch.int64)
     return StoredFaces(path.stem, table, identities, [path, *files], read, read.where)
+
+
+def _beside(path: Path, name: str) -> Path:
+    """The file that a list at ``path`` names, relative to its folder; also as Windows writes it."""
+    file = path.parent / name
+    if "\\" in name and not os.path.lexists(file):
+        file = path.parent / name.replace("\\", "/")
+    return file
 
 
 def _name_and_label(line: str) -> tuple[str, int]:

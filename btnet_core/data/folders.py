@@ -15,28 +15,10 @@ from btnet_core import images as pixels
 from btnet_core.errors import DataError
 
 # Files so named are images, readable or not. Of others the decoder decides.
-SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".bmp",
-        ".webp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".pgm",
-        ".ppm",
-        ".pbm",
-        ".pnm",
-        ".jp2",
-        ".j2k",
-        ".avif",
-    ]
-)
-FOREIGN = frozenset(("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"))
+FORMATS = "jpg jpeg jpe jfif png bmp webp gif tif tiff pgm ppm pbm pnm jp2 j2k avif"
+SUFFIXES = frozenset(f".{name}" for name in FORMATS.split())
+LEFTOVERS = "__macosx @eadir $recycle.bin lost+found thumbs.db ehthumbs.db desktop.ini picasa.ini"
+FOREIGN = frozenset(LEFTOVERS.split())
 
 
 def is_image(path: Path) -> bool:
@@ -141,8 +123,10 @@ def warn_of(root: Path, left_out: Sequence[Path]) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 text file, without byte-order mark and line ends; or DataError."""
+    """Lines of a UTF-8 (or marked UTF-16) text file, without mark and line ends; or DataError."""
     try:
-        return path.read_text("utf-8-sig").split("\n")
+        data = path.read_bytes()
+        code = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+        return data.decode(code).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text ({error})") from error

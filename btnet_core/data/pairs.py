@@ -100,7 +100,7 @@ class _Unpickler(pickle.Unpickler):
         encode = lru_cache(maxsize=None)(lambda text: text.encode("latin1"))  # each text once
         numpy = {
             "_reconstruct": lambda *_: _Array(),
-            "scalar": lambda dtype, data: _flags(_buffer(data, dtype))[0],
+            "scalar": lambda dtype, data: _flags(_buffer(data[:8], dtype))[0],
             "_frombuffer": _buffer,
         }
         self.known: dict[tuple[str, str], Any] = {
@@ -174,7 +174,9 @@ def _image_bytes(item: Any, where: str, kept: dict[int, bytes]) -> bytes:
     if not isinstance(data, bytes | bytearray):
         kind = type(data).__name__
         raise DataError(f"{where} is {kind}, expected bytes or a uint8 array")
-    return kept.setdefault(id(data), data if isinstance(data, bytes) else bytes(data))
+    if id(data) not in kept:
+        kept[id(data)] = bytes(data)
+    return kept[id(data)]
 
 
 def read_bin(path: str | Path) -> PairSet:

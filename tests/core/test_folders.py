@@ -135,23 +135,24 @@ def test_paths_with_signs_of_a_language_are_paths(tmp_path: Path, monkeypatch) -
     assert len(open_faces("{kind")) == 2
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize(
     "lines",
     [
         ["my faces/bob 1.png 2", "ann.png 0"],  # this project's
         ["my faces/bob 1.png\t2", "ann.png\t0"],
+        ["my faces\\bob 1.png 2", ".\\ann.png 0"],  # of Windows
         ["1\tmy faces/bob 1.png\t2", "1\tann.png\t0"],  # InsightFace's
         ["0\tmy faces/bob 1.png\t2\t10\t20\t90\t99", "1\tann.png\t0"],  # with a box
         ["0\t2.000000\tmy faces/bob 1.png", "1\t0.000000\tann.png"],  # im2rec's
         ["7\t2\t0.5\t0.25\tmy faces/bob 1.png", "9\t0\t0.5\t0.25\tann.png"],  # several labels
     ],
 )
-def test_lists_of_three_programs(tmp_path: Path, lines: list[str], end: str, mark: bytes) -> None:
+def test_lists_of_three_programs(tmp_path: Path, lines: list[str], end: str, code: str) -> None:
     put(tmp_path / "my faces" / "bob 1.png", 8)
     put(tmp_path / "ann.png", 9)
-    (tmp_path / "faces.lst").write_bytes(mark + end.join([*lines, ""]).encode())
+    (tmp_path / "faces.lst").write_bytes(end.join([*lines, ""]).encode(code))
     faces = open_faces(str(tmp_path / "faces.lst"))
     assert (faces.labels.tolist(), grey(faces, 2)) == ([2, 0], [8, 9])
     assert faces.num_identities == 3

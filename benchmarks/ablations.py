@@ -23,7 +23,7 @@ import numpy as np
 
 from btnet_core.data.pairs import open_pairs
 from btnet_core.evaluation.verification import evaluate_pairs, summarise
-from btnet_core.models.backbone import load_backbone, save_backbone
+from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.launch import train_in_subprocess
 from btnet_paper import plans, results
 from btnet_paper.scales import get_scale

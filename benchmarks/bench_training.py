@@ -31,9 +31,10 @@ from torch import nn
 
 from btnet_core.data.faces import open_faces
 from btnet_core.device import autocast
-from btnet_core.models.backbone import BackboneConfig, build_backbone, embed_features, save_backbone
+from btnet_core.models.backbone import BackboneConfig, build_backbone, embed_features
 from btnet_core.models.btnet import NORMS
 from btnet_core.models.costs import count_macs
+from btnet_core.models.weights import save_backbone
 from btnet_core.training import methods
 from btnet_core.training.loop import unscale_and_clip
 from btnet_core.training.run import Run, prepare

@@ -24,7 +24,7 @@ from btnet_core.evaluation.identification import evaluate_strategies, native_emb
 from btnet_core.evaluation.verification import evaluate_pairs, fitted_lengths
 from btnet_core.files import find
 from btnet_core.images import Resize
-from btnet_core.models.backbone import load_backbone, save_backbone
+from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.loop import train
 from btnet_paper import plans, results
 from btnet_paper.plans import load_methods

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from btnet_core.errors import BTNetError, BusyError, CheckpointError, DataError, WriteError
+from btnet_core.kinds import what_is
 
 COMMITTED = Path(__file__).resolve().parents[1] / "data"
 SAMPLED_ABOVE = 2**30  # bytes; larger data gets the sampled checksum
@@ -218,20 +220,48 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
     """Tensors and metadata of a safetensors file; CheckpointError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot read safetensors ({error})") from error
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: no safetensors, or damaged: {what_is(path)}") from error
 
 
-def load_torch(path: Path) -> Any:
-    """``torch.load`` on the CPU that runs nothing. Raises many types for damaged or unsafe files.
+def load_torch(path: Path | str) -> Any:
+    """What ``torch.save`` wrote, on the CPU; nothing in the file is run.
 
-    An archive that unpacks to more than its own size is refused: torch stores without compression, a bomb does not.
+    Raises:
+        CheckpointError: it cannot be read, is damaged, holds Python objects, or unpacks to more
+            than its own size: torch stores tensors without compression, a bomb does not.
     """
-    with path.open("rb") as file:
-        if file.read(4) == b"PK\3\4":
-            with zipfile.ZipFile(file) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
-            if size > path.stat().st_size:
-                raise ValueError(f"unpacks to {size:,} bytes, more than the file has")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\3\4":
+                with zipfile.ZipFile(file) as archive:
+                    size = sum(entry.file_size for entry in archive.infolist())
+                    program = any("/code/" in name for name in archive.namelist())
+                if size > path.stat().st_size and not program:
+                    told = f"unpacks to {size:,} bytes, more than the file has"
+                    raise CheckpointError(f"{path}: {told}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except BTNetError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
+    except Exception as error:  # torch raises many types for damaged or unsafe files
+        raise CheckpointError(f"{path}: {_why_not_torch(path, str(error))}") from error
+
+
+def _why_not_torch(path: Path, said: str) -> str:
+    """In our words why ``torch.load`` refused a file, saying ``said``."""
+    objects = dict.fromkeys(re.findall(r"(?:GLOBAL|class|type) ([A-Za-z_][\w.]*\.\w+)", said))
+    if objects:
+        return (
+            f"holds Python objects ({', '.join(objects)}), which are not run; save the tensors "
+            "alone: torch.save(network.state_dict(), …)"
+        )
+    return f"no weights of PyTorch, or damaged: {what_is(path)}"

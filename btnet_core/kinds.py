@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import zipfile
 from pathlib import Path
 
 HEAD = 1024  # bytes that are looked at
@@ -47,9 +48,11 @@ def what_is(content: bytes | Path | str) -> str:
     """Says in a few words what a file is, from its first bytes or its path; a guess, never an error."""
     if not isinstance(content, bytes):
         try:
+            if zipfile.is_zipfile(content):
+                return _archive(zipfile.ZipFile(content).namelist())
             with open(content, "rb") as file:
                 content = file.read(HEAD)
-        except OSError:
+        except (OSError, ValueError, zipfile.BadZipFile):
             return "a file that cannot be read"
     head = content[:HEAD]
     if not head.strip(b"\0"):
@@ -68,6 +71,20 @@ def what_is(content: bytes | Path | str) -> str:
     if re.match(rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", head):
         return "an ONNX model"
     return _text(head) or "in no known format"
+
+
+def _archive(names: list[str]) -> str:
+    """What a zip archive with these entries is."""
+    ends = {name.rsplit("/", 1)[-1] for name in names}
+    if any("/code/" in name for name in names):
+        return "a TorchScript program"
+    if "archive_format" in ends:
+        return "an exported PyTorch program (.pt2)"
+    if "data.pkl" in ends:
+        return "a PyTorch file"
+    if ends and all(name.endswith(".npy") for name in ends):
+        return "NumPy arrays (.npz)"
+    return "a zip archive" if names else "an empty zip archive"
 
 
 def _text(head: bytes) -> str | None:

@@ -15,14 +15,9 @@ from btnet_core.evaluation.embedders import (
 )
 from btnet_core.files import read_safetensors
 from btnet_core.images import Resize
-from btnet_core.models.backbone import (
-    Backbone,
-    BackboneConfig,
-    build_backbone,
-    load_backbone,
-    load_strictly,
-)
+from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet, Route, coupling_layer
+from btnet_core.models.weights import load_backbone, load_strictly
 from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.methods import (

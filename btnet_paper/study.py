@@ -17,7 +17,7 @@ from btnet_core.data.pairs import PairSet, open_pairs
 from btnet_core.device import resolve_device
 from btnet_core.files import checksum, find
 from btnet_core.images import Resize
-from btnet_core.models.backbone import load_backbone, save_backbone
+from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.launch import train_in_subprocess
 from btnet_core.training.progress import read_metrics

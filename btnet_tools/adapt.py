@@ -17,9 +17,10 @@ from btnet_core.data.sources import Spec, parse_spec, spec_text
 from btnet_core.device import autocast, resolve_device
 from btnet_core.errors import CheckpointError, ConfigError, DataError
 from btnet_core.files import read_safetensors
-from btnet_core.models.backbone import Backbone, load_backbone
+from btnet_core.models.backbone import Backbone
 from btnet_core.models.btnet import BTNet, coupling_layer, weights_digest
 from btnet_core.models.costs import Cost, route_cost
+from btnet_core.models.weights import load_backbone
 from btnet_core.training import checkpoint, methods
 from btnet_core.training.batches import open_pixels
 from btnet_core.training.classifier import save_classifier
@@ -57,6 +58,7 @@ class AdaptOptions:
     pairs: Sequence[Spec] = ()  # compare on these specs of open_pairs; (): on held-out people
     percent: int = 10  # of the people, held out where no pairs are given
     adapter: type[Backbone] | None = None  # class of a trunk of one's own
+    bgr: bool = False  # the trunk was trained on blue, green, red (BackboneConfig.channels)
     device: str = "auto"
     fresh: bool = False  # start over, whatever the folder holds
     skip_bad: bool = False  # leave out images that cannot be read, instead of refusing
@@ -98,7 +100,7 @@ def adapt(
         ConfigError, DataError, CheckpointError: before the first step; TrainingError: see ``train``.
     """
     began, out, options = time.monotonic(), Path(out), options or AdaptOptions()
-    faces, backbone = parse_spec(faces), load_backbone(trunk, options.adapter)
+    faces, backbone = parse_spec(faces), load_backbone(trunk, options.adapter, bgr=options.bgr)
     btnet = BTNet(backbone, sorted(options.resolutions, reverse=True))
     check_routes(btnet)
     bad = bad_images(open_faces(faces), options.skip_bad)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from btnet_core.errors import ConfigError
-from btnet_core.models.backbone import ADAPTERS, Backbone, BackboneConfig, load_strictly
+from btnet_core.models.backbone import ADAPTERS, Backbone, BackboneConfig
+from btnet_core.models.weights import load_wrapped
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d)
 
@@ -35,7 +36,7 @@ class Layer(nn.Sequential):
 class Adapter(Backbone):
     """Subclass, set the four facts, write ``build`` and ``split``; the class is then known by its name.
 
-    ``state`` are weights with the names that ``build()``'s network has, ``where`` their file.
+    ``state`` are weights with the names that ``build()``'s network has, wrapped or not, ``where`` their file.
 
     Raises:
         ConfigError: ``split`` computes something else than the network, or the facts do not fit.
@@ -44,7 +45,8 @@ class Adapter(Backbone):
 
     size = (112, 112)  # canonical rows, columns in pixels
     embedding = 512  # D
-    mean, std = 127.5, 127.5  # normalised = (pixels - mean) / std, RGB
+    mean, std = 127.5, 127.5  # normalised = (pixels - mean) / std
+    channels = "rgb"  # the order that the network was trained with, or "bgr"
 
     def build(self) -> nn.Module:
         """The network with any weights: normalised ``(B, 3, H, W)`` -> embeddings ``(B, D)``."""
@@ -61,8 +63,9 @@ class Adapter(Backbone):
     def __init__(self, state: dict[str, Tensor] | None = None, where: str = "") -> None:
         network, name = self.build(), type(self).__name__
         if state is not None:
-            load_strictly(network, state, where)
-        facts = {"size": self.size, "embedding": self.embedding, "mean": self.mean, "std": self.std}
+            load_wrapped(network, state, where)
+        names = ("size", "embedding", "mean", "std", "channels")
+        facts = {fact: getattr(self, fact) for fact in names}
         body, head = self.split(network)
         units = OrderedDict((key.replace(".", "_"), Layer(unit)) for key, unit in body.items())
         super().__init__(units, head, BackboneConfig(name=name, **facts))

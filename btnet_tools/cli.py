@@ -285,6 +285,7 @@ more_numbers = click.argument("more", nargs=-1, type=int, metavar="")  # "--reso
 )
 @option("--trunk", required=True, metavar="FILE", help="IResNet, MobileFaceNet, … (docs).")
 @option("--faces", required=True, metavar="PATH", help="A folder a person, RecordIO, a list.")
+@option("--bgr", is_flag=True, help="The trunk was trained on blue, green, red.")
 @option("--no-labels", is_flag=True, help="Learn from the trunk alone; nobody needs a name.")
 @option("--resolutions", default="28,14,7", callback=numbers, metavar="R,R", help="Of branches.")
 @option("--out", required=True, metavar="DIR", help="Folder of the BTNet.")
@@ -308,6 +309,7 @@ def adapt(trunk: str, faces: str, out: str, **given: Any) -> None:
         pairs=given["pairs"],
         percent=given["hold_out"],
         adapter=find_adapter(given["adapter"]) if given["adapter"] else None,
+        bgr=given["bgr"],
         device=given["device"],
         fresh=given["fresh"],
         skip_bad=given["skip_bad"],

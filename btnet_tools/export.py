@@ -37,11 +37,11 @@ class PixelRoute(nn.Module):
     def __init__(self, btnet: BTNet, r: int) -> None:
         super().__init__()
         config = btnet.trunk.config
-        self.route, self.mean, self.std = btnet.route(r), config.mean, config.std
+        self.route, self.normalise = btnet.route(r), btnet.trunk.normalise
         self.size = getattr(self.route, "size", config.size)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.route((pixels - self.mean) / self.std)
+        z = self.route(self.normalise(pixels))
         return nn.functional.normalize(z), torch.linalg.vector_norm(z, dim=1)
 
 

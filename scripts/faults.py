@@ -24,7 +24,8 @@ from typing import Any
 import nbformat
 
 from btnet_core.files import read_safetensors
-from btnet_core.models.backbone import BackboneConfig, build_backbone, save_backbone
+from btnet_core.models.backbone import BackboneConfig, build_backbone
+from btnet_core.models.weights import save_backbone
 from btnet_core.training import methods
 from btnet_paper.results import environment
 

@@ -61,12 +61,8 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
     from btnet_core.data import ijbc, recordio, survface
     from btnet_core.data import pairs as verification
     from btnet_core.data.faces import list_file
-    from btnet_core.models.backbone import (
-        BackboneConfig,
-        build_backbone,
-        load_backbone,
-        save_backbone,
-    )
+    from btnet_core.models.backbone import BackboneConfig, build_backbone
+    from btnet_core.models.weights import load_backbone, save_backbone
     from btnet_core.training import checkpoint
     from btnet_core.training.config import TrainConfig
 

@@ -27,13 +27,8 @@ from torch import Tensor, nn
 from btnet_core.errors import CheckpointError, ConfigError, DataError
 from btnet_core.files import read_safetensors, write_safetensors
 from btnet_core.images import Resize, resize, scaled_size, to_pixels
-from btnet_core.models.backbone import (
-    Backbone,
-    build_from,
-    embed_features,
-    load_strictly,
-    read_config,
-)
+from btnet_core.models.backbone import Backbone, embed_features
+from btnet_core.models.weights import build_from, load_strictly, read_config
 
 log = logging.getLogger(__name__)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)

@@ -25,7 +25,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from btnet_core.data.faces import open_faces
 from btnet_core.errors import ConfigError
 from btnet_core.images import resize, scaled_size, to_pixels
-from btnet_core.models.backbone import Backbone, PReLU, Stem, Unit
+from btnet_core.models.backbone import Backbone
+from btnet_core.models.blocks import PReLU, Stem, Unit
 from btnet_core.models.btnet import BTNet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

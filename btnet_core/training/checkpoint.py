@@ -111,9 +111,8 @@ def load_state(out: Path) -> dict[str, Any] | None:
         return None
     try:
         state = load_torch(path)
-    except Exception as error:  # torch raises many types for damaged or unsafe files
-        kind = type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read ({kind}); --fresh starts over") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --fresh starts over") from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         other = f"format {found}, expected {FORMAT}: of another version"

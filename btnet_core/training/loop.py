@@ -24,8 +24,8 @@ from btnet_core.errors import CheckpointError, TrainingError
 from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
 from btnet_core.evaluation.verification import evaluate_pairs
 from btnet_core.files import lock, read_safetensors, write_safetensors
-from btnet_core.models.backbone import save_backbone
 from btnet_core.models.btnet import BTNet, Route, weights_digest
+from btnet_core.models.weights import save_backbone
 from btnet_core.training import checkpoint, distributed
 from btnet_core.training.batches import Batch
 from btnet_core.training.classifier import save_classifier

@@ -17,8 +17,9 @@ from btnet_core import losses
 from btnet_core.data.pairs import PairSet, open_pairs
 from btnet_core.device import autocast, resolve_precision
 from btnet_core.errors import ConfigError
-from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone, load_backbone
+from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
 from btnet_core.models.btnet import Route, weights_digest
+from btnet_core.models.weights import load_backbone
 from btnet_core.training import classifier, distributed
 from btnet_core.training.batches import Batch, Pixels, Sampler, open_pixels
 from btnet_core.training.config import TrainConfig

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from btnet_core.errors import CheckpointError, ConfigError, DataError
-from btnet_core.models.backbone import (
-    Backbone,
-    BackboneConfig,
-    Depthwise,
-    PReLU,
-    build_backbone,
-    load_backbone,
-    save_backbone,
-)
+from btnet_core.errors import ConfigError, DataError
+from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
+from btnet_core.models.blocks import Depthwise, PReLU
+from btnet_core.models.weights import load_backbone, save_backbone
 
 
 def small(**changes: object) -> Backbone:
@@ -28,34 +21,41 @@ def small(**changes: object) -> Backbone:
     ).eval()
 
 
-def arcface_torch_names(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The state dict under the names that InsightFace's arcface_torch gives it (written here independently)."""
-    renamed = {}
-    for name, tensor in backbone.state_dict().items():
-        part, rest = name.split(".", 1)
-        if part == "head":
-            rest = rest.replace("bn.", "bn2.", 1) if rest.startswith("bn.") else rest
-        elif rest.startswith("stem."):
-            rest = rest.removeprefix("stem.").replace("conv.", "conv1.").replace("bn.", "bn1.")
-        else:
-            unit, leaf = rest.split(".", 1)
-            stage, index = unit[1:].split("U")
-            leaf = leaf.replace("shortcut.conv", "downsample.0").replace(
-                "shortcut.bn", "downsample.1"
-            )
-            rest = f"layer{stage}.{int(index) - 1}.{leaf}"
-        renamed[rest] = tensor
-    return renamed
-
-
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("iresnet18", 24.03), ("iresnet34", 34.14), ("iresnet50", 43.59), ("iresnet100", 65.16)],
+    [
+        ("iresnet18", 24.03),
+        ("iresnet34", 34.14),
+        ("iresnet50", 43.59),
+        ("iresnet100", 65.16),
+    ],
 )
 def test_parameter_counts_of_the_iresnets(name: str, millions: float) -> None:
     with torch.device("meta"):
         backbone = build_backbone(BackboneConfig(name=name))
     assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_parameters_of_iresnet200_and_mbf_by_hand() -> None:
+    def unit(c_in: int, c: int) -> int:
+        """BN, conv3x3, BN, PReLU, conv3x3, BN, and the shortcut of the first of a stage."""
+        return 2 * c_in + 9 * c_in * c + 3 * c + 9 * c * c + 2 * c
+
+    stages = zip((6, 26, 60, 6), (64, 64, 128, 256), (64, 128, 256, 512), strict=True)
+    units = sum(unit(a, c) + a * c + 2 * c + (n - 1) * unit(c, c) for n, a, c in stages)
+    iresnet = 27 * 64 + 3 * 64 + units + 2 * 512 + 512 * 49 * 512 + 512 + 2 * 512
+
+    def depthwise(c_in: int, inner: int, c: int) -> int:
+        return c_in * inner + 3 * inner + 9 * inner + 3 * inner + inner * c + 2 * c
+
+    rows = [(128, 128, 128)] * 5 + [(128, 256, 256)] + [(256, 256, 256)] * 6
+    rows += [(256, 512, 256)] + [(256, 256, 256)] * 2
+    mbf = 27 * 128 + 3 * 128 + 128 * 2 * 9 + 3 * 128 + sum(depthwise(*row) for row in rows)
+    mbf += 256 * 512 + 3 * 512 + 512 * 49 + 2 * 512 + 512 * 512 + 2 * 512
+    for name, expected in (("iresnet200", iresnet), ("mbf", mbf)):
+        with torch.device("meta"):
+            backbone = build_backbone(BackboneConfig(name=name))
+        assert sum(p.numel() for p in backbone.parameters()) == expected
 
 
 def test_feature_pyramid_follows_the_strides() -> None:
@@ -128,55 +128,9 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x), backbone(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_loads_insightface_backbone_pth(prefix: str, tmp_path: Path) -> None:
-    backbone = small()
-    state = {prefix + name: tensor for name, tensor in arcface_torch_names(backbone).items()}
-    torch.save(state, tmp_path / "backbone.pth")
-    loaded = load_backbone(tmp_path / "backbone.pth").eval()
-    assert loaded.config == backbone.config
-    x = torch.randn(2, 3, 112, 112)
-    torch.testing.assert_close(loaded(x), backbone(x), rtol=0, atol=0)
-
-
-class Harmful:
-    """Unpickling this creates a file: proof that code ran."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    torch.save({"conv1.weight": Harmful(tmp_path / "ran")}, tmp_path / "bad.pth")
-    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Harmful(tmp_path / "ran")))
-    for name in ("bad.pth", "raw.pth"):
-        with pytest.raises(CheckpointError, match=name):
-            load_backbone(tmp_path / name)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_checkpoint_errors_name_the_file_and_the_tensor(tmp_path: Path) -> None:
-    state = arcface_torch_names(small())
-    del state["layer2.0.bn1.weight"]
-    torch.save(state, tmp_path / "cut.pth")
-    with pytest.raises(CheckpointError, match=r"cut\.pth.*missing body\.S2U1\.bn1\.weight"):
-        load_backbone(tmp_path / "cut.pth")
-    torch.save({"some.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"some\.weight"):
-        load_backbone(tmp_path / "other.pth")
-    (tmp_path / "half.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
-    with pytest.raises(CheckpointError, match=r"half\.safetensors"):
-        load_backbone(tmp_path / "half.safetensors")
-    with pytest.raises(CheckpointError, match="absent"):
-        load_backbone(tmp_path / "absent.safetensors")
-
-
 def test_configuration_errors() -> None:
-    for wrong in ({"name": "resnet50"}, {"size": (100, 100)}, {"width": 0}):
-        with pytest.raises(ConfigError):
+    for wrong in ({"name": "resnet50"}, {"size": (100, 100)}, {"width": 0}, {"std": 0}, {"embedding": 1.5}, {"channels": "gbr"}):  # fmt: skip
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
             BackboneConfig(**wrong)
 
 
@@ -190,11 +144,16 @@ def test_crop_and_normalise() -> None:
         wide.preprocess(torch.zeros(1, 3, 56, 56))
 
 
-def test_pretrained_mobilefacenet_loads(btnet_data: Path) -> None:
-    backbone = load_backbone(btnet_data / "mobilefacenet_casia.safetensors").eval()
-    assert sum(p.numel() for p in backbone.parameters()) == 999_552
-    assert backbone.config.size == (112, 96)
-    rows = backbone.resolutions()
+def test_channels_are_turned_where_the_trunk_wants_bgr() -> None:
+    pixels = torch.stack([torch.full((112, 112), value) for value in (10.0, 20.0, 30.0)])[None]
+    for channels, expected in (("rgb", [10, 20, 30]), ("bgr", [30, 20, 10])):
+        backbone = small(channels=channels, mean=0.0, std=1.0)
+        assert backbone.preprocess(pixels)[0, :, 0, 0].tolist() == expected
+        assert backbone.normalise(pixels[0])[:, 0, 0].tolist() == expected
+
+
+def test_mbf_has_the_pyramid_of_a_trunk() -> None:
+    rows = small(name="mbf").resolutions()
     first = {r: next(name for name, value in rows.items() if value == r) for r in (56, 28, 14, 7)}
     assert first == {56: "conv1", 28: "block0", 14: "block5", 7: "block12"}
-    assert backbone(torch.randn(2, 3, 112, 96)).shape == (2, 128)
+    assert small(name="mbf", size=(112, 96))(torch.randn(2, 3, 112, 96)).shape == (2, 16)

@@ -220,7 +220,7 @@ def test_embed_nothing_and_training_mode(btnet: BTNet) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (np.zeros((5, 5), np.uint8), "shape"),
+        (np.zeros((5, 5), np.uint8), "array"),
         ("missing.png", r"missing\.png"),
         (torch.zeros(3, 5, 5) - 1, "span"),
         (torch.rand(3, 5, 5), "not"),

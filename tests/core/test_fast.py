@@ -15,8 +15,9 @@ from btnet_core.data.faces import open_faces
 from btnet_core.errors import BTNetError, ConfigError
 from btnet_core.evaluation.embedders import BranchEmbedder
 from btnet_core.models import fast
-from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone, load_backbone
+from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet
+from btnet_core.models.weights import load_backbone
 from btnet_tools.cli import main
 
 TRUNKS = {

@@ -13,7 +13,8 @@ import torch
 
 from btnet_core.evaluation.embedders import UpsamplingEmbedder
 from btnet_core.files import read_safetensors
-from btnet_core.models.backbone import BackboneConfig, load_backbone
+from btnet_core.models.backbone import BackboneConfig
+from btnet_core.models.weights import load_backbone
 from btnet_core.training import checkpoint, loop, methods
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.launch import train_in_subprocess

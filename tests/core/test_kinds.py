@@ -69,7 +69,9 @@ def test_kinds(words: str, tmp_path: Path) -> None:
     assert said.startswith(words.rstrip(","))
     assert "\n" not in said
     (tmp_path / "file").write_bytes(CASES[words])
-    assert what_is(tmp_path / "file") == said
+    whole = what_is(tmp_path / "file")
+    assert whole == said or words == "a zip archive"  # of which a path tells more
+    assert whole == "a PyTorch file" or words != "a zip archive"
 
 
 def test_an_onnx_model(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from torch import nn
 
 from btnet_core.errors import CheckpointError, TrainingError
 from btnet_core.files import read_safetensors
-from btnet_core.models.backbone import BackboneConfig, load_backbone
+from btnet_core.models.backbone import BackboneConfig
 from btnet_core.models.btnet import BTNet
+from btnet_core.models.weights import load_backbone
 from btnet_core.training import checkpoint, loop, methods
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.loop import Readings, backward, train

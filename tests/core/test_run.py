@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from btnet_core.errors import CheckpointError, ConfigError, DataError
-from btnet_core.models.backbone import BackboneConfig, load_backbone
+from btnet_core.models.backbone import BackboneConfig
 from btnet_core.models.btnet import BTNet
+from btnet_core.models.weights import load_backbone
 from btnet_core.training import methods
 from btnet_core.training.batches import open_pixels
 from btnet_core.training.classifier import load_classifier

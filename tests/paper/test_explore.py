@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from btnet_core.errors import DataError
 from btnet_core.images import encode
-from btnet_core.models.backbone import BackboneConfig, build_backbone, save_backbone
+from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet
 from btnet_core.models.costs import route_cost
+from btnet_core.models.weights import save_backbone
 from btnet_paper.explore import METHODS, SOURCES, Choice, Explorer, allocations, controls, png
 from btnet_paper.scales import Scale, get_scale
 

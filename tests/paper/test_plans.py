@@ -16,8 +16,9 @@ from btnet_core.evaluation.embedders import (
     MultiModelEmbedder,
     UpsamplingEmbedder,
 )
-from btnet_core.models.backbone import BackboneConfig, build_backbone, load_backbone, save_backbone
+from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet, weights_digest
+from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.classifier import fresh_weight, save_classifier
 from btnet_core.training.loop import train
 from btnet_paper import plans, published

@@ -8,12 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from btnet_core.models.backbone import (
-    BackboneConfig,
-    build_backbone,
-    load_backbone,
-    save_backbone,
-)
+from btnet_core.models.backbone import BackboneConfig, build_backbone
+from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.methods import phi_hr
 from btnet_paper import figures, results
 from btnet_paper.scales import Scale, get_scale

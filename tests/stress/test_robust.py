@@ -28,8 +28,9 @@ from btnet_core.data.survface import read_mat
 from btnet_core.errors import BTNetError, CheckpointError, ConfigError, DataError
 from btnet_core.files import lock
 from btnet_core.images import encode
-from btnet_core.models.backbone import BackboneConfig, build_backbone, load_backbone, save_backbone
+from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet
+from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training import checkpoint
 from btnet_core.training.classifier import load_classifier, save_classifier
 from btnet_core.training.config import TrainConfig

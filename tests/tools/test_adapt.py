@@ -15,15 +15,10 @@ from btnet_core.data.faces import open_faces
 from btnet_core.data.pairs import draw_pairs
 from btnet_core.errors import CheckpointError, ConfigError, DataError
 from btnet_core.images import encode
-from btnet_core.models.backbone import (
-    ADAPTERS,
-    BackboneConfig,
-    build_backbone,
-    load_backbone,
-    save_backbone,
-)
+from btnet_core.models.backbone import ADAPTERS, BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet, weights_digest
 from btnet_core.models.costs import route_cost
+from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training import checkpoint
 from btnet_tools import adapt as module
 from btnet_tools.adapt import AdaptOptions, adapt, forecast, parts, plan
@@ -381,3 +376,17 @@ def test_a_recogniser_trained_by_others_on_real_faces(btnet_data: Path, tmp_path
     net = BTNet.load(tmp_path / "net")
     assert net.route(7).size == (7, 6)
     assert net.embed(open_faces(some).images([0, 1]).unbind()).shape == (2, 128)
+
+
+def test_bgr_reaches_the_trunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def load(path: str, adapter: object, *, bgr: bool) -> None:
+        asked.append(bgr)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("btnet_tools.adapt.load_backbone", load)
+    line = ["adapt", "--trunk", "t.pth", "--faces", "faces", "--out", str(tmp_path)]
+    assert main(line) == 1
+    assert main([*line, "--bgr"]) == 1
+    assert asked == [False, True]

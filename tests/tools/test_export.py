@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from btnet_core.errors import ConfigError, WriteError
-from btnet_core.models.backbone import Backbone, BackboneConfig, PReLU, build_backbone
+from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
+from btnet_core.models.blocks import PReLU
 from btnet_core.models.btnet import BTNet
 from btnet_tools import export as module
 from btnet_tools.adapter import Adapter
@@ -139,3 +140,16 @@ def test_the_command(net: BTNet, tmp_path: Path, capsys, monkeypatch: pytest.Mon
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="file"):
         export(net, "pt2", tmp_path / "file")
+
+
+def test_a_bgr_trunk_gets_its_channels_in_its_order() -> None:
+    class Turned(Small):
+        channels = "bgr"
+
+    btnet, plain = make(Turned(), (7,)), make(Small(), (7,))
+    plain.load_state_dict(btnet.state_dict())
+    faces = torch.rand(2, 3, 7, 7, generator=torch.Generator().manual_seed(0)) * 255
+    embedding, _ = module.PixelRoute(btnet, 7)(faces)
+    expected, _ = module.PixelRoute(plain, 7)(faces.flip(1))
+    torch.testing.assert_close(embedding, expected, rtol=0, atol=0)
+    assert not torch.equal(embedding, module.PixelRoute(plain, 7)(faces)[0])

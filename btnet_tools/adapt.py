@@ -115,6 +115,8 @@ def adapt(
     kappa = out / "train" / f"kappa-{training.checksum[-12:]}.safetensors"
     runs = plan(btnet, data, out, kappa, options)
     store_trunk(out, backbone)
+    if not options.fresh:
+        check_unchanged(runs, out, training)
     device = resolve_device(options.device)
     values = compare(btnet, held, ["before"], options.device)  # what cannot be read is told now
     say(forecast(runs, btnet.to(device), len(training), out, options.fresh))
@@ -209,6 +211,22 @@ def store_trunk(out: Path, backbone: Backbone) -> None:
 def place_of(out: Path, run: TrainConfig) -> Path:
     """The folder of a branch's training."""
     return out / "train" / f"branch_{run.resolution}"
+
+
+def check_unchanged(runs: Sequence[TrainConfig], out: Path, faces: FaceSet) -> None:
+    """What ``out`` holds of an earlier call, finished or not, must be of this recipe and these faces.
+
+    Raises:
+        ConfigError: naming what differs, before any branch is trained.
+    """
+    for run in runs:
+        place, free = place_of(out, run), checkpoint.MACHINE
+        old = checkpoint.read_record(place)
+        if old is None and (state := checkpoint.load_state(place)):
+            old, free = checkpoint.identity_in(state), free | checkpoint.SHOWN
+        if old is not None:  # files in ``inputs`` are of ``out`` itself
+            new = {"config": run.to_dict(), "inputs": {**old["inputs"], "data": faces.checksum}}
+            checkpoint.check_same(old, new, place, free)
 
 
 def forecast(runs: Sequence[TrainConfig], btnet: BTNet, faces: int, out: Path, fresh: bool) -> str:

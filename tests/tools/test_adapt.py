@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,17 @@ def test_adapt_trains_branches_and_compares(
     said.clear()
     adapt(trunk, FACES, tmp_path / "net", options, said.append)
     assert said[0].count("about 0 s, 100 % done") == 2
+
+    # another recipe, or other faces: refused before anything is trained, and what is there stays
+    monkeypatch.setattr(module, "train", None)
+    before = (tmp_path / "net" / "branch_7.safetensors").read_bytes()
+    longer = replace(options, changes={**SMALL, "epochs": 2})
+    with pytest.raises(ConfigError, match=r"branch_14: .*epochs 1 -> 2.*--fresh"):
+        adapt(trunk, FACES, tmp_path / "net", longer, said.append)
+    with pytest.raises(ConfigError, match=r"data .*'seed': 1"):
+        adapt(trunk, {**FACES, "seed": 1}, tmp_path / "net", options, said.append)
+    assert (tmp_path / "net" / "branch_7.safetensors").read_bytes() == before
+
     other = tmp_path / "other.safetensors"
     save_backbone(build_backbone(TINY), other)
     with pytest.raises(CheckpointError, match="another trunk"):
@@ -155,6 +167,21 @@ def test_branches_that_are_no_gain_are_named() -> None:
     assert module.no_gain(values, (7, 14, 112)) == [14]
     values = {"before": {"7": {"cosine": 0.6}}, "after": {"7": {"cosine": 0.5}}}
     assert module.no_gain(values, (7, 112)) == [7]
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, faces = BTNet(build_backbone(TINY), (14,)), open_faces(FACES)
+    (run,) = plan(net, FACES, tmp_path, tmp_path, AdaptOptions(changes=SMALL))
+    identity = {"config": run.to_dict(), "inputs": {"data": faces.checksum, "trunk": "sha"}}
+    monkeypatch.setattr(checkpoint, "load_state", lambda out: {"identity": json.dumps(identity)})
+    module.check_unchanged([run], tmp_path, faces)
+    module.check_unchanged([run.replace(workers=7)], tmp_path, faces)  # changes no result
+    with pytest.raises(ConfigError, match=r"lr 0\.5 -> 0.1"):
+        module.check_unchanged([run.replace(lr=0.1)], tmp_path, faces)
+    with pytest.raises(ConfigError, match="content of data"):
+        module.check_unchanged([run], tmp_path, open_faces({**FACES, "seed": 1}))
 
 
 def test_loose_images_without_labels(

@@ -75,8 +75,8 @@ def train_in_subprocess(
         )  # fmt: skip
     _follow(process, out, config.name)
     if process.returncode:
-        tail = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-8:])
-        raise TrainingError(f"training in {out} ended with status {process.returncode}:\n{tail}")
+        status = f"training in {out} ended with status {process.returncode}"
+        raise TrainingError(f"{status}:\n{_told(log)}")
     record = checkpoint.read_record(out)
     return record["metrics"] if record else {}
 
@@ -122,6 +122,14 @@ def _follow(process: subprocess.Popen, out: Path, name: str) -> None:
         bar.close()
     if stopped:
         raise KeyboardInterrupt
+
+
+def _told(log: Path) -> str:
+    """The error that a process named (see ``main``); the last lines where none did."""
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    names = tuple(f"{kind.__name__}: " for kind in BTNetError.__subclasses__())
+    named = [line for line in lines if line.startswith(names)]
+    return named[0] if named else "\n".join(lines[-8:])
 
 
 def _advance(bar: tqdm | None, out: Path, name: str) -> tqdm | None:

@@ -92,6 +92,12 @@ def test_two_processes_by_one_call(tmp_path: Path, capsys: pytest.CaptureFixture
     assert holder(out) == 0
 
 
+def test_an_error_of_several_processes_is_the_one_that_they_named(tmp_path: Path) -> None:
+    config = methods.phi_hr("nowhere", backbone=TINY, **QUICK)
+    with pytest.raises(TrainingError, match=r"status \d+:\nDataError: .*nowhere[^\n]*$"):
+        train_in_subprocess(config, tmp_path, device="cpu", processes=2)
+
+
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.count("auto", "cpu") == 1
     assert launch.count(3, "cpu") == 3

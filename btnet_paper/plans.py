@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from btnet_core.data.sources import Spec
 from btnet_core.errors import CheckpointError
 from btnet_core.evaluation.embedders import (
     BranchEmbedder,
@@ -22,6 +23,7 @@ from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.methods import (
     figure7,
+    finetuned,
     full_finetuning,
     phi_bt,
     phi_hr,
@@ -130,6 +132,27 @@ def _from_hr(scale: Scale, models: Path, seed: int) -> dict[str, Any]:
     trunk, kappa = kept(scale, models, "phi_hr")
     cache = str(models / "teacher") if scale.pretrained else ""
     return {"init": trunk, "classifier": kappa, "cache_dir": cache, "seed": seed}
+
+
+def finetuning(scale: Scale, models: Path, data: Spec, *, seed: int = 0) -> Runs:
+    """Returns the runs of Table 2 with fine-tuning on SurvFace's training part ``data``.
+
+    First the trunk under the branches, with a fresh classifier, then a branch for each resolution;
+    the folders are under ``models/survface``, where `load_methods` finds them.
+    """
+    folder = models / "survface"
+    start, _ = kept(scale, models, scale.teacher)
+    trunk, kappa = (
+        str(folder / scale.teacher / f"{part}.safetensors") for part in ("trunk", "classifier")
+    )
+    own = {"name": scale.teacher, "seed": seed, **scale.survface_trunk}
+    runs = [finetuned(data, start, **own)]
+    for r in scale.resolutions:
+        changes = {"btnet": str(folder / "phi_bt"), "seed": seed, **scale.survface_branch}
+        if r in scale.survface_epochs:
+            changes["epochs"] = scale.survface_epochs[r]
+        runs.append(phi_bt(data, r, trunk, kappa, **changes))
+    return {run.name: run for run in runs}
 
 
 # ---- Section 5 ----

@@ -19,7 +19,8 @@ from btnet_core.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # Fields that hold fields of TrainConfig: a page changes those of its base one by one.
-RUNS = ("hr", "trunk", "branch", "ablation")
+RUNS = ("hr", "trunk", "branch", "ablation", "survface_trunk", "survface_branch")
+BY_RESOLUTION = ("epochs", "survface_epochs")  # these, too
 # Readings of phi_mm -> (row of Table 1, how its folders begin)
 SPECIALISTS = {
     "native": ("phi_mm", "phi_mm_"),
@@ -53,6 +54,13 @@ class Scale:
     epochs: dict[int, int] = field(default_factory=dict)  # of the branch of r, where not `branch`'s
     ablation: dict[str, Any] = field(default_factory=dict)  # for the runs of Section 5
     ablated: int = 14  # resolution of those runs, rows in pixels
+    survface: str = ""  # QMUL-SurvFace; "": a stand-in of `others`
+    ijbc: str = ""  # IJB-C; "": a stand-in of `others`
+    survface_faces: Spec = ""  # of which the stand-in's training part is made; "": `faces`
+    # fields of TrainConfig where trunk and branches are fine-tuned on SurvFace (notebook 06)
+    survface_trunk: dict[str, Any] = field(default_factory=dict)
+    survface_branch: dict[str, Any] = field(default_factory=dict)
+    survface_epochs: dict[int, int] = field(default_factory=dict)  # of the branch of r
 
     @property
     def shown(self) -> Spec:
@@ -106,7 +114,9 @@ def _read(path: Path) -> dict[str, Any]:
         return values
     below = _read(path.with_name(f"{base}.yaml"))
     merged = {
-        key: {**below.get(key, {}), **values[key]} for key in (*RUNS, "epochs") if key in values
+        key: {**below.get(key, {}), **values[key]}
+        for key in (*RUNS, *BY_RESOLUTION)
+        if key in values
     }
     return below | values | merged
 

@@ -13,8 +13,11 @@ import torch
 from IPython.display import Image, Markdown, display
 
 from btnet_core.data.faces import FaceSet, open_faces
+from btnet_core.data.ijbc import read_templates
 from btnet_core.data.pairs import PairSet, open_pairs
+from btnet_core.data.survface import OpenSet, read_open_set
 from btnet_core.device import resolve_device
+from btnet_core.evaluation.templates import TemplateSet
 from btnet_core.files import checksum, find
 from btnet_core.images import Resize
 from btnet_core.models.weights import load_backbone, save_backbone
@@ -23,6 +26,7 @@ from btnet_core.training.launch import train_in_subprocess
 from btnet_core.training.progress import read_metrics
 from btnet_paper import claims, figures, records, results
 from btnet_paper.scales import Scale, get_scale
+from btnet_paper.standins import ijbc_standin, survface_standin, survface_training_standin
 
 
 class Study:
@@ -83,6 +87,30 @@ class Study:
     def pairs(self) -> list[PairSet]:
         """The scale's verification sets."""
         return [open_pairs(spec) for spec in self.scale.pairs]
+
+    def survface(self, *, blur: float = 0.0, noise: float = 0.0) -> OpenSet:
+        """The open-set test: QMUL-SurvFace, or a stand-in of this scale's other faces.
+
+        ``blur`` (sigma, native pixels) and ``noise`` (grey levels) are of the stand-in.
+        """
+        if self.scale.survface:
+            return read_open_set(find(self.scale.survface))
+        others, how = open_faces(self.scale.others), {"blur": blur, "noise": noise}
+        return survface_standin(others, self.run_dir / "data", seed=self.seed, **how)
+
+    def survface_training(self) -> str:
+        """The faces on which Table 2's networks are fine-tuned: a spec for `open_faces`."""
+        if self.scale.survface:
+            return str(find(self.scale.survface) / "training_set")
+        faces = open_faces(self.scale.survface_faces or self.scale.faces)
+        return str(survface_training_standin(faces, self.run_dir / "data", seed=self.seed))
+
+    def templates(self) -> TemplateSet:
+        """The templates of Tables 5 to 8: IJB-C, or a stand-in of this scale's other faces."""
+        if self.scale.ijbc:
+            return read_templates(find(self.scale.ijbc))
+        others = open_faces(self.scale.others)
+        return ijbc_standin(others, self.run_dir / "data", seed=self.seed)
 
     @property
     def settings(self) -> list[tuple[int, int]]:

@@ -65,6 +65,15 @@ def full_finetuning(data: Spec, r: int, trunk: str, kappa: str, **changes: Any) 
     return TrainConfig(**{**values, **changes})
 
 
+def finetuned(data: Spec, trunk: str, **changes: Any) -> TrainConfig:
+    """All of a trunk fine-tuned on other faces, with a fresh classifier (SurvFace, Section 4.3.2).
+
+    Its branches are phi_bt on the same faces (paper-and-code: SurvFace fine-tuning, fresh head).
+    """
+    own = {"name": "finetuned", "data": data, "sizes": PYRAMID, "init": trunk, **BRANCH}
+    return TrainConfig(**{**own, **changes})
+
+
 def table3(
     data: Spec, row: str, trunk: str, kappa: str, r: int = 14, **changes: Any
 ) -> TrainConfig:

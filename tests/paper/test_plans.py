@@ -249,3 +249,36 @@ def test_every_run_of_table_1_at_a_tiny_scale(tmp_path: Path) -> None:
     assert weights_digest(BTNet.load(tmp_path / "phi_bt").trunk) == weights_digest(
         load_backbone(tmp_path / "phi_mr" / "trunk.safetensors")
     )
+
+
+def test_finetuning_on_survface_trains_the_trunk_then_branches_of_it(tmp_path: Path) -> None:
+    for name, teacher in (("demo", "phi_mr"), ("lfw", "phi_hr"), ("paper", "phi_mr")):
+        scale = get_scale(name)
+        runs = list(plans.finetuning(scale, tmp_path, "training", seed=4).values())
+        trunk, *branches = runs
+        assert [run.name for run in runs] == [teacher, "phi_bt_28", "phi_bt_14", "phi_bt_7"]
+        assert {(run.data, run.seed) for run in runs} == {("training", 4)}
+        assert trunk.init == str(tmp_path / teacher / "trunk.safetensors")
+        assert (trunk.classifier, trunk.fix_classifier, trunk.resolution) == ("fresh", False, 0)
+        for branch in branches:
+            assert branch.init == str(tmp_path / "survface" / teacher / "trunk.safetensors")
+            kappa = tmp_path / "survface" / teacher / "classifier.safetensors"
+            assert (branch.classifier, branch.fix_classifier) == (str(kappa), True)
+            assert branch.btnet == str(tmp_path / "survface" / "phi_bt")
+    theirs = plans.finetuning(get_scale("paper-authors"), tmp_path, "training")
+    assert [run.epochs for run in theirs.values()] == [10, 10, 10, 25]
+    assert theirs["phi_bt_7"].embedding_weight == 1.0
+
+
+def test_finetuned_networks_are_trained_and_loaded(models: Path) -> None:
+    quick = {"epochs": 1, "batch": 18, "lr": 0.2}
+    scale = replace(tiny(), resolutions=(7,), survface_trunk=quick, survface_branch=quick)
+    faces = {"kind": "synthetic", "identities": 9, "images": 4, "seed": 0}  # other people
+    for config in plans.finetuning(scale, models, faces).values():
+        train(config, models / "survface" / config.name, device="cpu", show="none")
+    found = plans.load_methods(models / "survface", device="cpu")
+    assert list(found) == ["phi_mr", "phi_bt"]
+    before = UpsamplingEmbedder(load_backbone(models / "phi_mr" / "trunk.safetensors"))
+    pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
+    assert not torch.allclose(found["phi_mr"](pixels, 112), before(pixels, 112), atol=1e-3)
+    assert torch.allclose(found["phi_mr"](pixels, 112), found["phi_bt"](pixels, 112), atol=1e-3)

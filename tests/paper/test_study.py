@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from btnet_core.data.faces import open_faces
+from btnet_core.data.survface import write_layout
+from btnet_core.errors import DataError
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.methods import phi_hr
@@ -128,6 +131,26 @@ def test_it_trains_remembers_configurations_and_history(tmp_path: Path, monkeypa
     assert study.history("loss")["b"] == {"step": [1, 2], "loss": [2.0, 1.0]}
     study.record({"x": 1})
     assert results.load(tmp_path, "toy")["config"]["b"]["lr"] == 0.3
+
+
+def test_stand_ins_where_there_is_no_real_set_and_the_real_one_where_there_is(
+    tmp_path: Path,
+) -> None:
+    few = {"kind": "synthetic", "identities": 6, "images": 3, "seed": 0, "first": 50}
+    study = Study("x", scale=toy(others=few, survface_faces=""), run_dir=tmp_path, device="cpu")
+    test, templates = study.survface(), study.templates()
+    assert "stand-in" in test.name
+    assert "stand-in" in templates.name
+    training = open_faces(study.survface_training())
+    assert len(training) == len(study.faces)
+    root = Path(study.survface_training()).parent
+    write_layout(root, [(7, image := test.images[0])], [(7, image)], [(0, image)])
+    (root / "STAND-IN.txt").unlink()
+    real = Study("x", scale=toy(survface=str(root), ijbc="nowhere"), run_dir=tmp_path)
+    assert real.survface().labels.tolist() == [7, 7, -1]
+    assert real.survface_training() == str(root / "training_set")
+    with pytest.raises(DataError, match="nowhere"):
+        real.templates()
 
 
 @pytest.mark.parametrize("field", ["scale", "device"])

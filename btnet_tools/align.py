@@ -19,57 +19,32 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from btnet_core.data.ijbc import moved
 from btnet_core.errors import DataError
 from btnet_core.images import MAX_BYTES, decode, encode, read
 
 SIZE = 112  # rows and columns of a crop
-# ArcFace's places of the eyes, the nose and the corners of the mouth in the crop, (x, y) in pixels.
-TEMPLATE = np.array(
-    [
-        [38.2946, 51.6963],
-        [73.5318, 51.5014],
-        [56.0252, 71.7366],
-        [41.5493, 92.3655],
-        [70.7299, 92.2041],
-    ]
-)
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError)
 
 
-def similarity(points: np.ndarray) -> np.ndarray:
-    """The transforms (N, 4) that bring points (N, 5, 2) closest to TEMPLATE, by least squares."""
-    raw = points[..., 0] + 1j * points[..., 1]
-    goal = TEMPLATE[:, 0] + 1j * TEMPLATE[:, 1]
-    centred = raw - raw.mean(1, keepdims=True)
-    turn = (centred.conj() @ (goal - goal.mean())) / (abs(centred) ** 2).sum(1)
-    shift = goal.mean() - turn * raw.mean(1)
-    return np.stack([turn.real, turn.imag, shift.real, shift.imag], 1)
-
-
-def to_raw(transform: np.ndarray, x: Tensor | float, y: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The raw (x, y) of a place in the crop: the inverse of the transform."""
+def matrix(transform: np.ndarray) -> np.ndarray:
+    """The transform as a matrix (2, 3)."""
     a, b, tx, ty = (float(value) for value in transform)
-    x, y = torch.as_tensor(x) - tx, torch.as_tensor(y) - ty
-    return (a * x + b * y) / (a * a + b * b), (a * y - b * x) / (a * a + b * b)
+    return np.array([[a, -b, tx], [b, a, ty]])
 
 
-def warp(picture: Tensor, transform: np.ndarray, side: int = SIZE) -> Tensor:
-    """The crop, uint8 (3, side, side), of a raw picture, uint8 (3, H, W); black outside it.
+def crop(picture: Tensor, transform: np.ndarray) -> Tensor:
+    """The crop, uint8 (3, 112, 112), of a raw picture, uint8 (3, H, W); black outside it.
 
     Where the crop shrinks the picture (s = |(a, b)| < 1), each of its pixels is the mean of k x k
     bilinear samples, k = ceil(1 / s), spread evenly over the pixel's area: an area average, so that
     nothing aliases. Where it does not, k = 1: plain bilinear.
     """
-    k = max(1, math.ceil(1 / math.hypot(transform[0], transform[1]) - 1e-6))  # but for rounding
-    place = (torch.arange(side * k, dtype=torch.float64) + 0.5) / k - 0.5
-    y, x = torch.meshgrid(place, place, indexing="ij")
-    x, y = to_raw(transform, x, y)
-    rows, columns = picture.shape[-2:]
-    grid = torch.stack([2 * x / (columns - 1) - 1, 2 * y / (rows - 1) - 1], -1).float()
-    samples = F.grid_sample(
-        picture[None].float(), grid[None], padding_mode="zeros", align_corners=True
-    )
-    return F.avg_pool2d(samples, k)[0].round().clamp(0, 255).to(torch.uint8)
+    k = max(1, math.ceil(1 / math.hypot(transform[0], transform[1])))
+    finer = k * matrix(transform)
+    finer[:, 2] += (k - 1) / 2  # the centre of a crop pixel is that of its k x k samples
+    samples = moved(picture, finer, (SIZE * k, SIZE * k))
+    return F.avg_pool2d(samples[None], k)[0].round().to(torch.uint8)
 
 
 def members(
@@ -143,7 +118,7 @@ def cut(
             raise DataError(f"{where}: is not the file that the committed transforms are of")
         picture = decode(data, where=where)
         _check_size(picture, transforms[i], None if sizes is None else sizes[i], where)
-        crops[i] = encode(warp(picture, transforms[i]), "JPEG")
+        crops[i] = encode(crop(picture, transforms[i]), "JPEG")
     missing = [key for key in keys if place[key] not in crops]
     if missing:
         raise DataError(
@@ -153,11 +128,13 @@ def cut(
 
 
 def _check_size(picture: Tensor, transform: np.ndarray, size: np.ndarray | None, where: str):
+    """The picture has ``size``, and the centre of the crop lies in it."""
     rows, columns = picture.shape[-2:]
     if size is not None and (columns, rows) != tuple(size):
         raise DataError(f"{where}: got {columns}x{rows} pixels, expected {size[0]}x{size[1]}")
-    x, y = to_raw(transform, (SIZE - 1) / 2, (SIZE - 1) / 2)
-    if not (0 <= x < columns and 0 <= y < rows) or min(rows, columns) < 2:
+    turn, shift = np.hsplit(matrix(transform), [2])
+    x, y = np.linalg.solve(turn, (SIZE - 1) / 2 - shift)[:, 0]
+    if not (0 <= x < columns and 0 <= y < rows):
         raise DataError(
             f"{where}: of {columns}x{rows} pixels, the face should be at ({x:.0f}, {y:.0f}): "
             "another release of the set than the transforms are of"

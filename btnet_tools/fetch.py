@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from btnet_core.data.folders import read_lines
+from btnet_core.data.ijbc import ARCFACE, similarity_transform
 from btnet_core.data.pairs import write_bin
 from btnet_core.data.recordio import FaceRecords, write_face_records
 from btnet_core.errors import ConfigError, DataError
@@ -32,7 +33,7 @@ from btnet_core.files import (
     write_atomically,
     write_safetensors,
 )
-from btnet_tools.align import SIZE, cut, members, similarity
+from btnet_tools.align import SIZE, cut, members
 from btnet_tools.catalogue import DATA, Download, downloads, entries
 
 
@@ -149,7 +150,8 @@ def get_celeba(
     if lists:
         rows = (line.split() for line in read_lines(lists[0])[2:])
         points = {row[0]: np.array(row[1:], float).reshape(5, 2) for row in rows}
-        transforms = similarity(np.stack([points[key] for key in keys]))
+        fits = np.stack([similarity_transform(points[key], ARCFACE) for key in keys])
+        transforms = fits[:, [0, 1, 0, 1], [0, 0, 2, 2]]  # a, b, tx, ty
         sizes = np.full((len(keys), 2), (178, 218))
     crops = cut(source, keys, transforms, sizes)
     return [write_faces(root / "celeba", crops, table["identity"], source)]

@@ -77,16 +77,19 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.column_stack([turn, goal - turn @ mean])
 
 
-def warp(image: Tensor, matrix: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """``image`` (3, H, W) moved by ``matrix`` (2, 3) into ``size``: bilinear, black outside."""
+def moved(image: Tensor, matrix: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """``image`` (3, H, W) moved by ``matrix`` (2, 3) into ``size``: float, bilinear, black outside."""
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
     y, x = np.mgrid[: size[0], : size[1]]
     at = np.stack([x, y, np.ones_like(x)], -1) @ inverse.T  # (rows, columns, 2): x, y in the image
     grid = (2 * at + 1) / np.array([image.shape[2], image.shape[1]]) - 1
-    out = F.grid_sample(
-        image[None].float(), torch.from_numpy(grid).float()[None], align_corners=False
-    )
-    return out[0].round().to(torch.uint8)
+    place = torch.from_numpy(grid).float()[None]
+    return F.grid_sample(image[None].float(), place, align_corners=False)[0]
+
+
+def warp(image: Tensor, matrix: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """:func:`moved`, in whole grey levels."""
+    return moved(image, matrix, size).round().to(torch.uint8)
 
 
 def align(image: Tensor, landmarks: np.ndarray) -> Tensor:

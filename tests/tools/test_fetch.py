@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 
 from btnet_core.data.faces import open_faces
+from btnet_core.data.ijbc import ARCFACE, similarity_transform
 from btnet_core.data.pairs import open_pairs, parse_bin
 from btnet_core.data.recordio import FaceRecords
 from btnet_core.errors import BTNetError, ConfigError, DataError
 from btnet_core.files import data_root
 from btnet_core.images import decode
 from btnet_tools import fetch
-from btnet_tools.align import TEMPLATE, cut, members, similarity, warp
+from btnet_tools.align import crop, cut, members
 from btnet_tools.catalogue import DATA, Download, downloads, entries
 
 PEOPLE = {"Ann": 2, "Ann-Lee": 1, "Bo": 3}  # sorted by path, "Ann-Lee/…" comes before "Ann/…"
@@ -88,79 +89,63 @@ def numbers(tmp_path: Path) -> Path:
     return tmp_path / "lfw.npz"
 
 
-# ---- the warp --------------------------------------------------------------------------------
+# ---- the crop --------------------------------------------------------------------------------
 
 
-def test_warp_moves_whole_pixels_without_change() -> None:
+def test_crop_moves_whole_pixels_without_change() -> None:
     raw = torch.randint(0, 256, (3, 150, 140), dtype=torch.uint8)
-    crop = warp(raw, np.array([1.0, 0.0, -7.0, -20.0]))
-    assert torch.equal(crop, raw[:, 20:132, 7:119])
+    face = crop(raw, np.array([1.0, 0.0, -7.0, -20.0]))
+    assert torch.equal(face, raw[:, 20:132, 7:119])
 
 
-def test_warp_turns_as_the_formula_says() -> None:
-    """A quarter turn: [x' y'] = [0 -1; 1 0] [x y] + t, so that crop(x', y') = raw(y' - ty, tx - x')."""
+def test_crop_turns_as_the_formula_says() -> None:
+    """A quarter turn: [x' y'] = [0 -1; 1 0] [x y] + t, so that face(x', y') = raw(y' - ty, tx - x')."""
     raw = torch.randint(0, 256, (3, 112, 112), dtype=torch.uint8)
-    crop = warp(raw, np.array([0.0, 1.0, 111.0, 0.0]))
+    face = crop(raw, np.array([0.0, 1.0, 111.0, 0.0]))
     for x, y in ((0, 0), (5, 70), (111, 3)):
-        assert torch.equal(crop[:, y, x], raw[:, 111 - x, y])
+        assert torch.equal(face[:, y, x], raw[:, 111 - x, y])
 
 
-def test_warp_enlarges_bilinearly() -> None:
+def test_crop_enlarges_bilinearly() -> None:
     """At scale 4, crop x' = 4 x: between two pixels, their weighted mean, computed here by hand."""
     raw = torch.zeros(3, 28, 28, dtype=torch.uint8)
     raw[:, :, 3], raw[:, :, 4] = 100, 200
-    crop = warp(raw, np.array([4.0, 0.0, 0.0, 0.0]))
-    assert crop[0, 40, 12:17].tolist() == [100, 125, 150, 175, 200]
+    face = crop(raw, np.array([4.0, 0.0, 0.0, 0.0]))
+    assert face[0, 40, 12:17].tolist() == [100, 125, 150, 175, 200]
 
 
-def test_warp_averages_where_it_shrinks() -> None:
+def test_crop_averages_where_it_shrinks() -> None:
     """Stripes finer than a crop pixel become their mean, wherever they fall: no moire."""
     raw = torch.zeros(3, 460, 460, dtype=torch.uint8)
     raw[:, :, ::2] = 200
-    crop = warp(raw, np.array([0.25, 0.0, 0.3, -0.2]))[:, 2:-2, 2:-2].float()
-    assert crop.mean().item() == pytest.approx(100, abs=0.5)
-    assert (crop - 100).abs().max().item() <= 1
+    face = crop(raw, np.array([0.25, 0.0, 0.3, -0.2]))[:, 2:-2, 2:-2].float()
+    assert face.mean().item() == pytest.approx(100, abs=0.5)
+    assert (face - 100).abs().max().item() <= 1
 
 
-def test_warp_takes_two_samples_a_pixel_where_it_shrinks_a_little() -> None:
+def test_crop_takes_two_samples_a_pixel_where_it_shrinks_a_little() -> None:
     """At scale 0.7 a crop pixel is the mean of the picture at its quarters, interpolated by NumPy."""
     row = np.random.default_rng(0).integers(0, 256, 200)
     raw = torch.tensor(row, dtype=torch.uint8).repeat(3, 200, 1)
-    crop = warp(raw, np.array([0.7, 0.0, -11.0, -11.0]))
+    face = crop(raw, np.array([0.7, 0.0, -11.0, -11.0]))
     quarters = np.arange(112)[:, None] + [-0.25, 0.25]
     expected = np.interp((quarters + 11) / 0.7, np.arange(200), row).mean(1)
-    assert np.abs(crop[0, 50].numpy() - expected).max() <= 0.6  # rounded to whole levels
+    assert np.abs(face[0, 50].numpy() - expected).max() <= 0.6  # rounded to whole levels
 
 
-def test_warp_shrinks_to_the_mean_of_the_area() -> None:
+def test_crop_shrinks_to_the_mean_of_the_area() -> None:
     """At scale 1/2 crop pixel x' covers raw 2 x' - 1/2 … 2 x' + 1/2 around its centre."""
     raw = torch.arange(240).to(torch.uint8).repeat(3, 240, 1)  # a ramp: every mean is the centre's
-    crop = warp(raw, np.array([0.5, 0.0, 0.0, 0.0]))
-    assert crop[0, 50, 10:14].tolist() == [20, 22, 24, 26]
+    face = crop(raw, np.array([0.5, 0.0, 0.0, 0.0]))
+    assert face[0, 50, 10:14].tolist() == [20, 22, 24, 26]
 
 
-def test_warp_is_black_outside() -> None:
+def test_crop_is_black_outside() -> None:
     raw = torch.full((3, 60, 60), 255, dtype=torch.uint8)
-    crop = warp(raw, np.array([1.0, 0.0, 30.0, 30.0]))
-    assert crop[:, :29].max() == 0
-    assert crop[:, 30:90, 30:90].min() == 255
-    assert crop[:, 91:].max() == 0
-
-
-def test_similarity_finds_a_known_transform() -> None:
-    a, b, tx, ty = 0.7, -0.2, 12.0, -3.0
-    inverse = np.linalg.inv(np.array([[a, -b], [b, a]]))
-    points = (TEMPLATE - [tx, ty]) @ inverse.T
-    np.testing.assert_allclose(similarity(points[None]), [[a, b, tx, ty]], atol=1e-9)
-
-
-def test_similarity_is_the_least_squares_one() -> None:
-    points = np.random.default_rng(0).normal(60, 20, (1, 5, 2))
-    x, y = points[0].T
-    one, none = np.ones(5), np.zeros(5)
-    design = np.concatenate([np.stack([x, -y, one, none], 1), np.stack([y, x, none, one], 1)])
-    best = np.linalg.lstsq(design, TEMPLATE.T.flatten(), rcond=None)[0]
-    np.testing.assert_allclose(similarity(points)[0], best, atol=1e-9)
+    face = crop(raw, np.array([1.0, 0.0, 30.0, 30.0]))
+    assert face[:, :29].max() == 0
+    assert face[:, 30:90, 30:90].min() == 255
+    assert face[:, 91:].max() == 0
 
 
 # ---- archives --------------------------------------------------------------------------------
@@ -178,8 +163,8 @@ def test_lfw_from_every_kind_of_source(kind: str, numbers: Path, tmp_path: Path)
     assert test.labels.tolist() == [0, 0, 1, 1, 1]
     for i, key in enumerate(KEYS):
         raw = decode(PICTURES[f"lfw-deepfunneled/{key}"], where=key)
-        crop = decode(everyone.image(i), where=key).float()
-        assert (crop - warp(raw, TRANSFORM).float()).abs().mean() < 2  # one JPEG
+        face = decode(everyone.image(i), where=key).float()
+        assert (face - crop(raw, TRANSFORM).float()).abs().mean() < 2  # one JPEG
     assert [test.image(i) for i in range(5)] == [everyone.image(i) for i in range(1, 6)]
     encoded, same = parse_bin((root / "lfw_devtest_6000.bin").read_bytes(), where="")
     assert encoded == [everyone.image(i) for i in (3, 4, 4, 1)]
@@ -263,7 +248,7 @@ def test_cfp_and_its_pairs(tmp_path: Path) -> None:
     faces = open_faces(str(tmp_path / "out" / "cfp"))
     assert faces.labels.tolist() == [0] * 14 + [1] * 14
     raw = decode(files["cfp-dataset/Data/Images/001/profile/01.jpg"], where="")
-    assert (faces.image(10).float() - warp(raw, transform[0]).float()).abs().mean() < 2
+    assert (faces.image(10).float() - crop(raw, transform[0]).float()).abs().mean() < 2
     assert open_pairs(str(tmp_path / "out" / "cfp_fp.bin")).same.tolist() == [True, False]
     np.savez(numbers, transform=transform, size=size[:, ::-1], cfp_ff=pairs[:1], cfp_fp=pairs)
     with pytest.raises(DataError, match="got 40x50 pixels, expected 50x40"):
@@ -284,7 +269,7 @@ def test_celeba_in_the_wild(tmp_path: Path) -> None:
     faces = open_faces(str(tmp_path / "out" / "celeba"))
     assert faces.labels.tolist() == [0, 0, 1]
     raw = decode(files["img_celeba/000012.jpg"], where="")
-    expected = warp(raw, np.array([0.5, 0.0, -20.0, -20.0])).float()
+    expected = crop(raw, np.array([0.5, 0.0, -20.0, -20.0])).float()
     assert (faces.image(1).float() - expected).abs().mean() < 2
 
 
@@ -296,12 +281,13 @@ def test_celeba_aligned_needs_its_landmarks(tmp_path: Path) -> None:
     np.savez(numbers, number=[5, 12, 7], identity=[1, 1, 2], transform=transform)
     with pytest.raises(DataError, match="another release"):
         fetch.get_celeba(source, tmp_path / "out", numbers)
-    points = np.round(TEMPLATE * 1.5 + [5, 20]).astype(int).flatten()
+    points = np.round(ARCFACE * 1.5 + [5, 20]).astype(int).flatten()
     rows = [f"{n:06d}.jpg  {' '.join(map(str, points))}" for n in (5, 7, 12)]
     (source / "list_landmarks_align_celeba.txt").write_text("\n".join(["3", "lefteye_x", *rows]))
     fetch.get_celeba(source, tmp_path / "out", numbers)
     raw = decode(files["img_align_celeba/000007.jpg"], where="")
-    expected = warp(raw, similarity(points.reshape(1, 5, 2).astype(float))[0]).float()
+    (a, _, tx), (b, _, ty) = similarity_transform(points.reshape(5, 2).astype(float), ARCFACE)
+    expected = crop(raw, np.array([a, b, tx, ty])).float()
     faces = open_faces(str(tmp_path / "out" / "celeba"))
     assert (faces.image(2).float() - expected).abs().mean() < 2
 

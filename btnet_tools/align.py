@@ -1,4 +1,4 @@
-"""Aligned 112x112 crops of raw pictures by committed numbers: the one warp, the one encoding.
+"""Aligned crops of raw pictures: the one antialiased warp, and crops from archives by numbers.
 
 A transform (a, b, tx, ty) is a similarity from raw pixels to crop pixels, pixel centres at integers:
 ``[x' y'] = [a -b; b a] [x y] + [tx ty]``. Crops are saved as JPEG, quality 95, 4:4:4.
@@ -27,23 +27,23 @@ SIZE = 112  # rows and columns of a crop
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError)
 
 
-def matrix(transform: np.ndarray) -> np.ndarray:
+def matrix(transform: Sequence[float] | np.ndarray) -> np.ndarray:
     """The transform as a matrix (2, 3)."""
     a, b, tx, ty = (float(value) for value in transform)
     return np.array([[a, -b, tx], [b, a, ty]])
 
 
-def crop(picture: Tensor, transform: np.ndarray) -> Tensor:
-    """The crop, uint8 (3, 112, 112), of a raw picture, uint8 (3, H, W); black outside it.
+def crop(picture: Tensor, moves: np.ndarray, side: int = SIZE) -> Tensor:
+    """The crop, uint8 (3, side, side), of a raw picture, uint8 (3, H, W); black outside it.
 
-    Where the crop shrinks the picture (s = |(a, b)| < 1), each of its pixels is the mean of k x k
-    bilinear samples, k = ceil(1 / s), spread evenly over the pixel's area: an area average, so that
-    nothing aliases. Where it does not, k = 1: plain bilinear.
+    ``moves`` (2, 3) is the transform's matrix. Where it shrinks the picture (s = |(a, b)| < 1), each
+    pixel of the crop is the mean of k x k bilinear samples, k = ceil(1 / s), spread evenly over its
+    area: an area average, so that nothing aliases. Where it does not, k = 1: plain bilinear.
     """
-    k = max(1, math.ceil(1 / math.hypot(transform[0], transform[1])))
-    finer = k * matrix(transform)
+    k = max(1, math.ceil(1 / math.hypot(*moves[:, 0]) - 1e-6))  # but for rounding
+    finer = k * moves
     finer[:, 2] += (k - 1) / 2  # the centre of a crop pixel is that of its k x k samples
-    samples = moved(picture, finer, (SIZE * k, SIZE * k))
+    samples = moved(picture, finer, (side * k, side * k))
     return F.avg_pool2d(samples[None], k)[0].round().to(torch.uint8)
 
 
@@ -118,7 +118,7 @@ def cut(
             raise DataError(f"{where}: is not the file that the committed transforms are of")
         picture = decode(data, where=where)
         _check_size(picture, transforms[i], None if sizes is None else sizes[i], where)
-        crops[i] = encode(crop(picture, transforms[i]), "JPEG")
+        crops[i] = encode(crop(picture, matrix(transforms[i])), "JPEG")
     missing = [key for key in keys if place[key] not in crops]
     if missing:
         raise DataError(

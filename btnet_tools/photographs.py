@@ -16,10 +16,11 @@ import numpy as np
 from torch import Tensor
 
 from btnet_core.data.folders import find_images
+from btnet_core.data.ijbc import ARCFACE, similarity_transform
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.files import write_atomically
 from btnet_core.images import decode, encode, read
-from btnet_tools.align import SIZE, similarity, warp
+from btnet_tools.align import SIZE, crop
 
 try:
     from uniface import RetinaFace
@@ -96,10 +97,10 @@ def align_photos(
             picture = decode(read(photo), where=str(photo))
             faces = sorted(detect(picture), key=lambda face: -face.side)
             for i, face in enumerate(faces[:1] if largest else faces):
-                crop = cut(picture, face.points)
+                face_crop = cut(picture, face.points)
                 target = out / name.parent / f"{name.name}_{i}.png"
-                write_atomically(target, encode(crop))
-                facts = {"box": face.box, "side": crop.shape[-1], "note": note(face, picture)}
+                write_atomically(target, encode(face_crop))
+                facts = {"box": face.box, "side": face_crop.shape[-1], "note": note(face, picture)}
                 found["crops"][str(target.relative_to(out))] = facts
             if not faces:
                 found["without"][str(name)] = f"no face of {limit(picture):.0f} pixels or more"
@@ -125,11 +126,8 @@ def cut(picture: Tensor, points: np.ndarray) -> Tensor:
 
     A face that spans more is shrunk; one that spans less is not scaled up.
     """
-    points = np.asarray(points, np.float64)
-    if not np.isfinite(points).all() or np.ptp(points, 0).max() < 1e-3:
-        raise DataError(f"the five points {points.round(1).tolist()} coincide or are not finite")
-    transform = similarity(points[None])[0]
-    factor = float(np.hypot(*transform[:2]))  # crop pixels for each of the picture's
+    moves = similarity_transform(np.asarray(points, np.float64), ARCFACE)
+    factor = float(np.hypot(*moves[:, 0]))  # crop pixels for each of the picture's
     side = int(np.clip(round(SIZE / max(factor, 1.0)), 1, SIZE))
-    shift = np.array([0, 0, 0.5, 0.5])  # pixel centres lie at whole numbers
-    return warp(picture, (transform + shift) * side / SIZE - shift, side)
+    shift = np.array([0, 0, 0.5])  # pixel centres lie at whole numbers
+    return crop(picture, (moves + shift) * side / SIZE - shift, side)

@@ -26,7 +26,7 @@ from btnet_core.errors import BTNetError, ConfigError, DataError
 from btnet_core.files import data_root
 from btnet_core.images import decode
 from btnet_tools import fetch
-from btnet_tools.align import crop, cut, members
+from btnet_tools.align import crop, cut, matrix, members
 from btnet_tools.catalogue import DATA, Download, downloads, entries
 
 PEOPLE = {"Ann": 2, "Ann-Lee": 1, "Bo": 3}  # sorted by path, "Ann-Lee/…" comes before "Ann/…"
@@ -94,14 +94,14 @@ def numbers(tmp_path: Path) -> Path:
 
 def test_crop_moves_whole_pixels_without_change() -> None:
     raw = torch.randint(0, 256, (3, 150, 140), dtype=torch.uint8)
-    face = crop(raw, np.array([1.0, 0.0, -7.0, -20.0]))
+    face = crop(raw, matrix([1.0, 0.0, -7.0, -20.0]))
     assert torch.equal(face, raw[:, 20:132, 7:119])
 
 
 def test_crop_turns_as_the_formula_says() -> None:
     """A quarter turn: [x' y'] = [0 -1; 1 0] [x y] + t, so that face(x', y') = raw(y' - ty, tx - x')."""
     raw = torch.randint(0, 256, (3, 112, 112), dtype=torch.uint8)
-    face = crop(raw, np.array([0.0, 1.0, 111.0, 0.0]))
+    face = crop(raw, matrix([0.0, 1.0, 111.0, 0.0]))
     for x, y in ((0, 0), (5, 70), (111, 3)):
         assert torch.equal(face[:, y, x], raw[:, 111 - x, y])
 
@@ -110,7 +110,7 @@ def test_crop_enlarges_bilinearly() -> None:
     """At scale 4, crop x' = 4 x: between two pixels, their weighted mean, computed here by hand."""
     raw = torch.zeros(3, 28, 28, dtype=torch.uint8)
     raw[:, :, 3], raw[:, :, 4] = 100, 200
-    face = crop(raw, np.array([4.0, 0.0, 0.0, 0.0]))
+    face = crop(raw, matrix([4.0, 0.0, 0.0, 0.0]))
     assert face[0, 40, 12:17].tolist() == [100, 125, 150, 175, 200]
 
 
@@ -118,7 +118,7 @@ def test_crop_averages_where_it_shrinks() -> None:
     """Stripes finer than a crop pixel become their mean, wherever they fall: no moire."""
     raw = torch.zeros(3, 460, 460, dtype=torch.uint8)
     raw[:, :, ::2] = 200
-    face = crop(raw, np.array([0.25, 0.0, 0.3, -0.2]))[:, 2:-2, 2:-2].float()
+    face = crop(raw, matrix([0.25, 0.0, 0.3, -0.2]))[:, 2:-2, 2:-2].float()
     assert face.mean().item() == pytest.approx(100, abs=0.5)
     assert (face - 100).abs().max().item() <= 1
 
@@ -127,7 +127,7 @@ def test_crop_takes_two_samples_a_pixel_where_it_shrinks_a_little() -> None:
     """At scale 0.7 a crop pixel is the mean of the picture at its quarters, interpolated by NumPy."""
     row = np.random.default_rng(0).integers(0, 256, 200)
     raw = torch.tensor(row, dtype=torch.uint8).repeat(3, 200, 1)
-    face = crop(raw, np.array([0.7, 0.0, -11.0, -11.0]))
+    face = crop(raw, matrix([0.7, 0.0, -11.0, -11.0]))
     quarters = np.arange(112)[:, None] + [-0.25, 0.25]
     expected = np.interp((quarters + 11) / 0.7, np.arange(200), row).mean(1)
     assert np.abs(face[0, 50].numpy() - expected).max() <= 0.6  # rounded to whole levels
@@ -136,13 +136,13 @@ def test_crop_takes_two_samples_a_pixel_where_it_shrinks_a_little() -> None:
 def test_crop_shrinks_to_the_mean_of_the_area() -> None:
     """At scale 1/2 crop pixel x' covers raw 2 x' - 1/2 … 2 x' + 1/2 around its centre."""
     raw = torch.arange(240).to(torch.uint8).repeat(3, 240, 1)  # a ramp: every mean is the centre's
-    face = crop(raw, np.array([0.5, 0.0, 0.0, 0.0]))
+    face = crop(raw, matrix([0.5, 0.0, 0.0, 0.0]))
     assert face[0, 50, 10:14].tolist() == [20, 22, 24, 26]
 
 
 def test_crop_is_black_outside() -> None:
     raw = torch.full((3, 60, 60), 255, dtype=torch.uint8)
-    face = crop(raw, np.array([1.0, 0.0, 30.0, 30.0]))
+    face = crop(raw, matrix([1.0, 0.0, 30.0, 30.0]))
     assert face[:, :29].max() == 0
     assert face[:, 30:90, 30:90].min() == 255
     assert face[:, 91:].max() == 0
@@ -164,7 +164,7 @@ def test_lfw_from_every_kind_of_source(kind: str, numbers: Path, tmp_path: Path)
     for i, key in enumerate(KEYS):
         raw = decode(PICTURES[f"lfw-deepfunneled/{key}"], where=key)
         face = decode(everyone.image(i), where=key).float()
-        assert (face - crop(raw, TRANSFORM).float()).abs().mean() < 2  # one JPEG
+        assert (face - crop(raw, matrix(TRANSFORM)).float()).abs().mean() < 2  # one JPEG
     assert [test.image(i) for i in range(5)] == [everyone.image(i) for i in range(1, 6)]
     encoded, same = parse_bin((root / "lfw_devtest_6000.bin").read_bytes(), where="")
     assert encoded == [everyone.image(i) for i in (3, 4, 4, 1)]
@@ -248,7 +248,7 @@ def test_cfp_and_its_pairs(tmp_path: Path) -> None:
     faces = open_faces(str(tmp_path / "out" / "cfp"))
     assert faces.labels.tolist() == [0] * 14 + [1] * 14
     raw = decode(files["cfp-dataset/Data/Images/001/profile/01.jpg"], where="")
-    assert (faces.image(10).float() - crop(raw, transform[0]).float()).abs().mean() < 2
+    assert (faces.image(10).float() - crop(raw, matrix(transform[0])).float()).abs().mean() < 2
     assert open_pairs(str(tmp_path / "out" / "cfp_fp.bin")).same.tolist() == [True, False]
     np.savez(numbers, transform=transform, size=size[:, ::-1], cfp_ff=pairs[:1], cfp_fp=pairs)
     with pytest.raises(DataError, match="got 40x50 pixels, expected 50x40"):
@@ -269,7 +269,7 @@ def test_celeba_in_the_wild(tmp_path: Path) -> None:
     faces = open_faces(str(tmp_path / "out" / "celeba"))
     assert faces.labels.tolist() == [0, 0, 1]
     raw = decode(files["img_celeba/000012.jpg"], where="")
-    expected = crop(raw, np.array([0.5, 0.0, -20.0, -20.0])).float()
+    expected = crop(raw, matrix([0.5, 0.0, -20.0, -20.0])).float()
     assert (faces.image(1).float() - expected).abs().mean() < 2
 
 
@@ -286,8 +286,7 @@ def test_celeba_aligned_needs_its_landmarks(tmp_path: Path) -> None:
     (source / "list_landmarks_align_celeba.txt").write_text("\n".join(["3", "lefteye_x", *rows]))
     fetch.get_celeba(source, tmp_path / "out", numbers)
     raw = decode(files["img_align_celeba/000007.jpg"], where="")
-    (a, _, tx), (b, _, ty) = similarity_transform(points.reshape(5, 2).astype(float), ARCFACE)
-    expected = crop(raw, np.array([a, b, tx, ty])).float()
+    expected = crop(raw, similarity_transform(points.reshape(5, 2), ARCFACE)).float()
     faces = open_faces(str(tmp_path / "out" / "celeba"))
     assert (faces.image(2).float() - expected).abs().mean() < 2
 

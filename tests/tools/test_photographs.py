@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from btnet_core.data.faces import open_faces
+from btnet_core.data.ijbc import ARCFACE
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.images import encode, resize
 from btnet_tools import photographs as module
-from btnet_tools.align import TEMPLATE
 from btnet_tools.cli import main
 from btnet_tools.photographs import Detection, align_photos, cut
 
@@ -31,7 +31,7 @@ def photo(*places: tuple[int, int, int], size: tuple[int, int] = (300, 400)) -> 
 
 def detection(x: int, y: int, side: int) -> Detection:
     """What a perfect detector says of the face at x, y."""
-    points = (TEMPLATE + 0.5) * side / 112 - 0.5 + (x, y)
+    points = (ARCFACE + 0.5) * side / 112 - 0.5 + (x, y)
     return Detection(box=(x, y, x + side, y + side), points=points)
 
 
@@ -49,7 +49,7 @@ def test_a_face_keeps_its_own_size_up_to_112(side: int) -> None:
 def test_a_turned_face_is_set_upright() -> None:
     """Turned by 90 degrees about its centre: points (x, y) -> (111 - y, x)."""
     turned = torch.rot90(FACE, -1, (1, 2))
-    points = np.column_stack([111 - TEMPLATE[:, 1], TEMPLATE[:, 0]])
+    points = np.column_stack([111 - ARCFACE[:, 1], ARCFACE[:, 0]])
     assert torch.equal(cut(turned, points), FACE)
 
 
@@ -105,7 +105,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
 def test_what_the_detector_gets_and_when_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fake:
         def __init__(self, **options: object) -> None:
-            self.bbox, self.landmarks = np.array([1, 2, 30, 40]), TEMPLATE
+            self.bbox, self.landmarks = np.array([1, 2, 30, 40]), ARCFACE
 
         def detect(self, image: np.ndarray) -> list[Fake]:
             assert image.shape == (5, 4, 3)

@@ -19,8 +19,9 @@ from torchvision.transforms.functional import gaussian_blur
 from btnet_core import images as pixels
 from btnet_core.data import ijbc, survface
 from btnet_core.data.faces import FaceSet
+from btnet_core.data.ijbc import TemplateSet
 from btnet_core.errors import DataError
-from btnet_core.evaluation.templates import TemplateSet
+from btnet_paper import layouts
 
 VERSION = 1  # of what the builders write
 Rows = list[tuple[int, int]]  # (identity, image)
@@ -69,7 +70,7 @@ def survface_standin(
     ]
 
     def write(root: Path) -> None:
-        survface.write_layout(root, *(_degraded(faces, rows, rng, blur, noise) for rows in parts))
+        layouts.write_survface(root, *(_degraded(faces, rows, rng, blur, noise) for rows in parts))
 
     options = f"blur={blur}, noise={noise}, mated={mated}, seed={seed}"
     return survface.read_open_set(_build(parent, "SurvFace", faces, options, write))
@@ -86,7 +87,7 @@ def survface_training_standin(
     rows = [(int(label), i) for i, label in enumerate(faces.labels)]
 
     def write(root: Path) -> None:
-        survface.write_training(root, _degraded(faces, rows, rng, blur, noise))
+        layouts.write_survface_training(root, _degraded(faces, rows, rng, blur, noise))
 
     options = f"training, blur={blur}, noise={noise}, seed={seed}"
     return _build(parent, "SurvFace", faces, options, write) / "training_set"
@@ -113,7 +114,7 @@ def ijbc_standin(
                 owner.append(subject)
                 lists[f"G{k % 2 + 1}" if first else ijbc.PROBES].append((len(members), subject))
         crops = _loose_crops(faces, members, rng)
-        ijbc.write_layout(root, crops, _template_pairs(np.array(owner), impostors, rng), lists)
+        layouts.write_ijbc(root, crops, _template_pairs(np.array(owner), impostors, rng), lists)
 
     options = f"impostors={impostors}, seed={seed}"
     return ijbc.read_templates(_build(parent, "IJB-C", faces, options, write))

@@ -34,7 +34,6 @@ HARMFUL = (
     "os.remove",
     "shutil.rmtree",
 )
-MAT = ["gallery_set", "gallery_ids"]
 COUNTS = re.compile(r"#(\d+)\s+\w+\s+cov: (\d+)")
 
 
@@ -65,6 +64,7 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
     from btnet_core.models.weights import load_backbone, save_backbone
     from btnet_core.training import checkpoint
     from btnet_core.training.config import TrainConfig
+    from btnet_paper import layouts
 
     torch.set_num_threads(1)
     face = torch.arange(3 * 8 * 8, dtype=torch.uint8).reshape(3, 8, 8)
@@ -112,17 +112,17 @@ def harnesses(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], Any
     )
 
     # SurvFace's .mat lists
-    survface.write_layout(place / "surv", [(1, face), (2, face)], [(1, face)], [(0, face)])
+    layouts.write_survface(place / "surv", [(1, face), (2, face)], [(1, face)], [(0, face)])
     lists_of_faces = sorted((place / "surv").glob("*/*.mat"))
     found["mat"] = (
         [path.read_bytes() for path in lists_of_faces],
-        lambda data: survface.read_mat(keep(place / "in.mat", data), MAT),
+        lambda data: survface.read_mat(keep(place / "in.mat", data)),
     )
 
     # text: IJB-C's tables, pairs.txt, a list of faces
     points = np.array([[30.0, 50], [65, 50], [48, 70], [33, 90], [63, 90]], np.float32)
     lists = {name: [(1, 1)] for name in ijbc.LISTS}
-    ijbc.write_layout(place / "ijbc", [(face, points, 0.9, 1, 1)], np.array([[1, 1, 1]]), lists)
+    layouts.write_ijbc(place / "ijbc", [(face, points, 0.9, 1, 1)], np.array([[1, 1, 1]]), lists)
     tables = sorted((place / "ijbc" / "meta").iterdir())
     texts = [path.read_bytes() for path in tables]
     people = folder("people")

@@ -9,7 +9,7 @@ Under ``root``: ``meta/ijbc_face_tid_mid.txt`` (image, template, medium),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -185,30 +185,3 @@ def read_templates(root: str | Path) -> TemplateSet:
         galleries={name: subjects[name] for name in ("G1", "G2")},
         probes=subjects[PROBES],
     )
-
-
-def write_layout(
-    root: Path,
-    faces: Iterable[tuple[Tensor, np.ndarray, float, int, int]],
-    pairs: np.ndarray,
-    lists: Mapping[str, Sequence[tuple[int, int]]],
-) -> None:
-    """Write a set in this layout.
-
-    ``faces``: (loose crop, landmarks (5, 2), score, template, medium); ``pairs`` (P, 3): template,
-    template, label; ``lists``: (template, subject) of "G1", "G2" and PROBES.
-    """
-    (root / "meta").mkdir(parents=True)
-    (root / "loose_crop").mkdir()
-    membership, points = [], []
-    for i, (image, landmarks, score, template, medium) in enumerate(faces, 1):
-        (root / "loose_crop" / f"{i}.jpg").write_bytes(pixels.encode(image, "JPEG"))
-        membership.append(f"{i}.jpg {template} {medium}\n")
-        points.append(f"{i}.jpg {' '.join(f'{x:.3f}' for x in np.ravel(landmarks))} {score:.4f}\n")
-    rows = [f"{a} {b} {label}\n" for a, b, label in pairs.tolist()]
-    texts = dict(zip(TABLES, (membership, points, rows), strict=True))
-    for name, entries in lists.items():
-        lines = [f"{template},{subject}\n" for template, subject in entries]
-        texts[f"1N_{LISTS[name]}.csv"] = ["TEMPLATE_ID,SUBJECT_ID\n", *lines]
-    for name, lines in texts.items():
-        (root / "meta" / f"ijbc_{name}").write_text("".join(lines), "utf-8")

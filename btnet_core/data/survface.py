@@ -7,10 +7,9 @@ matched by id, never by order.
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.io import loadmat, savemat
 from torch import Tensor
 
 from btnet_core import images as pixels
@@ -30,9 +28,9 @@ from btnet_core.files import checksum
 TEST_FOLDER = "Face_Identification_Test_Set"
 NOTE = "STAND-IN.txt"  # its first line names the stand-in that a folder holds
 LARGEST = 2**26  # bytes of a list, unpacked; SurvFace's longest has 242,617 names
-ARRAY, COMPRESSED = 14, 15  # MATLAB 5 data types of elements
-NUMBERS = frozenset((1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17, 18))  # and text
-CELLS, CLASSES = 1, frozenset((1, 4, *range(6, 16)))  # of arrays: cells, text, numbers
+COMPRESSED, CELLS, TEXT = 15, 1, 4  # of MATLAB 5: a type of element, classes of arrays
+CODES = {1: "latin1", 2: "latin1", 4: "utf-16-le", 16: "utf-8", 17: "utf-16-le", 18: "utf-32-le"}
+NUMBERS = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13), "bBhHiIfdqQ", strict=True))
 
 
 class Crops(Sequence[Tensor]):
@@ -72,24 +70,30 @@ def stand_in_note(root: Path) -> str:
     return path.read_text("utf-8").splitlines()[0] if path.is_file() else ""
 
 
-def read_mat(path: Path, names: Sequence[str]) -> list[list[Any]]:
-    """The named variables of a MATLAB 5 file as flat lists of text and numbers.
+def read_mat(path: Path) -> dict[str, list[Any]]:
+    """Names and values of the lists in a MATLAB 5 file: of texts (cells of characters) or numbers.
+
+    scipy's reader crashes on some damaged files; this one reads what such a list needs.
 
     Raises:
-        DataError: it cannot be read, is not one, or does not hold them.
+        DataError: it cannot be read, or holds anything else.
     """
+    lists, data = {}, memoryview(pixels.read(path))
     try:
-        data = pixels.read(path)  # at most 256 MB
-        _check_arrays(memoryview(data)[128:])
-        content = loadmat(io.BytesIO(data), squeeze_me=True, variable_names=names)
-        return [np.atleast_1d(content[name]).tolist() for name in names]
-    except Exception as error:  # a damaged file raises almost anything
+        for kind, body in _elements(data[128:]):
+            if kind == COMPRESSED:
+                unpacked = zlib.decompressobj().decompress(body, LARGEST)
+                (_, body), *_ = _elements(memoryview(unpacked))
+            name, values = _array(body)
+            lists[name] = values
+    except (ValueError, IndexError, KeyError, struct.error, zlib.error, RecursionError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise DataError(f"{path}: cannot be read as a SurvFace list ({reason})") from None
+        raise DataError(f"{path}: cannot be read as a MATLAB list ({reason})") from None
+    return lists
 
 
 def _elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(type, content) of the elements of a MATLAB 5 file or array; ValueError if one is cut."""
+    """(type, content) of the elements of a file or array. Raises ValueError for one that is cut."""
     place = 0
     while place + 8 <= len(data):
         kind, size = struct.unpack_from("<II", data, place)
@@ -104,36 +108,24 @@ def _elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         place += 8 + step
 
 
-def _check_arrays(data: memoryview) -> None:
-    """Raise ValueError for types and sizes at which scipy's reader may crash or fill the memory."""
-    for kind, body in _elements(data):
-        if kind == COMPRESSED:
-            _check_arrays(memoryview(zlib.decompressobj().decompress(body, LARGEST)))
-        elif kind == ARRAY:
-            _check_array(body)
-        else:
-            raise ValueError(f"an element of type {kind} where an array is expected")
-
-
-def _check_array(body: memoryview) -> None:
-    (flags, head), (dimensions, sizes), (name, _), *content = _elements(body)
-    shape = np.frombuffer(sizes, "<i4").astype(object)
-    if (flags, dimensions, name) != (6, 5, 1) or not 0 <= shape.prod() <= len(body):
-        raise ValueError(f"an array of {shape.tolist()} in {len(body)} bytes")
-    if head[0] not in CLASSES:
-        raise ValueError(f"an array of class {head[0]}")
-    for kind, inner in content:
-        if kind == ARRAY and head[0] == CELLS:
-            _check_array(inner)
-        elif kind not in NUMBERS or head[0] == CELLS:
-            raise ValueError(f"an element of type {kind} in an array of class {head[0]}")
+def _array(body: memoryview) -> tuple[str, list[Any]]:
+    """Name and values of an array; of text, one value."""
+    (_, flags), _, (_, name), *content = _elements(body)
+    if flags[0] == CELLS:
+        values = [value for _, inner in content for value in _array(inner)[1]]
+    elif flags[0] == TEXT:
+        values = ["".join(bytes(text).decode(CODES[kind]) for kind, text in content)]
+    else:
+        values = [x for kind, part in content for x in np.frombuffer(part, NUMBERS[kind]).tolist()]
+    return bytes(name).decode("ascii"), values
 
 
 def _read_list(folder: Path, kind: str) -> tuple[list[Path], Tensor]:
     path = folder / f"{kind}_img_ID_pairs.mat"
     if not path.is_file():
         raise DataError(f"{path}: no such file; see `btnet data` for the layout of SurvFace")
-    names, ids = read_mat(path, [f"{kind}_set", f"{kind}_ids"])
+    lists = read_mat(path)
+    names, ids = (lists.get(f"{kind}_{what}", []) for what in ("set", "ids"))
     whole = all(isinstance(n, int | float) and 0 <= n < 2**62 and n == int(n) for n in ids)
     texts = all(isinstance(name, str) for name in names)
     if not names or len(names) != len(ids) or not whole or not texts:
@@ -182,43 +174,3 @@ def read_open_set(root: str | Path) -> OpenSet:
 def training_set(root: str | Path) -> StoredFaces:
     """``training_set/<id>/``; images come at 112x112, ``native(i)`` at their own size."""
     return image_folder(Path(root) / "training_set")
-
-
-def write_layout(
-    root: Path,
-    gallery: Iterable[tuple[int, Tensor]],
-    mated: Iterable[tuple[int, Tensor]],
-    unmated: Iterable[tuple[int, Tensor]],
-) -> None:
-    """Write the (identity, image) pairs of a test in SurvFace's layout, as JPEG; same pairs, same bytes."""
-    test = root / TEST_FOLDER
-    for kind, faces in (("gallery", gallery), ("mated_probe", mated)):
-        names, ids = _write_images(test / kind, faces, "{identity}_cam1_{i}.jpg")
-        table = {
-            f"{kind}_set": np.array(names, object)[:, None],
-            f"{kind}_ids": np.array(ids, np.int64)[:, None],
-        }
-        path = test / f"{kind}_img_ID_pairs.mat"
-        savemat(str(path), table)
-        undated = b"MATLAB 5.0 MAT-file".ljust(116)  # scipy writes the time into these bytes
-        path.write_bytes(undated + path.read_bytes()[116:])
-    _write_images(test / "unmated_probe", unmated, "{i:06d}.jpg")
-
-
-def write_training(root: Path, faces: Iterable[tuple[int, Tensor]]) -> None:
-    """Write (identity, image) pairs as SurvFace's training set, as JPEG."""
-    _write_images(root / "training_set", faces, "{identity}/{identity}_cam1_{i}.jpg")
-
-
-def _write_images(
-    folder: Path, faces: Iterable[tuple[int, Tensor]], name: str
-) -> tuple[list[str], list[int]]:
-    """Names and identities of the images written; ``name`` is a format of identity and place."""
-    names, ids = [], []
-    for i, (identity, image) in enumerate(faces):
-        names.append(name.format(identity=identity, i=i))
-        ids.append(identity)
-        path = folder / names[-1]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pixels.encode(image, "JPEG"))
-    return names, ids

@@ -16,9 +16,10 @@ from btnet_core.data.faces import open_faces, unreadable
 from btnet_core.data.folders import find_images, walk
 from btnet_core.data.pairs import open_pairs
 from btnet_core.data.recordio import write_face_records
-from btnet_core.data.survface import TEST_FOLDER, read_open_set, training_set, write_layout
+from btnet_core.data.survface import TEST_FOLDER, read_open_set, training_set
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.images import encode
+from btnet_paper.layouts import write_survface, write_survface_training
 
 FORMATS = {
     "a.jfif": "JPEG",
@@ -223,7 +224,8 @@ def test_images_are_decoded_into_place(tmp_path: Path) -> None:
 
 def test_survface_of_any_format_and_a_deleted_probe(tmp_path: Path) -> None:
     small = torch.full((3, 10, 8), 3, dtype=torch.uint8)
-    write_layout(tmp_path, [(1, small)], [(1, small)], [(0, small)], [(4, small), (9, small)])
+    write_survface(tmp_path, [(1, small)], [(1, small)], [(0, small)])
+    write_survface_training(tmp_path, [(4, small), (9, small)])
     probes = tmp_path / TEST_FOLDER / "unmated_probe"
     put(probes / "9.tif", 50, "TIFF")
     (probes / "._9.tif").write_bytes(b"no image")

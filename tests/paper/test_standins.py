@@ -14,8 +14,9 @@ from scipy.io import loadmat, savemat
 
 from btnet_core.data.faces import FaceSet, open_faces
 from btnet_core.data.ijbc import ARCFACE, align, read_templates, similarity_transform, warp
-from btnet_core.data.survface import TEST_FOLDER, read_open_set, training_set, write_layout
+from btnet_core.data.survface import TEST_FOLDER, read_open_set, training_set
 from btnet_core.errors import DataError
+from btnet_paper.layouts import write_survface
 from btnet_paper.standins import (
     ijbc_standin,
     native_sizes,
@@ -170,7 +171,7 @@ def test_survface_identities_are_matched_by_id_not_by_order(tmp_path: Path) -> N
     def image(value: int) -> torch.Tensor:
         return torch.full((3, 10, 8), value, dtype=torch.uint8)
 
-    write_layout(tmp_path, [(7, image(0)), (3, image(9))], [(3, image(1))], [(0, image(2))])
+    write_survface(tmp_path, [(7, image(0)), (3, image(9))], [(3, image(1))], [(0, image(2))])
     folder = tmp_path / TEST_FOLDER
     content = loadmat(folder / "gallery_img_ID_pairs.mat", squeeze_me=True)
     savemat(
@@ -190,7 +191,7 @@ def test_survface_identities_are_matched_by_id_not_by_order(tmp_path: Path) -> N
 
 def test_survface_damage_is_named(tmp_path: Path) -> None:
     image = torch.zeros(3, 6, 5, dtype=torch.uint8)
-    write_layout(tmp_path, [(1, image)], [(2, image)], [(0, image)])
+    write_survface(tmp_path, [(1, image)], [(2, image)], [(0, image)])
     with pytest.raises(DataError, match="first identity 2"):
         read_open_set(tmp_path)
     (tmp_path / TEST_FOLDER / "mated_probe_img_ID_pairs.mat").write_bytes(b"not matlab")
@@ -207,7 +208,7 @@ def test_any_bytes_are_no_survface_list(
 ) -> None:
     root = tmp_path_factory.mktemp("mat")
     image = torch.zeros(3, 6, 5, dtype=torch.uint8)
-    write_layout(root, [(1, image)], [(1, image)], [(0, image)])
+    write_survface(root, [(1, image)], [(1, image)], [(0, image)])
     (root / TEST_FOLDER / "gallery_img_ID_pairs.mat").write_bytes(
         b"MATLAB 5.0 MAT-file".ljust(124) + data
     )

@@ -265,8 +265,8 @@ def test_every_parser_reads_its_good_files_and_names_what_is_wrong_with_others(
 
 def test_what_crashes_scipys_reader_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "crash.mat").write_bytes(CRASH)
-    with pytest.raises(DataError, match=r"crash\.mat.*element of type 0"):
-        read_mat(tmp_path / "crash.mat", fuzz.MAT)
+    with pytest.raises(DataError, match=r"crash\.mat.*KeyError: 0"):
+        read_mat(tmp_path / "crash.mat")
 
 
 def test_the_fuzzer_itself_runs(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from btnet_core.files import read_safetensors
 from btnet_core.models.backbone import Backbone
 from btnet_core.models.btnet import BTNet, coupling_layer, weights_digest
 from btnet_core.models.costs import Cost, route_cost
-from btnet_core.models.weights import load_backbone
+from btnet_core.models.weights import load_backbone, read_config
 from btnet_core.training import checkpoint, methods
 from btnet_core.training.batches import open_pixels
 from btnet_core.training.classifier import save_classifier
@@ -204,7 +204,10 @@ def store_trunk(out: Path, backbone: Backbone) -> None:
             BTNet(backbone, ()).save(out)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"--out {out}: cannot be written ({error})") from error
-    elif read_safetensors(file)[1].get("digest") != weights_digest(backbone):
+        return
+    metadata = read_safetensors(file)[1]
+    same = metadata.get("digest") == weights_digest(backbone)
+    if not same or read_config(metadata, file) != backbone.config:
         raise CheckpointError(f"{out}: holds branches of another trunk; choose another folder")
 
 

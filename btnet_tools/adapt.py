@@ -1,10 +1,10 @@
-"""`btnet adapt`: give a trained recogniser its branches: what it will take, their training, what they brought."""
+"""`btnet adapt`: branches for a trained recogniser: cost, training, comparison."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +69,6 @@ class AdaptOptions:
         """Of the training, and of who is held out."""
         return int(self.changes.get("seed", 0))
 
-    def recipe(self, r: int) -> dict[str, Any]:
-        """Fields of TrainConfig for the branch of r.
-
-        Raises:
-            ConfigError: ``changes`` has one that TrainConfig has not.
-        """
-        known = [one.name for one in fields(TrainConfig)]
-        if unknown := self.changes.keys() - set(known):
-            raise ConfigError(f"recipe: no field {sorted(unknown)}; known: {known}")
-        epochs = EPOCHS.get(r, MOST_EPOCHS)
-        return {"name": f"branch_{r}", **RECIPE, "epochs": epochs, **self.changes}
-
 
 def adapt(
     trunk: Path | str,
@@ -89,7 +77,7 @@ def adapt(
     options: AdaptOptions | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train a branch for each resolution on ``faces`` (a spec of open_faces); write the BTNet into ``out``.
+    """Train a branch for each resolution on ``faces`` (a spec); write the BTNet into ``out``.
 
     Goes on where an earlier call stopped.
 
@@ -97,16 +85,13 @@ def adapt(
         What ``compare`` measured, ``left_out`` (why each such image was), ``seconds`` of this call.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before the first step; TrainingError: see ``train``.
+        ConfigError, DataError, CheckpointError: before the first step. TrainingError: as ``train``.
     """
     began, out, options = time.monotonic(), Path(out), options or AdaptOptions()
-    faces, backbone = parse_spec(faces), load_backbone(trunk, options.adapter, bgr=options.bgr)
+    backbone = load_backbone(trunk, options.adapter, bgr=options.bgr)
     btnet = BTNet(backbone, sorted(options.resolutions, reverse=True))
     check_routes(btnet)
-    bad = bad_images(open_faces(faces), options.skip_bad)
-    if bad:
-        say("\n".join([f"left out {len(bad)} images that cannot be read:", *bad.values()]))
-        faces = {"kind": "without", "faces": faces, "images": sorted(bad)}
+    faces, left_out = readable(parse_spec(faces), options.skip_bad, say)
     data, held = parts(faces, options)
     training = open_faces(data)
     if options.labels and len(training) == training.num_identities:
@@ -117,25 +102,30 @@ def adapt(
     store_trunk(out, backbone)
     if not options.fresh:
         check_unchanged(runs, out, training)
-    device = resolve_device(options.device)
     values = compare(btnet, held, ["before"], options.device)  # what cannot be read is told now
-    say(forecast(runs, btnet.to(device), len(training), out, options.fresh))
+    say(forecast(runs, btnet, len(training), out, options))
     if options.labels and not kappa.is_file():
+        device = resolve_device(options.device)
         pixels = open_pixels(data, runs[0].workers)
-        save_classifier(kappa, class_means(backbone, pixels, device, "fp32"))
+        save_classifier(kappa, class_means(backbone.to(device), pixels, device, "fp32"))
     for run in runs:
         train(run, place_of(out, run), device=options.device, fresh=options.fresh)
     net = BTNet.load(out, [run.resolution for run in runs])
     values |= compare(net, held, ["after"], options.device)
     say(table(values))
-    if worse := no_gain(values, btnet.resolutions):
-        say(
-            f"branches {worse} are no gain yet: more faces, or more epochs (--set epochs=30 --fresh)"
-        )
-    values |= {"left_out": list(bad.values()), "seconds": time.monotonic() - began}
-    results.record(out, "adapt", values, config=runs[0], data=training.checksum,
-                   kernel=runs[0].resize.name, seed=options.seed)  # fmt: skip
+    values |= {"left_out": left_out, "seconds": time.monotonic() - began}
+    about = {"data": training.checksum, "kernel": runs[0].resize.name, "seed": options.seed}
+    results.record(out, "adapt", values, config=runs[0], **about)
     return values
+
+
+def readable(faces: Spec, skip_bad: bool, say: Callable[[str], None]) -> tuple[Spec, list[str]]:
+    """The spec of the images that can be read, and why each of the others cannot."""
+    bad = bad_images(open_faces(faces), skip_bad)
+    if not bad:
+        return faces, []
+    say("\n".join([f"left out {len(bad)} images that cannot be read:", *bad.values()]))
+    return {"kind": "without", "faces": faces, "images": sorted(bad)}, list(bad.values())
 
 
 def parts(faces: Spec, options: AdaptOptions) -> tuple[Spec, list[PairSet | FaceSet]]:
@@ -158,15 +148,19 @@ def parts(faces: Spec, options: AdaptOptions) -> tuple[Spec, list[PairSet | Face
 def plan(
     btnet: BTNet, data: Spec, out: Path, kappa: Path, options: AdaptOptions
 ) -> list[TrainConfig]:
-    """The training of each branch, from the largest down: phi_bt, or distillation alone without labels."""
-    runs = []
+    """The training of each branch, the largest first: phi_bt, or distillation alone without labels.
+
+    Raises:
+        ConfigError: a change names no field of TrainConfig, or has a value that cannot work.
+    """
+    runs, trunk = [], str(out / "trunk.safetensors")
     for r in btnet.resolutions[-2::-1]:
-        recipe = {"btnet": str(out), **options.recipe(r)}
-        trunk = str(out / "trunk.safetensors")
+        run = methods.distillation_only(data, r, trunk)
         if options.labels:
-            runs.append(methods.phi_bt(data, r, trunk, str(kappa), **recipe))
-        else:
-            runs.append(methods.distillation_only(data, r, trunk, **recipe))
+            run = methods.phi_bt(data, r, trunk, str(kappa))
+        own = {"name": f"branch_{r}", "btnet": str(out), "epochs": EPOCHS.get(r, MOST_EPOCHS)}
+        fields = {**run.to_dict(), **RECIPE, **own, **options.changes}
+        runs.append(TrainConfig.from_dict(fields))
     return runs
 
 
@@ -217,7 +211,7 @@ def place_of(out: Path, run: TrainConfig) -> Path:
 
 
 def check_unchanged(runs: Sequence[TrainConfig], out: Path, faces: FaceSet) -> None:
-    """What ``out`` holds of an earlier call, finished or not, must be of this recipe and these faces.
+    """What ``out`` holds of an earlier call, finished or not, must be of this recipe and faces.
 
     Raises:
         ConfigError: naming what differs, before any branch is trained.
@@ -232,31 +226,36 @@ def check_unchanged(runs: Sequence[TrainConfig], out: Path, faces: FaceSet) -> N
             checkpoint.check_same(old, new, place, free)
 
 
-def forecast(runs: Sequence[TrainConfig], btnet: BTNet, faces: int, out: Path, fresh: bool) -> str:
-    """What each branch stores, and about how long it takes: MACs, at the speed of one timed step."""
+def forecast(
+    runs: Sequence[TrainConfig], btnet: BTNet, faces: int, out: Path, options: AdaptOptions
+) -> str:
+    """What each branch stores, and about how long it takes: MACs at the speed of a timed step."""
     trunk = route_cost(btnet, btnet.resolutions[-1])
-    speed = macs_per_second(btnet, trunk)
+    speed = macs_per_second(btnet.to(resolve_device(options.device)), trunk)
     name = btnet.trunk.config.name
     lines = [f"trunk: {name}, {trunk.stored:,} parameters, stays as it is; {faces:,} faces"]
     total = 0.0
     for run in runs:
         cost, steps = route_cost(btnet, run.resolution), run.epochs * (faces // run.batch)
-        state = None if fresh else checkpoint.load_state(place_of(out, run))
-        left = 1 - state["step"] / max(1, steps) if state else 1.0
-        if not fresh and checkpoint.read_record(place_of(out, run)):
-            left = 0.0
+        left = 1.0 if options.fresh else what_is_left(place_of(out, run), steps)
         macs = FORWARD_AND_BACKWARD * cost.macs * steps * run.batch
         macs += trunk.macs * teacher_passes(run, steps, faces)
         seconds = left * macs / speed
         total += seconds
-        megabytes = 4 * (cost.stored + cost.running) / 1e6
-        done = f", {100 * (1 - left):.0f} % done" if left < 1 else ""
         lines.append(
             f"branch {run.resolution}: stores {cost.stored:,} parameters ({100 * cost.share:.1f} % "
-            f"of the trunk), {megabytes:.1f} MB; {steps:,} steps of {run.batch}, "
-            f"about {duration(seconds)}{done}"
+            f"of the trunk), {4 * (cost.stored + cost.running) / 1e6:.1f} MB; "
+            f"{steps:,} steps of {run.batch}, {100 * (1 - left):.0f} % done, {duration(seconds)}"
         )
-    return "\n".join([*lines, f"in all about {duration(total)}, and the comparison"])
+    return "\n".join([*lines, f"in all {duration(total)}, and the comparison"])
+
+
+def what_is_left(place: Path, steps: int) -> float:
+    """The fraction of a training that is still to be done."""
+    if checkpoint.read_record(place):
+        return 0.0
+    state = checkpoint.load_state(place)
+    return 1 - state["step"] / steps if state else 1.0
 
 
 def teacher_passes(run: TrainConfig, steps: int, faces: int) -> int:
@@ -266,7 +265,7 @@ def teacher_passes(run: TrainConfig, steps: int, faces: int) -> int:
 
 
 def macs_per_second(btnet: BTNet, trunk: Cost) -> float:
-    """Multiply-accumulates of one forward and backward pass of the trunk, divided by its seconds."""
+    """MACs of one forward and backward pass of the trunk, divided by its seconds."""
     device = next(btnet.parameters()).device
     x = torch.zeros(TIMED, 3, *btnet.trunk.config.size, device=device)
     for _ in range(2):  # the first warms up
@@ -282,20 +281,5 @@ def macs_per_second(btnet: BTNet, trunk: Cost) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Seconds below 90, minutes below 90, else hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def no_gain(values: dict[str, Any], resolutions: Sequence[int]) -> list[int]:
-    """The branches that are worse at their own resolution than scaling up to the trunk."""
-    worse = []
-    for r in resolutions[:-1]:
-        after, before = (
-            values[way].get(f"{r}&{r}") or values[way][str(r)] for way in ("after", "before")
-        )
-        measure = "cosine" if "cosine" in after else "accuracy"
-        if after[measure] < before[measure]:
-            worse.append(r)
-    return worse
+    """About how long, in seconds or minutes."""
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:,.0f} min"

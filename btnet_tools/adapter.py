@@ -1,4 +1,4 @@
-"""A recogniser of your own as a trunk: one small class says what its units and its head are (docs/own-recogniser.md)."""
+"""A recogniser of your own as a trunk: one small class says what its units and its head are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Layer(nn.Sequential):
         self.stride = 1  # the trunk's resolutions are measured, see Adapter.resolutions
 
     def abandon_stride(self) -> list[str]:
-        """Strided convolutions keep their weights at stride 1, strided pooling becomes the identity."""
+        """Strided convolutions keep their weights at stride 1, strided pooling is left out."""
         for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Conv2d) and child.stride != (1, 1):
@@ -34,9 +34,9 @@ class Layer(nn.Sequential):
 
 
 class Adapter(Backbone):
-    """Subclass, set the four facts, write ``build`` and ``split``; the class is then known by its name.
+    """Subclass, set the facts, write ``build`` and ``split``; the class is then known by its name.
 
-    ``state`` are weights with the names that ``build()``'s network has, wrapped or not, ``where`` their file.
+    ``state``: weights with the names of ``build()``'s network, or wrapped; ``where``: their file.
 
     Raises:
         ConfigError: ``split`` computes something else than the network, or the facts do not fit.
@@ -53,7 +53,7 @@ class Adapter(Backbone):
         raise ConfigError(f"{type(self).__name__}: an Adapter needs its own method build()")
 
     def split(self, network: nn.Module) -> tuple[dict[str, nn.Module], nn.Module]:
-        """Its layers in the order in which they run, by name, and the head: last map -> embedding."""
+        """Its layers by name, in the order of running, and the head: last map -> embedding."""
         raise ConfigError(f"{type(self).__name__}: an Adapter needs its own method split()")
 
     def __init_subclass__(cls) -> None:

@@ -1,6 +1,6 @@
 """Aligned crops of raw pictures: the one antialiased warp, and crops from archives by numbers.
 
-A transform (a, b, tx, ty) is a similarity from raw pixels to crop pixels, pixel centres at integers:
+A transform (a, b, tx, ty) is a similarity from raw to crop pixels, pixel centres at integers:
 ``[x' y'] = [a -b; b a] [x y] + [tx ty]``. Crops are saved as JPEG, quality 95, 4:4:4.
 """
 
@@ -107,7 +107,7 @@ def cut(
         crc32: of the bytes of some pictures, by key.
 
     Raises:
-        DataError: a picture is missing, damaged, of another size or content than the numbers are of.
+        DataError: a picture is missing, damaged, or another than the numbers are of.
     """
     place = {key: i for i, key in enumerate(keys)}
     crops: dict[int, bytes] = {}

@@ -1,4 +1,4 @@
-"""The command line: `btnet COMMAND`. A command imports what it needs when it runs, so that --help is quick."""
+"""`btnet COMMAND`. A command imports what it needs when it runs, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Failure(click.ClickException):
 
 
 class Command(click.Command):
-    """A command with --debug, whose errors are one line; ``resumes`` where it goes on after Ctrl-C."""
+    """A command with --debug, whose errors are one line; ``resumes``: goes on after Ctrl-C."""
 
     def __init__(self, *args: Any, resumes: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -138,7 +138,7 @@ def open_model(
 @scale_option
 @option("--only", default="", metavar="01,05", help="Only these notebooks, by number or name.")
 @option("-p", "--parameter", "parameters", multiple=True, callback=pairs_of, metavar="NAME=VALUE",
-        help="A parameter of the notebooks that know it, quick=true, authors=true; repeatable.")  # fmt: skip
+        help="For notebooks that know it, or quick=true, authors=true; repeatable.")  # fmt: skip
 @option("--fresh", is_flag=True, help="Run also those notebooks whose inputs are unchanged.")
 @option("--device", help="auto, cpu, cuda or cuda:N (default: the notebooks').")
 @option("--processes", metavar="N", help="That train together; auto: one for each GPU.")
@@ -269,7 +269,7 @@ def align(photos: str, out: str, largest: bool) -> int:
 
 
 def numbers(context: click.Context, parameter: click.Parameter, given: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas; those that follow after blanks are the argument ``more``."""
+    """Whole numbers separated by commas; those after blanks are the argument ``more``."""
     try:
         return tuple(int(text) for text in given.split(",") if text)
     except ValueError:
@@ -396,7 +396,7 @@ def export(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run a command; returns its status: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     # Stopped by a scheduler: as orderly as by Ctrl-C. Set for SIGINT too: a shell that starts a
     # job in the background hands it down ignored, and Python then leaves it so.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""Which data sets there are and where they are looked for (`btnet data`), and packing one's own (`btnet pack`)."""
+"""`btnet data`: which data sets are where; `btnet pack`: one's own faces as RecordIO or .bin."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def pack_folder(folder: Path, out: Path, skip_bad: bool = False) -> tuple[int, l
 def pack_pairs(
     pairs: Path, out: Path, folder: Path | None = None, skip_bad: bool = False
 ) -> tuple[int, list[str]]:
-    """LFW-style pairs.txt -> a verification ``.bin``; returned and raised as by :func:`pack_folder`."""
+    """LFW-style pairs.txt -> a verification ``.bin``; returns and raises as :func:`pack_folder`."""
     if out.suffix != ".bin":
         raise ConfigError(f"{out}: a verification set is written to a .bin file")
     files, same = parse_pairs(pairs, folder)
@@ -156,7 +156,7 @@ def pack_pairs(
 
 
 def face_bytes(file: Path) -> bytes:
-    """The file's own bytes if it is a plain JPEG or PNG of 112x112, else the face resized to that, as PNG."""
+    """The file itself if a plain JPEG or PNG of 112x112, else the face at that size in PNG."""
     data = read(file)
     image = decode(data, where=str(file))
     if tuple(image.shape[1:]) == (112, 112) and is_plain(data):

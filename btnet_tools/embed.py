@@ -1,4 +1,4 @@
-"""`btnet embed`: every picture under a folder through its own branch, read ahead by threads, into one .npz."""
+"""`btnet embed`: pictures of any size, each through its own branch, read ahead by threads."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from btnet_core.models.btnet import BTNet, select_branch
 from btnet_paper.quality import optical_resolution
 
 BATCH = 64  # faces of one branch that pass through the model together
+COLUMNS = ("size", "resize_factor", "reliability")  # of the .npz, as in Face
 LARGEST, WIDEST = 512, 2  # pixels a side, and times the shorter side, of what may be a crop
 
 
 @dataclass(frozen=True, kw_only=True)
 class Face:
-    """A picture on its way: ``pixels`` (3, r, r') at the size of branch r; then ``embedding`` (D,)."""
+    """A picture on its way: ``pixels`` (3, r, r') for its branch, then ``embedding`` (D,)."""
 
     size: tuple[int, int]  # rows, columns of the picture
     r: int
@@ -39,7 +40,7 @@ class Face:
 
 
 class Reader:
-    """Reads a picture for the branch that the rule ``select`` chooses: "max+ceil", "detail+near", …"""
+    """Reads a picture for the branch that ``select`` chooses: "max+ceil", "detail+near", …"""
 
     def __init__(self, btnet: BTNet, select: str = "max+ceil") -> None:
         self.trunk, self.resolutions = btnet.trunk, btnet.resolutions
@@ -76,7 +77,7 @@ class Reader:
 
 
 def ahead(read: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
-    """``read(item)`` for each item, in order, by threads up to ``depth`` items ahead; or its DataError."""
+    """``read(item)`` or its DataError for each item, in order, by threads up to ``depth`` ahead."""
 
     def guarded(item: Any) -> Any:
         try:
@@ -101,7 +102,7 @@ def ahead(read: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Itera
 def embed_files(
     btnet: BTNet, files: Sequence[Path], reader: Reader, keep_going: bool = False
 ) -> list[Any]:
-    """For each file its Face with an embedding of unit length; with ``keep_going`` perhaps a DataError."""
+    """For each file its Face with a unit embedding; with ``keep_going`` perhaps a DataError."""
     faces: list[Any] = []
     waiting: dict[int, list[int]] = {r: [] for r in btnet.resolutions}
 
@@ -133,9 +134,9 @@ def embed_folder(
 ) -> tuple[int, dict[str, str]]:
     """Embed every image under ``source`` into the .npz ``out``: one row an image in each array.
 
-    ``names`` (relative to ``source``), ``embeddings`` (n, D) of unit length, ``branch`` (n,), ``size``
-    (n, 2: rows, columns of the picture), ``resize_factor`` (n, 2), ``reliability`` (n,: rows of detail,
-    see quality.py), and ``failed``, the names of those left out.
+    ``names`` (relative to ``source``), ``embeddings`` (n, D) of unit length, ``branch`` (n,),
+    ``size`` (n, 2: rows, columns of the picture), ``resize_factor`` (n, 2), ``reliability`` (n,:
+    rows of detail, see quality.py), and ``failed``, the names of those left out.
 
     Returns:
         The number of embeddings, and {name: reason} of the images left out (with ``keep_going``).
@@ -143,33 +144,34 @@ def embed_folder(
     Raises:
         DataError: no image there, or one that cannot be read; ``out`` cannot be written.
     """
-    root = Path(source)
     if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
         raise DataError(f"--out {out}: expected a file in a folder that is there")
-    files, left_out = ([root], []) if root.is_file() else find_images(root)
+    files = find_files(Path(source))
+    found = embed_files(btnet, list(files.values()), Reader(btnet, select), keep_going)
+    rows, failed = {}, {}
+    for name, face in zip(files, found, strict=True):
+        if isinstance(face, DataError):
+            failed[name] = str(face)
+        else:
+            rows[name] = face
+    warn_of_photographs(rows)
+    columns = {key: np.array([getattr(face, key) for face in rows.values()]) for key in COLUMNS}
+    columns["branch"] = np.array([face.r for face in rows.values()], np.int64)
+    columns["names"], columns["failed"] = (np.array(list(x), np.str_) for x in (rows, failed))
+    columns["embeddings"] = np.array([face.embedding for face in rows.values()], np.float32)
+    write_atomically(out, lambda file: np.savez(file, **columns))
+    return len(rows), failed
+
+
+def find_files(source: Path) -> dict[str, Path]:
+    """The images under a folder by their names, sorted, or the one image that ``source`` is."""
+    if source.is_file():
+        return {source.name: source}
+    files, left_out = find_images(source)
     if not files:
         raise DataError(f"{source}: no images")
-    files = sorted(files)
-    warn_of(root, left_out)
-    names = [str(file.relative_to(root)) if file != root else file.name for file in files]
-    found = embed_files(btnet, files, Reader(btnet, select), keep_going)
-    rows = {name: face for name, face in zip(names, found, strict=True) if isinstance(face, Face)}
-    failed = {
-        name: str(error)
-        for name, error in zip(names, found, strict=True)
-        if isinstance(error, DataError)
-    }
-    warn_of_photographs(rows)
-    columns: dict[str, Any] = {
-        "names": np.array(list(rows), np.str_),
-        "embeddings": np.array([face.embedding for face in rows.values()], np.float32),
-        "branch": np.array([face.r for face in rows.values()], np.int64),
-        "failed": np.array(list(failed), np.str_),
-    }
-    for name in ("size", "resize_factor", "reliability"):
-        columns[name] = np.array([getattr(face, name) for face in rows.values()])
-    write_atomically(Path(out), lambda file: np.savez(file, **columns))
-    return len(rows), failed
+    warn_of(source, left_out)
+    return {str(file.relative_to(source)): file for file in sorted(files)}
 
 
 def warn_of_photographs(faces: dict[str, Face]) -> None:

@@ -1,7 +1,7 @@
-"""What `btnet evaluate`, `btnet verify` and the end of `btnet adapt` measure: which faces are too small, which threshold.
+"""`btnet evaluate`, `verify`, the end of `adapt`: which faces are too small, which threshold.
 
-At every pair of resolutions: accuracy, and TAR at each FAR that the pairs allow, with the threshold of
-each. Intervals are Wilson's, at 95 %, for the number of different pairs.
+At every pair of resolutions: accuracy, and TAR at each FAR that the pairs allow, each with its
+threshold. Intervals are Wilson's, at 95 %, for the number of different pairs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def compare(
     """Before (faces scaled up to the trunk) and after (branches), at every pair of resolutions.
 
     Returns:
-        ``sets`` (what it was measured on), and for each of ``ways`` {"112&14": :func:`operating_points`,
-        …}. Of a face set instead of pairs: {"14": {"cosine": to the trunk's own embedding of the face
-        at full size}, …}.
+        ``sets`` (what it was measured on), and for each of ``ways`` {"112&14":
+        :func:`operating_points`, …}; of a face set instead of pairs :func:`fidelity`.
     """
     found: dict[str, Any] = {"sets": [one.name for one in sets]}
     pairs = [one for one in sets if isinstance(one, PairSet)]
@@ -56,7 +55,7 @@ def compare(
 def measure(
     embedder: Any, sets: Sequence[PairSet], resolutions: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
-    """:func:`operating_points` at every pair of resolutions; both directions count where they differ."""
+    """:func:`operating_points` at every pair of resolutions, over both directions."""
     settings = list(combinations_with_replacement(sorted(resolutions, reverse=True), 2))
     both = dict.fromkeys([*settings, *((b, a) for a, b in settings)])
     scores = [pair_similarities(embedder, one, list(both)) for one in sets]
@@ -74,8 +73,8 @@ def operating_points(
 ) -> dict[str, Any]:
     """Rates in [0, 1] of (similarities, same) of each set and direction; ``pairs`` different ones.
 
-    Accuracy and its threshold are means of the ten folds of each part, ``far`` the false accept rate
-    at that threshold; ``tar`` has for each FAR the rate and its threshold over all parts together.
+    Accuracy and its threshold are means over the ten folds of each part, ``far`` the false accept
+    rate at that threshold; ``tar`` has for each FAR the rate and its threshold over all parts.
     """
     folds = [ten_fold_accuracy(similarity, same) for similarity, same in parts]
     similarity, same = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -112,7 +111,7 @@ def wilson(rate: float, count: int, z: float = 1.96) -> tuple[float, float]:
 def fidelity(
     embedder: Any, faces: FaceSet, resolutions: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
-    """Mean cosine between the embedding at each resolution and that at full size."""
+    """{"14": {"cosine": mean between a face's embedding at 14 pixels and at full size}, …}."""
     pixels = faces.images(range(min(len(faces), SOME_FACES)))
     *lower, full = sorted(resolutions)
     whole = embedder(pixels, full)
@@ -154,17 +153,15 @@ def cell(point: dict[str, Any]) -> str:
 def verify(
     btnet: BTNet, first: str, second: str, select: str, model: str, threshold: float | None = None
 ) -> str:
-    """Two lines on the images, and one with their cosine, the verdict, and the FAR at which it accepts.
+    """Two lines on the images, one with their cosine, the verdict, and the FAR at which it accepts.
 
     The threshold is the given one, or that of ``btnet adapt`` for the two branches.
     """
     faces = list(embed_files(btnet, [Path(first), Path(second)], Reader(btnet, select)))
     lines = []
     for name, face in zip((first, second), faces, strict=True):
-        rows, columns = face.size
-        lines.append(
-            f"{name}: {columns}x{rows} through branch {face.r}, resized by {face.resize_factor[0]:.2f}"
-        )
+        size, factor = f"{face.size[1]}x{face.size[0]}", face.resize_factor[0]
+        lines.append(f"{name}: {size} through branch {face.r}, resized by {factor:.2f}")
     cosine = float(faces[0].embedding @ faces[1].embedding)
     key = "&".join(str(r) for r in sorted((face.r for face in faces), reverse=True))
     known = known_points(model)
@@ -191,9 +188,9 @@ def known_points(model: str) -> dict[str, Any]:
 
 def false_accepts(point: dict[str, Any], threshold: float) -> str:
     """At which FAR ``threshold`` accepts, as far as it was measured: "FAR 0.01 or less: "."""
-    if not point:
-        return ""
-    if threshold == point["threshold"]:
+    if threshold == point.get("threshold"):
         return f"at FAR {point['far']:.2g}: "
+    if not point.get("tar"):
+        return ""
     held = [far for far, tar in point["tar"].items() if threshold >= tar["threshold"]]
     return f"at FAR {held[-1]} or less: " if held else f"at FAR above {FARS[0]:g}: "

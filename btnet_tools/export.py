@@ -1,8 +1,8 @@
-"""A BTNet for other programs: ONNX with all routes in one file, or torch.export's pt2, a file for each route.
+"""A BTNet for other programs: ONNX with all routes in one file, or torch.export's pt2, a file each.
 
-Input ``pixels``: RGB ``(B, 3, r, r')`` float32 in [0, 255], B free. Output ``embedding`` ``(B, D)`` of unit length
-and ``norm`` ``(B,)``, its length before. The ONNX file chooses the route by the rows of its input and
-holds each weight of the shared trunk once.
+Input ``pixels``: RGB ``(B, 3, r, r')`` float32 in [0, 255], B free. Output ``embedding`` ``(B, D)``
+of unit length and ``norm`` ``(B,)``, its length before. The ONNX file chooses the route by the rows
+of its input and holds each weight of the shared trunk once.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def program(route: PixelRoute) -> torch.export.ExportedProgram:
 
 
 def onnx_route(one: torch.export.ExportedProgram, fuse: bool = True) -> Any:
-    """One route; unless ``fuse``, batch norms stay apart from the convolutions, whose weights routes share."""
+    """One route; unless ``fuse``, batch norms stay apart from shared convolutions."""
     names = {"input_names": ["pixels"], "output_names": OUTPUTS}
     made: Any = torch.onnx.export(one, dynamo=True, optimize=fuse, verbose=False, **names)
     if not fuse:
@@ -102,7 +102,7 @@ def onnx_route(one: torch.export.ExportedProgram, fuse: bool = True) -> Any:
     return made.model_proto
 
 
-# ---- all routes in one file: the branches of nested Ifs, their weights the initializers of the whole graph ----
+# ---- all routes in one file: branches of nested Ifs, their weights initializers of the whole ----
 
 
 def onnx_switch(models: Mapping[int, Any]) -> Any:
@@ -130,7 +130,7 @@ def onnx_switch(models: Mapping[int, Any]) -> Any:
 
 
 def inner_graph(r: int, model: Any, weights: dict[Any, Any]) -> Any:
-    """The graph of a route without its weights, which join ``weights`` unless equal ones are there."""
+    """The graph of a route; its weights join ``weights`` unless equal ones are there."""
     graph, kept = compose.add_prefix(model, f"r{r}/").graph, {f"r{r}/pixels": "pixels"}
     for one in graph.initializer:
         digest = hashlib.sha256(one.raw_data or one.SerializeToString()).digest()

@@ -142,7 +142,7 @@ def get_lfw(source: Path, root: Path, numbers: Path = DATA / "alignment" / "lfw.
 def get_celeba(
     source: Path, root: Path, numbers: Path = DATA / "alignment" / "celeba.npz"
 ) -> list[str]:
-    """298 identities of CelebA: in the wild, or aligned with the list of landmarks in the folder."""
+    """298 identities of CelebA: in the wild, or aligned with the landmarks' list in the folder."""
     table = np.load(numbers)
     keys = [f"{number:06d}.jpg" for number in table["number"]]
     transforms, sizes = table["transform"], None

@@ -33,7 +33,7 @@ SMALLEST = 16  # its smallest anchor, in those pixels: of smaller faces it finds
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """One face: ``box`` x0, y0, x1, y1 and ``points`` (5, 2: eyes, nose, mouth corners), in pixels."""
+    """One face, in pixels: ``box`` x0, y0, x1, y1; ``points`` (5, 2) eyes, nose, mouth corners."""
 
     box: tuple[float, float, float, float]
     points: np.ndarray
@@ -74,10 +74,10 @@ def retinaface() -> Detector:
 def align_photos(
     source: Path, out: Path, detect: Detector, largest: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Write ``out/PHOTO_0.png``, ``PHOTO_1.png``, … for the faces of each photograph, largest first.
+    """Write ``out/PHOTO_0.png``, ``_1.png``, … for the faces of each photograph, largest first.
 
-    ``largest`` takes the first alone. Sub-folders stay. ``OUT.json`` lists each crop with its box, and
-    why a photograph gave none.
+    ``largest`` takes the first alone. Sub-folders stay. ``OUT.json`` lists each crop with its box,
+    and why a photograph gave none.
 
     Returns:
         ``crops`` {name: box, side, note} and ``without`` {photograph: reason}.

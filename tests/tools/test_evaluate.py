@@ -148,6 +148,9 @@ def test_verify_says_at_which_far_it_accepts(model: Path, tmp_path: Path) -> Non
     assert "at FAR 0.01 or less" in say(cosine - 0.01)
     assert "at FAR 0.001 or less" in say(cosine + 0.04)
     assert "at FAR above 0.01" in say(cosine - 0.03)
+    point["tar"] = {}  # too few pairs for any FAR
+    (tmp_path / "results" / "adapt.json").write_text(json.dumps({"values": values}))
+    assert "accepts no FAR of 112&28 is known" in say(cosine - 0.03)
     values["after"] = {"112&28": 71.0}  # as an earlier version recorded it
     (tmp_path / "results" / "adapt.json").write_text(json.dumps({"values": values}))
     assert "no threshold of 112&28 is known" in say()

@@ -100,8 +100,8 @@ def images_each(config: TrainConfig) -> int:
     """Images of this process in a batch.
 
     Raises:
-        ConfigError: the batch does not divide over processes and parts, or a part is a single image,
-            of which batch norms have no variance.
+        ConfigError: the batch does not divide over processes and parts, or a part is a single
+            image, of which batch norms have no variance.
     """
     parts = distributed.world() * config.accumulate
     among = f"{distributed.world()} processes, each in {config.accumulate} parts"

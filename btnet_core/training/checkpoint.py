@@ -1,4 +1,4 @@
-"""Checkpoints of a run in progress, readable by any number of processes; the record of a finished one."""
+"""A run in progress as a checkpoint for any number of processes; a finished one as a record."""
 
 from __future__ import annotations
 
@@ -58,9 +58,12 @@ def state_of(run: Run) -> dict[str, Any]:
     }
 
 
-def identity_in(state: dict[str, Any]) -> dict[str, Any]:
-    """What ``identity_of`` gave when the state was saved."""
-    return json.loads(state["identity"])
+def resumable(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The state to go on from, if there is one; raises as ``load_state`` and ``check_same``."""
+    state = load_state(out)
+    if state is not None:
+        check_same(json.loads(state["identity"]), identity, out, MACHINE | SHOWN)
+    return state
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The classifier kappa: one unit vector for each identity, cut by classes over the processes (Eq. 1)."""
+"""The classifier kappa of Eq. 1: a unit vector for each identity, cut over the processes."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def load_classifier(path: str | Path, num_classes: int, dim: int) -> Tensor:
     """Read ``weight (C, D)``.
 
     Raises:
-        CheckpointError: unreadable, or of other classes than the data (a head cannot move to another
-            problem, paper-and-code: fresh head).
+        CheckpointError: unreadable, or of other classes than the data (a head cannot move to
+            another problem, paper-and-code: fresh head).
     """
     weight = read_safetensors(path)[0].get("weight")
     if weight is None or tuple(weight.shape) != (num_classes, dim):

@@ -1,8 +1,8 @@
-"""Several processes as if they were one: gather, reduce, a softmax over a classifier cut by classes.
+"""Several processes as if they were one: gather, reduce, a softmax over all their classes.
 
-Convention: each process adds its part of one total loss, so gradients of the network are SUMMED over
-processes and the result does not depend on how many there are. Started by torchrun; alone, every
-function here is the identity.
+Convention: each process adds its part of one total loss, so gradients of the network are SUMMED
+over processes and the result does not depend on how many there are. Started by torchrun; alone,
+every function here is the identity.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def gather(value: Tensor, *, total: bool) -> Tensor:
 
 
 class _ShardedSoftmax(torch.autograd.Function):
-    """Mean cross-entropy of logits ``(B, C_shard)``; the softmax runs over all processes' classes."""
+    """Mean cross-entropy of logits ``(B, C_shard)``, the softmax over all processes' classes."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, column: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ INTERRUPTED = 130  # status of a process that was stopped by Ctrl-C and saved a 
 def train_from_file(
     config: Path | str, out: Path | str, *, device: str = "auto", fresh: bool = False
 ) -> dict[str, Any]:
-    """``train`` with the configuration of a page (JSON or YAML); leaves torchrun's group at the end."""
+    """``train`` what a page (JSON or YAML) says; leaves torchrun's group at the end."""
     try:
         return train(TrainConfig.read(config), out, device=device, fresh=fresh)
     finally:

@@ -39,7 +39,7 @@ READ_EVERY = 10  # steps on a GPU, which is not waited for in between
 
 
 def fit(run: Run, progress: Progress) -> None:
-    """Train from ``run.step`` to the last one: load, forward, backward, reduce, clip, step, save."""
+    """Train from ``run.step`` to the end: load, forward, backward, reduce, clip, step, save."""
     network = list(run.trainable.values())
     readings = Readings(run, progress)
     run.modes(training=True)
@@ -78,9 +78,9 @@ def _set_lr(run: Run) -> float:
 def backward(run: Run, batch: Batch, pixels: Tensor | None) -> dict[str, Tensor]:
     """Add the gradients of L, part by part of the batch; returns the terms of L.
 
-    The parts are means over as many faces each, so that they add up to the mean over the batch. What
-    depends on a batch as a whole sees a part: batch norms, and CurricularFace's t, which moves at
-    each part (Deviation where ``accumulate`` is above 1).
+    The parts are means over as many faces each, so that they add up to the mean over the batch.
+    Deviation where ``accumulate`` is above 1: batch norms see a part, and CurricularFace's t moves
+    at each.
     """
     parts = run.config.accumulate
     faces = pixels.chunk(parts) if pixels is not None else [None] * parts
@@ -96,8 +96,8 @@ def backward(run: Run, batch: Batch, pixels: Tensor | None) -> dict[str, Tensor]
 def unscale_and_clip(run: Run, network: list[nn.Parameter]) -> Tensor:
     """Unscale all gradients and clip the network's; returns their norm before clipping.
 
-    A gradient of the classifier that is not finite, on any process, makes the norm not finite on all:
-    they stop, or skip the step, together.
+    A gradient of the classifier that is not finite, on any process, makes the norm not finite on
+    all: they stop, or skip the step, together.
     """
     gradients = [p.grad for p in network if p.grad is not None]
     if run.kappa is not None and run.kappa.weight.grad is not None:
@@ -112,8 +112,8 @@ class Readings:
 
     Attributes:
         waiting: values of some steps have not been read yet.
-        stop, late: whether any process was asked to stop, and whether a checkpoint is due; as of the
-            last reading, the same on all processes.
+        stop, late: whether any process was asked to stop, and whether a checkpoint is due; as of
+            the last reading, the same on all processes.
         saved: when the last checkpoint was written.
     """
 
@@ -226,8 +226,8 @@ def train(
         ``parameters`` (that learnt), ``validation`` (accuracy in % for each "r1&r2", at the end).
 
     Raises:
-        ConfigError, CheckpointError, DataError: before the first step; also where ``out`` holds a run
-            of another recipe or of other faces. BusyError: another process trains there.
+        ConfigError, CheckpointError, DataError: before the first step; also where ``out`` holds a
+            run of another recipe or of other faces. BusyError: another process trains there.
         TrainingError: it had to stop.
         KeyboardInterrupt: it was stopped; a checkpoint is saved.
     """
@@ -242,11 +242,7 @@ def train(
         distributed.wait()  # every process has read the record before the first one removes it
         if fresh:
             checkpoint.forget(out)
-        state = checkpoint.load_state(out)
-        if state is not None:
-            old = checkpoint.identity_in(state)
-            free = checkpoint.MACHINE | checkpoint.SHOWN
-            checkpoint.check_same(old, identity, out, free)
+        state = checkpoint.resumable(out, identity)
         try:
             with _machine(config, place, state):
                 return _train(config, out, place, identity, state, show)
@@ -256,7 +252,7 @@ def train(
 
 @contextmanager
 def _machine(config: TrainConfig, device: torch.device, state: dict | None) -> Iterator[None]:
-    """torch as the run needs it. A resumed run keeps its threads: sums then come in the same order."""
+    """torch as the run needs it; a resumed run keeps its threads, and so the order of sums."""
     threads = torch.get_num_threads()
     torch.set_float32_matmul_precision(config.matmul)
     torch.backends.cudnn.allow_tf32 = config.matmul != "highest"  # convolutions, too
@@ -346,7 +342,7 @@ def _validation_due(run: Run) -> bool:
 
 
 def validate(run: Run, progress: Progress) -> None:
-    """Verification accuracy in % at 112&r and r&r on each pair set; the processes share the sets."""
+    """Accuracy in % at 112&r and r&r on each pair set; the processes share the sets."""
     config = run.config
     if not run.pairs:
         return

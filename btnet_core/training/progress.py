@@ -47,7 +47,7 @@ class Progress:
         speak: False on all processes but the first.
 
     Attributes:
-        row: the latest, e.g. {"loss": …, "norm": …, "step": …, "lr": …, "images_per_second": …}.
+        row: the latest, e.g. {"loss": …, "norm": …, "step": …, "lr": …, "seconds": …}.
         extra: numbers that every row shows as they are.
     """
 

@@ -84,7 +84,7 @@ class Run:
         return self.pixels.stream(batches)
 
     def modes(self, training: bool) -> None:
-        """Training or evaluation mode; batch norms that the configuration freezes stay as they are."""
+        """Training or evaluation mode; frozen batch norms stay in evaluation mode."""
         for module in (self.network, self.kappa, self.metric):
             if module is not None:
                 module.train(training)
@@ -210,7 +210,7 @@ def _classifier(
 def _kept_class_means(
     config: TrainConfig, trunk: Backbone, pixels: Pixels, device: torch.device, precision: str
 ) -> Tensor:
-    """kappa from class means ``(C, D)``; kept in ``cache_dir`` for runs of the same trunk and data."""
+    """``class_means (C, D)``, kept in ``cache_dir`` for runs of the same trunk and data."""
     faces, place = pixels.faces, None
     if config.cache_dir:
         facts = " ".join((weights_digest(trunk), faces.checksum, precision, device.type))

@@ -37,7 +37,7 @@ def trunk_losses(run: Run, x: Tensor, labels: Tensor) -> Losses:
 
 
 def branch_losses(run: Run, x: Tensor, teacher: Teacher, labels: Tensor) -> Losses:
-    """The branch's loss on X_r ``(b, 3, r, r')`` (Eq. 3), with the authors' third term as an option.
+    """The branch's loss on X_r ``(b, 3, r, r')``: Eq. 3, with the authors' third term as an option.
 
     A term of weight 0 is not computed: without labels and embeddings, T_r does not run.
     """
@@ -64,7 +64,7 @@ def branch_losses(run: Run, x: Tensor, teacher: Teacher, labels: Tensor) -> Loss
 
 
 def influence(run: Run, z: Tensor | None, labels: Tensor) -> Tensor | float:
-    """L_influence (Eq. 1) of embeddings ``(b, D)``: the mean over the whole batch, on every process."""
+    """L_influence (Eq. 1) of embeddings ``(b, D)``: the mean over all processes' batch."""
     if not run.config.influence_weight:
         return 0.0
     labels = labels.to(run.device)

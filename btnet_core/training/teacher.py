@@ -32,9 +32,9 @@ def ask(
 ) -> Teacher:  # fmt: skip
     """The teacher's answer to uint8 ``faces`` (paper-and-code: teacher).
 
-    The trunk is in evaluation mode and runs up to the coupling layer, no further unless its embedding
-    is asked for. A branch that ends before the layer of r meets a larger map, which is averaged to
-    ``size`` (Figure 7).
+    The trunk is in evaluation mode and runs up to the coupling layer, no further unless its
+    embedding is asked for. A branch that ends before the layer of r meets a larger map, which is
+    averaged to ``size`` (Figure 7).
     """
     x = trunk.preprocess(faces).contiguous(memory_format=torch.channels_last)
     z_s = None
@@ -104,7 +104,7 @@ def _store(folder: Path | None, name: str, count: int, like: Tensor) -> Tensor:
 
 
 def cache_place(choice: str, size: int, epochs: int, folder: Path, shared: bool) -> tuple[str, str]:
-    """Where features of ``size`` bytes go ("memory", "memmap", "off"), and the sentence that says so.
+    """Where features of ``size`` bytes go ("memory", "memmap", "off"), and a sentence on it.
 
     "auto" needs more than two passes to pay (the cache holds each face twice), prefers memory, and
     with several processes a file. Features for other runs (``shared``) are files in any case. What

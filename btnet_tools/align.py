@@ -10,7 +10,8 @@ import math
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -24,7 +25,8 @@ from btnet_core.errors import DataError
 from btnet_core.images import MAX_BYTES, decode, encode, read
 
 SIZE = 112  # rows and columns of a crop
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError)
+# RuntimeError: a .zip with a password, or of a compression that this Python has not.
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 def matrix(transform: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -75,21 +77,22 @@ def members(
         ) from error
 
 
-def _files(source):
+def _files(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     """(path, size, function that reads it) of each file in the order of the folder or archive."""
     if source.is_dir():
-        for file in sorted(source.rglob("*")):
-            if file.is_file():
-                name = file.relative_to(source.parent).as_posix()
-                yield name, file.stat().st_size, lambda file=file: read(file)
+        for path in sorted(source.rglob("*")):
+            if path.is_file():
+                name = path.relative_to(source.parent).as_posix()
+                yield name, path.stat().st_size, partial(read, path)
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             for entry in archive.infolist():
-                yield entry.filename, entry.file_size, lambda entry=entry: archive.read(entry)
+                yield entry.filename, entry.file_size, partial(archive.read, entry)
     else:
-        with tarfile.open(source, "r|*") as archive:
-            for entry in filter(tarfile.TarInfo.isfile, archive):
-                yield entry.name, entry.size, lambda entry=entry: archive.extractfile(entry).read()
+        with tarfile.open(source, "r|*") as stream:
+            for member in stream:
+                if file := stream.extractfile(member):  # none of a folder
+                    yield member.name, member.size, file.read
 
 
 def cut(
@@ -127,7 +130,9 @@ def cut(
     return [crops[i] for i in range(len(keys))]
 
 
-def _check_size(picture: Tensor, transform: np.ndarray, size: np.ndarray | None, where: str):
+def _check_size(
+    picture: Tensor, transform: np.ndarray, size: np.ndarray | None, where: str
+) -> None:
     """The picture has ``size``, and the centre of the crop lies in it."""
     rows, columns = picture.shape[-2:]
     if size is not None and (columns, rows) != tuple(size):

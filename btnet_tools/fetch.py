@@ -180,7 +180,7 @@ def join_training(root: Path, numbers: Path = DATA / "alignment") -> list[str]:
     lfw, celeba = FaceRecords(root / "lfw"), FaceRecords(root / "celeba")
     train = np.flatnonzero(~np.load(numbers / "lfw.npz")["test"][lfw.labels])
     keep = np.flatnonzero(np.load(numbers / "train.npz")["left_out"] == 0)
-    crops = [lfw.image(i) for i in train] + [celeba.image(i) for i in range(celeba.count)]
+    crops = [lfw.image(i) for i in train.tolist()] + [celeba.image(i) for i in range(celeba.count)]
     people = np.concatenate([lfw.labels[train], lfw.labels.max() + 1 + celeba.labels])
     return [write_faces(root / "faces_train", [crops[i] for i in keep], people[keep], root)]
 
@@ -223,14 +223,17 @@ def _write_about(path: Path, files: list[Path], source: Path, counts: dict[str, 
 def get_weights(about: Download, source: Path, path: Path) -> str:
     """Weights of others as safetensors, when their values are those that the results are of."""
     try:
-        if source.suffix == ".safetensors":
-            content = read_safetensors(source)[0]
-        else:
-            content = load_torch(source)
+        plain = source.suffix == ".safetensors"
+        content: Any = read_safetensors(source)[0] if plain else load_torch(source)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{source}: cannot be read as weights ({error})") from error
-    state = content.get("net_state_dict", content)
-    tensors = {key: state[key] for key in state if not key.endswith("num_batches_tracked")}
+        reason = str(error).split("\n")[0]
+        raise DataError(f"{source}: cannot be read as weights ({reason})") from error
+    state = content.get("net_state_dict", content) if isinstance(content, dict) else {}
+    tensors = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not name.endswith("num_batches_tracked")
+    }
     if tensor_digest(tensors) != about.tensors:
         raise DataError(f"{source}: other weights than the results are of: {about.by_hand}")
     write_safetensors(path, tensors, {"source": about.url or about.by_hand})

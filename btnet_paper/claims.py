@@ -96,6 +96,28 @@ def coverage(found: Records) -> pd.DataFrame:
     return tables.frame(lines)
 
 
+def summary(covered: pd.DataFrame, asked: pd.DataFrame) -> str:
+    """Markdown: what each scale has recorded, how many claims it shows as the paper, what is open.
+
+    ``covered`` is of ``coverage``, ``asked`` of ``verdicts``.
+    """
+    lines = []
+    for scale in records.SCALES:
+        source = f"scale {scale}"
+        have = covered[source].dropna().index
+        lines.append(f"- Scale {scale} has recorded {', '.join(have) or 'nothing'}.")
+        if source in asked:
+            both = asked[[PAPER, source]].dropna().map(lambda told: told.split(" (")[0])
+            same = both.index[both[PAPER] == both[source]]
+            lines[-1] += f" {len(same)} of {len(both)} claims hold in as many settings as in the"
+            lines[-1] += f" paper's tables: {'; '.join(same)}." if len(same) else " paper's tables."
+    nowhere = covered.index[covered.isna().all(axis="columns")]
+    lines.append(f"- Open, recorded at no scale: {', '.join(nowhere) or 'nothing'}.")
+    if covered["scale paper"].isna().all():
+        lines.append("- The paper's own scale has not been run: nothing here is of its data.")
+    return "\n".join(lines)
+
+
 def running_text(long: pd.DataFrame) -> pd.DataFrame:
     """The numbers of the paper's running text, ours beside them."""
     mine = long[long["table"] == "text"]

@@ -32,7 +32,7 @@ Record = Mapping[str, Any]
 Arrays = Mapping[str, Any]
 CROSS, SAME = "112 & r", "r & r"
 FOLDS = 3.0  # sqrt(10 - 1): from the (population) deviation of ten folds to their mean's error
-FACELESS = ("03", "04", "05", "06", "07", "08")  # notebooks that record no picture of a face
+FACELESS = ("03", "04", "05", "06", "07", "08", "12")  # notebooks that record no picture of a face
 
 
 class Entry(NamedTuple):
@@ -254,7 +254,7 @@ FIGURES: dict[str, Entry] = {
     "figure6_operations": Entry(COSTS, lambda r, a: plots.figure6(r["values"])),
     "figure7_allocation": Entry("07_ablations", lambda r, a: plots.figure7(r["values"]["figure7"])),
     "figure8_branch_selection": Entry(SURVFACE, _strategies),
-    "risk_coverage": Entry(SURVFACE, _risk),
+    "risk_coverage": Entry("12_beyond_the_paper", _risk),
     "figure9_feature_maps": Entry("09_feature_maps", lambda r, a: plots.figure9(r["values"], a)),
     "accuracy_by_resolution": Entry("03_train_trunk", _falls),
     "loss_trunks": Entry("03_train_trunk", _loss("loss", "loss", log=True)),

@@ -89,17 +89,21 @@ def trunks(scale: Scale, models: Path, seed: int) -> list[TrainConfig]:
 
 
 def specialists(scale: Scale, models: Path, seed: int) -> list[TrainConfig]:
-    """Returns phi_mm, a network for each resolution, in the readings that the scale lists."""
-    random = {"backbone": scale.backbone, "seed": seed}
-    rows = [r for r in scale.resolutions if r < SPECIALIST_BELOW]
+    """Returns phi_mm, a network for each resolution, in the readings that the scale lists.
+
+    Independent means weights and classifier drawn anew: with phi_hr's seed they would start from
+    the same ones, and embeddings of two such networks agree far above chance (67.5 % instead of
+    54.5 % at 112&28, scale demo).
+    """
     runs = []
     for kind, changes in scale.specialists.items():
-        start = _from_hr(scale, models, seed) if kind == "from_hr" else random
         method = phi_mm if kind == "native" else phi_mm_scaled_up
-        prefix = SPECIALISTS[kind][1]
-        runs += [
-            method(scale.faces, r, **{**start, "name": f"{prefix}{r}", **changes}) for r in rows
-        ]
+        for r in [r for r in scale.resolutions if r < SPECIALIST_BELOW]:
+            start = {"backbone": scale.backbone, "seed": seed + r}
+            if kind == "from_hr":
+                start = _from_hr(scale, models, seed)
+            start["name"] = f"{SPECIALISTS[kind][1]}{r}"
+            runs.append(method(scale.faces, r, **{**start, **changes}))
     return runs
 
 
@@ -174,12 +178,12 @@ def ablations(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, Runs]:
         return phi_bt(data, r, trunk, kappa, **{**changes, **switch})
 
     def step(name: str, **switch: Any) -> TrainConfig:
-        return table3(data, name, trunk, kappa, r, **changes, **switch)
+        return table3(data, name, trunk, kappa, r, **{**changes, **switch})
 
     standard = bt(name="phi_bt")
     return {
         "table3": {
-            "Scratch": step("scratch", backbone=network.config),
+            "Scratch": step("scratch", backbone=network.config, seed=seed + r),
             "Pretraining": step("pretraining"),
             "Pretraining + BCT": step("bct"),
             "Pretraining + BCT + Fix Trunk": step("fix_trunk"),

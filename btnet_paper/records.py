@@ -123,8 +123,10 @@ def numbers(record: Mapping[str, Any]) -> pd.DataFrame:
         if name.endswith("_seeds"):
             count = len(record["values"]["by_seed"])
             return frame(_seeds(record["values"]), f"scale {scale}, {count} seeds")
-        reader = READERS.get(name, lambda values: ())
-        return frame(reader(record["values"]), f"scale {scale}")
+        lines: list[Number] = []
+        if name in READERS:
+            lines = [*READERS[name](record["values"]), *_beyond(record["values"])]
+        return frame(lines, f"scale {scale}")
     except (KeyError, TypeError, AttributeError) as error:
         where, kind = record.get("path", name), type(error).__name__
         raise DataError(f"{where} is not what its notebook records ({kind}: {error})") from None
@@ -142,7 +144,9 @@ def all_numbers(records: Records) -> pd.DataFrame:
     """Ours and the paper's, the paper's last."""
     order = scales(records)
     mine = sorted(records.values(), key=lambda record: order.index(record["scale"]))
-    return pd.concat([*map(numbers, mine), paper()], ignore_index=True)
+    long = pd.concat([*map(numbers, mine), paper()], ignore_index=True)
+    # What notebook 12 shows stood in 05 to 08 before: of two records of a number 12's counts.
+    return long.drop_duplicates(["table", "source", "row", "setting"], keep="last")
 
 
 def _figure1(values: Mapping[str, Any]) -> Iterator[Number]:
@@ -163,10 +167,6 @@ def _verification(values: Mapping[str, Any]) -> Iterator[Number]:
         for setting, cell in row.items():
             yield "table1", name, setting, cell["accuracy"]
             yield "second_half", name, setting, cell.get("second_half")
-    for of, rows in values.get("centred", {}).items():
-        for name, row in rows.items():
-            for setting, cell in row.items():
-                yield "centred", f"{NAMES.get(name, name)}, mean at {of}", setting, cell["accuracy"]
     printed = {name: {s: cell["accuracy"] for s, cell in row.items() if s in published.SETTINGS}
                for name, row in accuracy.items()}  # fmt: skip
     best = gains(printed).get("phi_bt", {}) if "phi_hr" in printed else {}
@@ -177,17 +177,19 @@ def _verification(values: Mapping[str, Any]) -> Iterator[Number]:
 
 
 def _survface(values: Mapping[str, Any]) -> Iterator[Number]:
-    fitted = values.get("fitted", {}).get("reports", {})
-    for reports, remark in ((values["reports"], ""), (fitted, FITTED)):
-        for key, report in reports.items():
-            row = f"BTNet ({key})" if "+" in key else key
-            yield "table2", row + remark, "AUC", report["auc"]
-            for fpir, tpir in report["tpir"].items():
-                yield "table2", row + remark, fpir, tpir
+    yield from _selection(values["reports"], "")
+
+
+def _selection(reports: Mapping[str, Any], remark: str) -> Iterator[Number]:
+    for key, report in reports.items():
+        row = f"BTNet ({key})" if "+" in key else key
+        yield "table2", row + remark, "AUC", report["auc"]
+        for fpir, tpir in report["tpir"].items():
+            yield "table2", row + remark, fpir, tpir
 
 
 def _ablations(values: Mapping[str, Any]) -> Iterator[Number]:
-    for table in ("table3", "table4", "beyond"):
+    for table in ("table3", "table4"):
         for row, cells in values.get(table, {}).items():
             for setting, value in cells.items():
                 yield table, row, setting, value
@@ -205,10 +207,24 @@ def _templates(values: Mapping[str, Any]) -> Iterator[Number]:
         for name, row in values[key].items():
             for setting, value in row.items():
                 yield within if published.same(setting) else across, name, setting, value
-        for name, row in values.get("fitted", {}).get(key, {}).items():
+
+
+def _beyond(values: Mapping[str, Any]) -> Iterator[Number]:
+    """What goes beyond the paper: of notebook 12, and of the older records of 05 to 08."""
+    for of, rows in values.get("centred", {}).items():
+        for name, row in rows.items():
+            for setting, cell in row.items():
+                yield "centred", f"{NAMES.get(name, name)}, mean at {of}", setting, cell["accuracy"]
+    fitted = values.get("fitted", {})
+    yield from _selection(fitted.get("reports", {}), FITTED)
+    for key, table in (("tar", "table5"), ("tpir", "table7")):
+        for name, row in fitted.get(key, {}).items():
             for setting, value in row.items():
                 if not published.same(setting):  # within a resolution lengths change nothing
-                    yield across, name + FITTED, setting, value
+                    yield table, name + FITTED, setting, value
+    for row, cells in values.get("beyond", {}).items():
+        for setting, value in cells.items():
+            yield "beyond", row, setting, value
 
 
 def _seeds(values: Mapping[str, Any]) -> Iterator[Number]:
@@ -238,4 +254,5 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Iterable[Number]]] = {
     "06_survface_identification": _survface,
     "07_ablations": _ablations,
     "08_template_aggregation": _templates,
+    "12_beyond_the_paper": lambda values: (),  # all of it is _beyond
 }

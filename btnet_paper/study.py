@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from IPython.display import Image, Markdown, display
 
@@ -17,14 +18,16 @@ from btnet_core.data.ijbc import read_templates
 from btnet_core.data.pairs import PairSet, open_pairs
 from btnet_core.data.survface import OpenSet, read_open_set
 from btnet_core.device import resolve_device
+from btnet_core.evaluation.embedders import Embedder
 from btnet_core.evaluation.templates import TemplateSet
+from btnet_core.evaluation.verification import evaluate_pairs, summarise
 from btnet_core.files import checksum, find
 from btnet_core.images import Resize
 from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.launch import train_in_subprocess
 from btnet_core.training.progress import read_metrics
-from btnet_paper import claims, figures, records, results
+from btnet_paper import claims, figures, published, records, results, tables
 from btnet_paper.scales import Scale, get_scale
 from btnet_paper.standins import ijbc_standin, survface_standin, survface_training_standin
 
@@ -129,8 +132,21 @@ class Study:
         for name, config in runs.items():
             self.folders[name] = self.models / folder / name
             self.configs[name] = config
-            self.trained[name] = train_in_subprocess(config, self.folders[name], **options)
+            measured = train_in_subprocess(config, self.folders[name], **options)
+            self.trained[name] = {key: measured[key] for key in measured if key != "config"}
         return {name: self.trained[name] for name in runs}
+
+    def verify(
+        self, embedder: Embedder, settings: Sequence[tuple[int, int]] = (), **options: Any
+    ) -> dict[str, dict[str, Any]]:
+        """Returns accuracies over all verification sets: ``summarise`` of ``evaluate_pairs``.
+
+        ``settings``: those of Table 1 by default, as far as the embedder covers them. Embeddings
+        are kept in ``RUN_DIR/embeddings``, where every notebook finds them.
+        """
+        covered = embedder.covered(settings or self.settings)
+        options = {"keep": self.run_dir / "embeddings", **options}
+        return summarise([evaluate_pairs(embedder, one, covered, **options) for one in self.pairs])
 
     def history(self, *keys: str) -> dict[str, dict[str, list[float]]]:
         """Returns ``{run: {"step": [...], key: [...]}}`` of the runs trained here."""
@@ -179,11 +195,30 @@ class Study:
             display(Image(self.run_dir / "figures" / f"{name}.png", width=900, alt=name))
         return self.load()
 
+    def table(self, name: str, values: Mapping[str, Any], measured_on: str = "") -> tables.Table:
+        """Returns "table1" … with gains: ours from ``values``, as recorded, beside the paper's."""
+        long = pd.concat([self._long(values), records.paper()])
+        wide = tables.wide(name, long)
+        ours, theirs = (
+            wide.loc[source].dropna(axis="columns", how="all")
+            for source in (f"scale {self.scale.name}", records.PAPER)
+        )
+        caption = f"Table {name[5:]}. {published.title(name)}; ours at the scale {self.scale.name}"
+        return tables.show(ours, theirs, caption=f"{caption}: {measured_on}".rstrip(": "))
+
     def verdict(self, where: str, values: Mapping[str, Any]) -> Markdown:
         """Returns whether ``values``, as recorded, show what the paper claims of e.g. "Table 1"."""
-        record = {"name": self.name, "scale": self.scale.name, "values": values}
-        told = claims.told(records.numbers(record), where)
+        told = claims.told(self._long(values), where)
         return Markdown(told or f"{where}: no claim of the paper can be asked of these numbers.")
+
+    @staticmethod
+    def compared(same: bool, because: str) -> Markdown:
+        """Returns a verdict that no claim of claims.py gives."""
+        return Markdown(f"**{'As' if same else 'Not as'} in the paper**, because {because}.")
+
+    def _long(self, values: Mapping[str, Any]) -> pd.DataFrame:
+        record = {"name": self.name, "scale": self.scale.name, "values": values}
+        return records.numbers(record)
 
     def load(self, name: str = "") -> dict[str, Any]:
         """Returns the values recorded by this notebook, or by the one named."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import html
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -83,6 +83,12 @@ def beside(table: str, long: pd.DataFrame, caption: str = "") -> Table:
     missing = [f"scale {scale}" for scale in SCALES if f"scale {scale}" not in sources]
     title = caption or f"Table {table[5:]}. {published.title(table)}"
     return _style(shown, f"{title}. Not run: {', '.join(missing)}" if missing else title, 2)
+
+
+def configurations(runs: Mapping[str, Any], fields: Sequence[str]) -> pd.DataFrame:
+    """Options of runs: a row for each of the ``fields``, a column for each run (a dataclass)."""
+    columns = {name: [getattr(config, field) for field in fields] for name, config in runs.items()}
+    return pd.DataFrame(columns, index=list(fields), dtype=object)
 
 
 def values(table: str, source: str, long: pd.DataFrame) -> pd.DataFrame:

@@ -152,3 +152,21 @@ def test_a_verdict_names_where_the_paper_is_missed_and_only_there() -> None:
     assert told[3] == f"- **As in the paper:** {same}"
     assert "Not" not in claims.told(records.paper(), "Tables 5, 7")  # -0.67 is the paper's own
     assert claims.told(frame("table1", worse), "Table 2") == ""
+
+
+def test_the_summary_counts_claims_that_hold_as_in_the_paper() -> None:
+    covered = pd.DataFrame(
+        {"scale demo": ["seed 0", None], "scale lfw": [None] * 2, "scale paper": [None] * 2},
+        index=["Figure 1", "Table 1"],
+    )
+    said = {"the paper": ["6 of 6 (+1.00)", "1 of 1 (+0.10)", None]}
+    said["scale demo"] = ["6 of 6 (+2.00)", "0 of 1 (-0.10)", "1 of 1 (+1.00)"]
+    asked = pd.DataFrame(said, index=["one", "two", "three"])
+    lines = claims.summary(covered, asked).splitlines()
+    assert lines[0] == (
+        "- Scale demo has recorded Figure 1. 1 of 2 claims hold in as many settings as in the "
+        "paper's tables: one."
+    )
+    assert lines[1:3] == [f"- Scale {name} has recorded nothing." for name in ("lfw", "paper")]
+    assert lines[3] == "- Open, recorded at no scale: Table 1."
+    assert "own scale has not been run" in lines[4]

@@ -53,7 +53,7 @@ def test_rows_are_the_papers_and_each_changes_what_its_name_says(models: Path) -
     rows, standard = list(plan["table3"].values()), plan["table4"]["CurricularFace"]
     steps = [changed(a, b) for a, b in pairwise(rows)]
     assert steps == [
-        {"init", "classifier", "backbone"},
+        {"init", "classifier", "backbone", "seed"},
         {"fix_classifier"},
         {"fix_trunk"},
         {"branch_weight"},
@@ -146,7 +146,12 @@ def test_each_run_is_trained_on_what_its_name_says(tmp_path: Path) -> None:
     for name in ("demo", "lfw", "lfw-mr", "lfw-scratch", "paper"):
         scale = get_scale(name)
         runs = plans.plan(scale, tmp_path, seed=5)
-        assert {run.seed for run in runs.values()} == {5}
+        # phi_mm is independent: neither weights nor classifier start as another network's
+        assert {n: run.seed - 5 for n, run in runs.items() if run.seed != 5} == {
+            n: run.resolution or run.sizes[0]
+            for n, run in runs.items()
+            if n.startswith("phi_mm") and not run.init
+        }
         assert {json.dumps(run.data) for run in runs.values()} == {json.dumps(scale.faces)}
         for r in scale.resolutions:
             branch = runs[f"phi_bt_{r}"]

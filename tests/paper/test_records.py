@@ -190,3 +190,19 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: Any, complaint: str)
     with pytest.raises(DataError, match=complaint) as error:
         records.all_numbers(records.collect([tmp_path]))
     assert str(path) in str(error.value)
+
+
+def test_what_goes_beyond_the_paper_is_notebook_12s_and_older_records_still_count(tmp_path) -> None:
+    rows = {"phi_bt": {"112&7": {"accuracy": 1.5}}}
+    fitted = {"reports": {"max+ceil": {"auc": 2.5, "tpir": {"0.3": 3.5}}}, "lengths": {}}
+    fitted |= {"tar": {"phi_bt": {"112&7": 4.5, "7&7": 5.5}}, "tpir": {}}
+    values = {"centred": {"112": rows}, "fitted": fitted, "beyond": {"Eq. 3 alone": {"7&7": 6.5}}}
+    results.record(tmp_path, "12_beyond_the_paper", values, scale="demo")
+    older = {"accuracy": {}, "centred": {"112": {"phi_bt": {"112&7": {"accuracy": 0.5}}}}}
+    results.record(tmp_path, "05_verification", older, scale="demo")
+    long = records.all_numbers(records.collect([tmp_path]))
+    assert at(long, "centred", "phi_bt, mean at 112", "112&7") == 1.5
+    assert at(long, "table2", "BTNet (max+ceil), lengths fitted", "0.3") == 3.5
+    assert at(long, "table5", "phi_bt, lengths fitted", "112&7") == 4.5
+    assert not ((long["row"] == "phi_bt, lengths fitted") & (long["setting"] == "7&7")).any()
+    assert at(long, "beyond", "Eq. 3 alone", "7&7") == 6.5

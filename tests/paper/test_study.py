@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from btnet_core.data.faces import open_faces
-from btnet_core.data.survface import write_layout
 from btnet_core.errors import DataError
+from btnet_core.evaluation.embedders import MultiModelEmbedder, UpsamplingEmbedder
+from btnet_core.evaluation.verification import evaluate_pairs
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.methods import phi_hr
 from btnet_paper import figures, results
+from btnet_paper.layouts import write_survface
 from btnet_paper.scales import Scale, get_scale
 from btnet_paper.study import Study
 
@@ -107,6 +109,27 @@ def test_a_verdict_is_of_the_values_to_be_recorded(tmp_path: Path) -> None:
     told = study.verdict("Table 1", {"accuracy": accuracy}).data
     assert "**As in the paper:** phi_bt above phi_mr below 112 (4.3.1, Table 1), 1 of 1" in told
     assert "no claim" in study.verdict("Table 2", {"accuracy": accuracy}).data
+    shown = study.table("table1", {"accuracy": accuracy}, "toys")
+    assert shown.caption.endswith("ours at the scale toy: toys")
+    assert shown.data.loc["phi_bt"]["14&14"].to_dict() == {
+        "ours": "90.00",
+        "the paper": "90.90 (+4.13)",
+    }
+
+
+def test_pairs_are_verified_as_far_as_a_method_goes_and_embeddings_kept(tmp_path: Path) -> None:
+    drawn = {"kind": "drawn", "faces": toy().faces, "count": 20, "seed": 0}
+    study = Study("x", scale=toy(pairs=(drawn, drawn)), run_dir=tmp_path, device="cpu")
+    torch.manual_seed(0)
+    hr = UpsamplingEmbedder(build_backbone(TINY), device="cpu")
+    found = study.verify(MultiModelEmbedder({112: hr, 14: hr}))
+    assert list(found) == ["112&14", "14&14", "112&112"]
+    (pairs, _) = study.pairs
+    alone = evaluate_pairs(hr, pairs, [(14, 14)])["14&14"]["accuracy"]
+    assert found["14&14"]["sets"] == [alone, alone]
+    assert len(list((tmp_path / "embeddings").iterdir())) == 2  # at 112 and at 14 px
+    assert list(study.verify(hr, [(7, 7)], flip=False)) == ["7&7"]
+    assert study.compared(False, "1 < 2").data == "**Not as in the paper**, because 1 < 2."
 
 
 def test_it_trains_remembers_configurations_and_history(tmp_path: Path, monkeypatch) -> None:
@@ -144,7 +167,7 @@ def test_stand_ins_where_there_is_no_real_set_and_the_real_one_where_there_is(
     training = open_faces(study.survface_training())
     assert len(training) == len(study.faces)
     root = Path(study.survface_training()).parent
-    write_layout(root, [(7, image := test.images[0])], [(7, image)], [(0, image)])
+    write_survface(root, [(7, image := test.images[0])], [(7, image)], [(0, image)])
     (root / "STAND-IN.txt").unlink()
     real = Study("x", scale=toy(survface=str(root), ijbc="nowhere"), run_dir=tmp_path)
     assert real.survface().labels.tolist() == [7, 7, -1]

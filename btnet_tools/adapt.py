@@ -104,13 +104,7 @@ def adapt(
         check_unchanged(runs, out, training)
     values = compare(btnet, held, ["before"], options.device)  # what cannot be read is told now
     say(forecast(runs, btnet, len(training), out, options))
-    if options.labels and not kappa.is_file():
-        device = resolve_device(options.device)
-        pixels = open_pixels(data, runs[0].workers)
-        save_classifier(kappa, class_means(backbone.to(device), pixels, device, "fp32"))
-    for run in runs:
-        train(run, place_of(out, run), device=options.device, fresh=options.fresh)
-    net = BTNet.load(out, [run.resolution for run in runs])
+    net = learn(runs, backbone, kappa, out, options)
     values |= compare(net, held, ["after"], options.device)
     say(table(values))
     values |= {"left_out": left_out, "seconds": time.monotonic() - began}
@@ -162,6 +156,19 @@ def plan(
         fields = {**run.to_dict(), **RECIPE, **own, **options.changes}
         runs.append(TrainConfig.from_dict(fields))
     return runs
+
+
+def learn(
+    runs: Sequence[TrainConfig], backbone: Backbone, kappa: Path, out: Path, options: AdaptOptions
+) -> BTNet:
+    """Class means where they lack, then each branch; returns the BTNet."""
+    device = resolve_device(options.device)
+    if options.labels and not kappa.is_file():
+        pixels = open_pixels(runs[0].data, runs[0].workers)
+        save_classifier(kappa, class_means(backbone.to(device), pixels, device, "fp32"))
+    for run in runs:
+        train(run, place_of(out, run), device=options.device, fresh=options.fresh)
+    return BTNet.load(out, [run.resolution for run in runs])
 
 
 def check_routes(btnet: BTNet) -> None:

@@ -20,19 +20,6 @@ HEADLINE = "03,04,05"  # notebooks
 SCALES = ("demo", "lfw", "lfw-mr", "lfw-quick", "lfw-scratch", "paper", "paper-authors")
 
 
-class Failure(click.ClickException):
-    """An error that the user can mend, as one line: `btnet COMMAND: message`."""
-
-    def __init__(self, command: str, error: BTNetError | OSError, out: str) -> None:
-        message = str(error)
-        if not isinstance(error, BTNetError):  # an OSError of a full disk names no file
-            message = f"{error.filename or out or command}: {error.strerror or error}"
-        super().__init__(f"btnet {command}: {message}")
-
-    def show(self, file: Any = None) -> None:
-        click.echo(self.message, err=True)
-
-
 class Command(click.Command):
     """A command with --debug, whose errors are one line; ``resumes``: goes on after Ctrl-C."""
 
@@ -53,7 +40,12 @@ class Command(click.Command):
         except (BTNetError, OSError) as error:
             if debug:
                 raise
-            raise Failure(name, error, str(context.params.get("out") or "")) from error
+            message = str(error)
+            if not isinstance(error, BTNetError):  # an OSError of a full disk names no file
+                where = error.filename or context.params.get("out") or name
+                message = f"{where}: {error.strerror or error}"
+            click.echo(f"btnet {name}: {message}", err=True)
+            return 1
         except KeyboardInterrupt:
             then = "the same command goes on from here" if self.resumes else "nothing was written"
             click.echo(f"btnet {name}: interrupted; {then}", err=True)
@@ -84,6 +76,11 @@ def pairs_of(context: click.Context, parameter: click.Parameter, given: Any) -> 
             raise click.BadParameter(f"expected NAME=VALUE, got {text!r}")
         found[name] = value
     return found
+
+
+def assignments(*names: str, help: str) -> Callable[..., Any]:
+    """An option that takes NAME=VALUE, several times."""
+    return option(*names, multiple=True, callback=pairs_of, metavar="NAME=VALUE", help=help)
 
 
 scale_option = option("--scale", type=click.Choice(SCALES), default="demo", help="Whose run.")
@@ -137,16 +134,12 @@ def open_model(
 @command("btnet reproduce --scale demo --only 01,05 -p seed=1", resumes=True)
 @scale_option
 @option("--only", default="", metavar="01,05", help="Only these notebooks, by number or name.")
-@option("-p", "--parameter", "parameters", multiple=True, callback=pairs_of, metavar="NAME=VALUE",
-        help="For notebooks that know it, or quick=true, authors=true; repeatable.")  # fmt: skip
+@assignments("-p", "--parameter", "parameters", help="For the notebooks that know it; repeatable.")
 @option("--fresh", is_flag=True, help="Run also those notebooks whose inputs are unchanged.")
 @option("--device", help="auto, cpu, cuda or cuda:N (default: the notebooks').")
 @option("--processes", metavar="N", help="That train together; auto: one for each GPU.")
 @runs_option
-def reproduce(
-    scale: str, only: str, parameters: dict[str, str], fresh: bool, device: str | None,
-    processes: str | None, runs: str,
-) -> None:  # fmt: skip
+def reproduce(scale: str, only: str, parameters: dict[str, str], fresh: bool, **given: Any) -> None:
     """Run the notebooks in order and collect their results."""
     from btnet_paper import report as page
     from btnet_paper import runner
@@ -156,9 +149,9 @@ def reproduce(
             parameters.pop(variant)
             scale += f"-{variant}"
     headline = HEADLINE if scale.startswith("lfw-") else ""
-    runner.reproduce(scale, only=(only or headline).split(","), parameters=parameters,
-                     resume=not fresh, device=device, processes=processes, runs=runs)  # fmt: skip
-    click.echo(f"  report    {page.report_or_reason(scale, runs=runs)}")
+    chosen = (only or headline).split(",")
+    runner.reproduce(scale, only=chosen, parameters=parameters, resume=not fresh, **given)
+    click.echo(f"  report    {page.report_or_reason(scale, runs=given['runs'])}")
 
 
 @command("btnet figures --runs figures   (from the repository's own results)")
@@ -286,13 +279,14 @@ more_numbers = click.argument("more", nargs=-1, type=int, metavar="")  # "--reso
 @option("--trunk", required=True, metavar="FILE", help="IResNet, MobileFaceNet, … (docs).")
 @option("--faces", required=True, metavar="PATH", help="A folder a person, RecordIO, a list.")
 @option("--bgr", is_flag=True, help="The trunk was trained on blue, green, red.")
-@option("--no-labels", is_flag=True, help="Learn from the trunk alone; nobody needs a name.")
+@option("--labels/--no-labels", default=True, help="Without: learn from the trunk alone.")
 @option("--resolutions", default="28,14,7", callback=numbers, metavar="R,R", help="Of branches.")
 @option("--out", required=True, metavar="DIR", help="Folder of the BTNet.")
 @option("--pairs", multiple=True, metavar="SET", help="Compare on it; repeatable.")
-@option("--hold-out", default=10, metavar="PERCENT", help="Of the people, to compare on.")
-@option("--set", "changes", multiple=True, callback=pairs_of, metavar="NAME=VALUE",
-        help="A field of the recipe, e.g. epochs=4; repeatable.")  # fmt: skip
+@option(
+    "--hold-out", "percent", default=10, metavar="PERCENT", help="Of the people, to compare on."
+)
+@assignments("--set", "changes", help="A field of the recipe, e.g. epochs=4; repeatable.")
 @more_numbers
 @skip_option
 @fresh_option
@@ -303,19 +297,10 @@ def adapt(trunk: str, faces: str, out: str, **given: Any) -> None:
     from btnet_tools import adapt as work
     from btnet_tools.adapter import find_adapter
 
-    options = work.AdaptOptions(
-        resolutions=(*given["resolutions"], *given["more"]),
-        labels=not given["no_labels"],
-        pairs=given["pairs"],
-        percent=given["hold_out"],
-        adapter=find_adapter(given["adapter"]) if given["adapter"] else None,
-        bgr=given["bgr"],
-        device=given["device"],
-        fresh=given["fresh"],
-        skip_bad=given["skip_bad"],
-        changes={name: value_of(text) for name, text in given["changes"].items()},
-    )
-    work.adapt(trunk, faces, out, options)
+    given["resolutions"] += given.pop("more")
+    given["changes"] = {name: value_of(text) for name, text in given["changes"].items()}
+    given["adapter"] = find_adapter(given["adapter"]) if given["adapter"] else None
+    work.adapt(trunk, faces, out, work.AdaptOptions(**given))
 
 
 def value_of(text: str) -> Any:
@@ -373,25 +358,19 @@ def evaluate(pairs: tuple[str, ...], baseline: bool, **model: Any) -> None:
 
 @command("btnet export --model my_btnet --format onnx --out exported/")
 @option("--format", "kind", required=True, type=click.Choice(("onnx", "pt2")), help="Of the file.")
-@option("--resolution", default="", callback=numbers, metavar="R,R",
-        help="A file each (default: all in one).")  # fmt: skip
+@option(
+    "--resolution", default="", callback=numbers, metavar="R,R", help="Only these, a file each."
+)
 @option("--out", required=True, metavar="DIR", help="Receives btnet.onnx, or btnet_14.onnx, …")
 @option("--model", required=True, metavar="DIR", help="Folder of a BTNet.")
 @adapter_option
 @more_numbers
-def export(
-    kind: str,
-    resolution: tuple[int, ...],
-    more: tuple[int, ...],
-    out: str,
-    model: str,
-    adapter: str,
-) -> None:
+def export(kind: str, out: str, model: str, adapter: str | None, **given: Any) -> None:
     """Write a model for other programs: pixels in, embedding of unit length and its norm out."""
     from btnet_tools.export import export
 
     net = open_model(model, adapter, "cpu", None, None)
-    for path in export(net, kind, out, (*resolution, *more)):
+    for path in export(net, kind, out, given["resolution"] + given["more"]):
         click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -407,7 +386,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "btnet"
         click.echo(f"{where}: {error.format_message()} ({where} --help)", err=True)
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
         return error.exit_code

@@ -99,7 +99,7 @@ def test_crop_moves_whole_pixels_without_change() -> None:
 
 
 def test_crop_turns_as_the_formula_says() -> None:
-    """A quarter turn: [x' y'] = [0 -1; 1 0] [x y] + t, so that face(x', y') = raw(y' - ty, tx - x')."""
+    """A quarter turn: [x' y'] = [0 -1; 1 0] [x y] + t, so face(x', y') = raw(y' - ty, tx - x')."""
     raw = torch.randint(0, 256, (3, 112, 112), dtype=torch.uint8)
     face = crop(raw, matrix([0.0, 1.0, 111.0, 0.0]))
     for x, y in ((0, 0), (5, 70), (111, 3)):
@@ -124,7 +124,7 @@ def test_crop_averages_where_it_shrinks() -> None:
 
 
 def test_crop_takes_two_samples_a_pixel_where_it_shrinks_a_little() -> None:
-    """At scale 0.7 a crop pixel is the mean of the picture at its quarters, interpolated by NumPy."""
+    """At scale 0.7 a crop pixel is the mean at its quarters, interpolated by NumPy."""
     row = np.random.default_rng(0).integers(0, 256, 200)
     raw = torch.tensor(row, dtype=torch.uint8).repeat(3, 200, 1)
     face = crop(raw, matrix([0.7, 0.0, -11.0, -11.0]))

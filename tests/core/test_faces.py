@@ -323,6 +323,22 @@ def test_drawn_pairs_are_what_they_say() -> None:
     assert torch.equal(spec.second, pairs.second)
 
 
+def test_no_pair_is_drawn_twice_in_either_order() -> None:
+    faces = open_faces({"kind": "synthetic", "identities": 5, "images": 3})
+    for seed in range(30):
+        pairs = draw_pairs(faces, 20, seed)
+        ends = torch.stack([pairs.first, pairs.second], 1).sort(1).values.tolist()
+        assert len({tuple(pair) for pair in ends}) == 20
+
+
+def test_people_held_out_depend_on_the_seed() -> None:
+    part = {"kind": "part", "faces": {"kind": "synthetic", "identities": 30, "images": 1}}
+    held = [open_faces({**part, "held": True, "seed": seed}).indices.tolist() for seed in range(4)]
+    assert len({tuple(indices) for indices in held}) == 4
+    assert all(len(indices) == 3 for indices in held)
+    assert open_faces({**part, "held": True, "percent": 12}).num_identities == 4  # 3.6
+
+
 def test_drawn_pairs_need_enough_people() -> None:
     with pytest.raises(DataError, match="too few"):
         draw_pairs(open_faces({"kind": "synthetic", "identities": 3, "images": 2, "seed": 0}), 400)

@@ -93,6 +93,15 @@ def test_loose_images_count_one_by_one_but_not_beside_folders(tmp_path: Path) ->
         open_faces(str(tmp_path))
 
 
+def test_people_and_images_are_in_the_order_of_their_names(tmp_path: Path) -> None:
+    order = [f"p{(k * 7) % 10}" for k in range(10)]
+    for k, name in enumerate(order):
+        put(tmp_path / name / f"{(k * 3) % 10}.png", int(name[1]))
+        put(tmp_path / name / "x.png", 100 + int(name[1]))
+    faces = open_faces(str(tmp_path))
+    assert grey(faces, 20) == [value for k in range(10) for value in (k, 100 + k)]
+
+
 def test_images_deeper_than_a_persons_folder_are_named(tmp_path: Path) -> None:
     put(tmp_path / "train" / "ann" / "0.png")
     with pytest.raises(DataError, match=r"found 1 images in .*train/ann"):

@@ -105,7 +105,14 @@ def test_authors_grid() -> None:
     correct = place == torch.from_numpy(mates[80:])[:, None]
     dir_ = np.array([(correct & (top > t)).sum().item() / 120 for t in grid])
     far = np.array([(unmated > t).float().mean().item() for t in grid])
-    found = idn.search(probes, gallery, mates, lowest_rank=20)
+    found = idn.search(probes, gallery, mates, lowest_rank=20, chunk=300)
+    assert found.lowest == pytest.approx(top.min().item())
+    labels = np.where(mates < 0, -1, mates + 100)
+    whole = idn.identify(gallery, np.arange(30) + 100, probes, labels, authors=True)
+    again = idn.open_set(found, authors=True)
+    for key in ("tpir", "fpir", "thresholds"):
+        assert whole[key] == pytest.approx(again[key], rel=1e-4), key
+    assert whole["auc"] == pytest.approx(again["auc"])
     report = idn.open_set(found, (0.3, 0.1), authors=True)
     for target in (0.3, 0.1):
         assert report["tpir"][str(target)] == pytest.approx(
@@ -237,6 +244,11 @@ def test_native_embedder_resizes_once(upsample: bool, rows: int) -> None:
     assert embed(np.array([4, 0, 2]), 14)[:, 0].tolist() == [40.0, 0.0, 20.0]
     assert seen == [((2, 3, rows, rows), rows), ((1, 3, rows, rows), rows)]
 
+    del seen[:]
+    cut = {"crop": lambda pixels: pixels[..., 1:-1], "size": (112, 96)}
+    idn.native_embedder(embedder, images.__getitem__, upsample=upsample, **cut)(np.arange(2), 14)
+    assert seen == [((2, 3, rows, rows * 96 // 112), rows)]
+    del seen[:]
     once = idn.native_embedder(
         embedder, images.__getitem__, upsample=upsample, batch_size=2, keep={}
     )

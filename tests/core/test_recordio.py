@@ -96,6 +96,39 @@ def test_each_part_of_a_split_record_is_padded(tmp_path: Path) -> None:
     assert RecordFile(tmp_path / "x.rec").payload(0) == b"abc" + MAGIC + MAGIC + b"defgh"
 
 
+def rewritten(packed: Path, key: int, record: bytes) -> None:
+    """Put another record of the same length in the place of ``key``."""
+    offset = RecordFile(packed / "train.rec").offsets[key]
+    data = bytearray((packed / "train.rec").read_bytes())
+    data[offset + 8 : offset + 8 + len(record)] = record
+    (packed / "train.rec").write_bytes(bytes(data))
+
+
+def test_an_image_inside_a_range_with_another_label_is_named(packed: Path) -> None:
+    """Labels come from the ends of each identity's range; the second image of it is checked when read."""
+    rewritten(packed, 2, struct.pack("<IfQQ", 0, 2.0, 2, 0))
+    records = FaceRecords(packed)
+    assert records.labels[:4].tolist() == [0, 0, 0, 0]
+    with pytest.raises(DataError, match=r"index 2.*label 2, its identity record says 0"):
+        records.image(1)
+
+
+def test_ranges_that_do_not_hold_leave_the_labels_of_the_images(packed: Path) -> None:
+    rewritten(packed, 4, struct.pack("<IfQQ", 0, 2.0, 4, 0))  # the last image of the first range
+    assert FaceRecords(packed).labels[:5].tolist() == [0, 0, 0, 2, 1]
+    rewritten(packed, 4, struct.pack("<IfQQ", 0, 0.0, 4, 0))
+    rewritten(packed, 13, struct.pack("<IfQQ2f", 2, 0.0, 13, 0, 1.0, 4.0))  # one image short
+    assert FaceRecords(packed).labels[:5].tolist() == [0, 0, 0, 0, 1]
+
+
+def test_an_offset_between_words_is_named(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path / "x.rec") as writer:
+        writer.write(0, bytes(40))
+    (tmp_path / "x.idx").write_text("0\t2\n")
+    with pytest.raises(DataError, match=r"x\.idx: 1 offsets do not fit .* offset 2"):
+        RecordFile(tmp_path / "x.rec")
+
+
 def test_several_labels_in_a_record(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "train.rec") as writer:
         payload = struct.pack("<IfQQ", 3, 0.0, 0, 0) + struct.pack("<3f", 1, 0.5, 0.25) + picture(3)

@@ -115,6 +115,11 @@ def test_identify_merged_as_the_authors(monkeypatch: pytest.MonkeyPatch) -> None
         assert point.threshold == pytest.approx(threshold, abs=1e-6)
         assert point.rate == pytest.approx(np.mean(scores[mated] > threshold))
         assert point.false_rate == pytest.approx(14 / 143)
+    # The mate of the second probe scores as the highest negative pair: it is not above it.
+    corners = torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 1]])
+    halves = {"G1": (np.array([0]), [5]), "G2": (np.array([1]), [6])}
+    point = tp.identify_merged(corners, np.arange(4), halves, (np.array([2, 3]), [5, 6]), fpir=0.5)
+    assert (point.rate, point.threshold) == (0.5, pytest.approx(0.5**0.5))
     with pytest.raises(DataError, match="68 have no mate"):
         tp.identify_merged(features, ids, {"G1": galleries["G1"]}, probes)
 

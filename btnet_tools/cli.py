@@ -42,7 +42,8 @@ class Command(click.Command):
                 raise
             message = str(error)
             if not isinstance(error, BTNetError):  # an OSError of a full disk names no file
-                where = error.filename or context.params.get("out") or name
+                given = context.params
+                where = error.filename or given.get("out") or given.get("runs") or name
                 message = f"{where}: {error.strerror or error}"
             click.echo(f"btnet {name}: {message}", err=True)
             return 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,21 @@ def idle_cores(seconds: float = 0.2) -> int:
     time.sleep(seconds)
     after, ticks = _busy_ticks(), seconds * os.sysconf("SC_CLK_TCK")
     return max(1, sum(after[core] - before[core] < 0.5 * ticks for core in before))
+
+
+@contextmanager
+def threads(wanted: int = 0, processes: int = 1) -> Iterator[int]:
+    """torch with ``wanted`` threads; 0: as many as cores are idle, at most as it had before.
+
+    ``processes`` on this machine share the idle cores. Yields the number; restores it at the end.
+    """
+    before = torch.get_num_threads()
+    chosen = wanted or max(1, min(before, idle_cores() // processes))
+    torch.set_num_threads(chosen)
+    try:
+        yield chosen
+    finally:
+        torch.set_num_threads(before)
 
 
 def _busy_ticks() -> dict[int, int]:

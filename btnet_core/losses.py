@@ -72,22 +72,26 @@ class Margin(nn.Module):
         cosine = at_least_float32(cosine)
         if self.needs_norms and norms is None:
             raise ConfigError(f"{type(self).__name__} needs the norms of the embeddings")
-        rows = torch.nonzero(column >= 0).squeeze(1)
-        own = cosine[rows, column[rows]]
+        place, here = (
+            column.clamp_min(0)[:, None],
+            column >= 0,
+        )  # no indices: a GPU is not waited for
+        own = cosine.gather(1, place).squeeze(1)
         if target is None:
-            if rows.numel() != column.numel():
+            if not bool(here.all()):
                 raise ConfigError("target: needed where some labels are on another shard")
             target = own
         target = target.detach().to(cosine.dtype)
         if self.training:
             self.observe(target, norms)
-        own_norms = None if norms is None else norms[rows].detach().to(cosine.dtype)
-        positive = _extended(lambda inner: self.positive(inner, own_norms), own)
-        logits = self.negatives(cosine, target).index_put((rows, column[rows]), positive)
-        return logits * self.s
+        norms = None if norms is None else norms.detach().to(cosine.dtype)
+        positive = _extended(lambda inner: self.positive(inner, norms), own)
+        logits = self.negatives(cosine, target)
+        elsewhere = logits.gather(1, place).squeeze(1)
+        return logits.scatter(1, place, torch.where(here, positive, elsewhere)[:, None]) * self.s
 
     def positive(self, cosine: Tensor, norms: Tensor | None) -> Tensor:
-        """T(cos theta_y) of the P true classes that live here; ``norms`` (P,) are constants."""
+        """T(cos theta_y) ``(B,)``; ``norms`` (B,) are constants."""
         return cosine
 
     def negatives(self, cosine: Tensor, target: Tensor) -> Tensor:

@@ -32,6 +32,9 @@ class Classifier(nn.Module):
             and negatives drawn at random (An et al. 2021, PartialFC). Deviation: the rows left out
             still decay and keep their momentum.
         seed: of the draws, which differ from process to process.
+
+    Raises:
+        ConfigError: there are fewer classes than processes.
     """
 
     def __init__(
@@ -39,6 +42,9 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = len(weight)
+        if self.num_classes < distributed.world():
+            got = f"got {self.num_classes} for {distributed.world()} processes"
+            raise ConfigError(f"identities: {got}, expected one each at least")
         self.first, count = shard(self.num_classes)
         self.weight = nn.Parameter(weight[self.first : self.first + count].clone())
         self.margin, self.sample_rate = margin, sample_rate
@@ -78,8 +84,6 @@ class Classifier(nn.Module):
     @staticmethod
     def _target(cosine: Tensor, column: Tensor) -> Tensor:
         """Cosine of the true class of each sample, wherever it is held; no gradient."""
-        if not cosine.shape[1]:  # more processes than classes
-            return distributed.all_sum(cosine.new_zeros(len(column)))
         own = cosine.detach().gather(1, column.clamp_min(0)[:, None]).squeeze(1)
         return distributed.all_sum(torch.where(column >= 0, own, 0))
 

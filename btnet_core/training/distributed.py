@@ -116,23 +116,21 @@ class _ShardedSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, column: Tensor) -> Tensor:
-        largest = logits.amax(1) if logits.shape[1] else logits.new_full((len(logits),), -torch.inf)
+        largest = logits.amax(1)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         exponents = (logits - largest[:, None]).exp_()
-        rows = torch.nonzero(column >= 0).squeeze(1)
-        target = torch.zeros_like(largest)
-        target[rows] = logits[rows, column[rows]] - largest[rows]
+        place, here = column.clamp_min(0)[:, None], column >= 0
+        target = torch.where(here, logits.gather(1, place).squeeze(1) - largest, 0)
         both = torch.stack([exponents.sum(1), target])
         dist.all_reduce(both)
-        ctx.save_for_backward(exponents.div_(both[0][:, None]), rows, column)
+        ctx.save_for_backward(exponents.div_(both[0][:, None]), place, here)
         return (both[0].log() - both[1]).mean()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        probability, rows, column = ctx.saved_tensors
-        minus_one = probability.new_tensor(-1.0).expand(len(rows))
-        difference = probability.index_put((rows, column[rows]), minus_one, accumulate=True)
-        return difference * (gradient / len(column)), None
+        probability, place, here = ctx.saved_tensors
+        difference = probability.scatter_add(1, place, -here[:, None].to(probability.dtype))
+        return difference * (gradient / len(here)), None
 
 
 def sharded_cross_entropy(logits: Tensor, column: Tensor) -> Tensor:

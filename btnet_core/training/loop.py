@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from btnet_core.data.faces import open_faces
-from btnet_core.device import idle_cores
+from btnet_core.device import threads
 from btnet_core.errors import CheckpointError, TrainingError
 from btnet_core.evaluation.embedders import BranchEmbedder, Embedder, UpsamplingEmbedder
 from btnet_core.evaluation.verification import evaluate_pairs
@@ -250,21 +250,17 @@ def train(
             raise checkpoint.unwritten(out, error) from error
 
 
-@contextmanager
-def _machine(config: TrainConfig, device: torch.device, state: dict | None) -> Iterator[None]:
+def _machine(
+    config: TrainConfig, device: torch.device, state: dict | None
+) -> AbstractContextManager:
     """torch as the run needs it; a resumed run keeps its threads, and so the order of sums."""
-    threads = torch.get_num_threads()
     torch.set_float32_matmul_precision(config.matmul)
     torch.backends.cudnn.allow_tf32 = config.matmul != "highest"  # convolutions, too
     torch.backends.cudnn.benchmark = device.type == "cuda"
-    if device.type == "cpu":
-        idle = max(1, idle_cores() // distributed.neighbours())
-        kept = state["threads"] if state else min(threads, idle)
-        torch.set_num_threads(config.threads or kept)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    if device.type != "cpu":
+        return nullcontext()
+    kept = state["threads"] if state else 0
+    return threads(config.threads or kept, distributed.neighbours())
 
 
 def _train(

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from btnet_core import device
 from btnet_core.errors import CheckpointError, ConfigError, TrainingError
 from btnet_core.files import read_safetensors
 from btnet_core.models.backbone import BackboneConfig
@@ -159,7 +160,7 @@ def test_a_resumed_run_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.Mon
     )
     checkpoint.save_state(tmp_path, {"identity": json.dumps(identity), "threads": 3})
     monkeypatch.setattr(loop, "_train", lambda *_: seen.append(torch.get_num_threads()))
-    monkeypatch.setattr(loop, "idle_cores", lambda: 1)
+    monkeypatch.setattr(device, "idle_cores", lambda: 1)
     try:
         train(config, tmp_path, device="cpu")
         train(config.replace(threads=2), tmp_path, device="cpu")

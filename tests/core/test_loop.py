@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from btnet_core import device
 from btnet_core.errors import CheckpointError, TrainingError
 from btnet_core.files import read_safetensors
 from btnet_core.models.backbone import BackboneConfig
@@ -160,7 +161,7 @@ def test_threads_are_as_many_as_cores_are_idle_or_as_asked(
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(4)
     try:
-        monkeypatch.setattr(loop, "idle_cores", lambda: idle)
+        monkeypatch.setattr(device, "idle_cores", lambda: idle)
         monkeypatch.setattr(loop, "_train", lambda *_: seen.append(torch.get_num_threads()))
         train(TrainConfig(data=FACES, threads=threads), tmp_path, device="cpu")
         assert seen == [expected]

@@ -47,7 +47,7 @@ def case(name: str, trunk: Path) -> TrainConfig:
     if name == "center":  # gradients large enough to see its weight of 0.003
         return methods.phi_hr(FACES, backbone=TINY, **{**STEP, "loss": "center"})
     if name == "trunk":
-        return methods.phi_hr(FACES, backbone=TINY, **STEP)
+        return methods.phi_hr(FACES, backbone=TINY, **STEP, influence_weight=0.7)
     changes = {
         "branch": {},
         "both mirror images": {"embedding_mirrored": True},

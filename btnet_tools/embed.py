@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from btnet_core.data.folders import find_images, warn_of
+from btnet_core.device import threads
 from btnet_core.errors import DataError
 from btnet_core.files import write_atomically
 from btnet_core.images import decode, read, resize, scaled_size
@@ -147,7 +148,8 @@ def embed_folder(
     if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
         raise DataError(f"--out {out}: expected a file in a folder that is there")
     files = find_files(Path(source))
-    found = embed_files(btnet, list(files.values()), Reader(btnet, select), keep_going)
+    with threads():  # as many as cores are idle
+        found = embed_files(btnet, list(files.values()), Reader(btnet, select), keep_going)
     rows, failed = {}, {}
     for name, face in zip(files, found, strict=True):
         if isinstance(face, DataError):

@@ -106,6 +106,9 @@ class FaceSet(Dataset, ABC):
         """What to call image ``index`` in messages."""
         return f"{self.name}, image {index}"
 
+    def check(self, index: int) -> None:
+        """Raise DataError where image ``index`` cannot be read; those that are drawn can."""
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -139,13 +142,16 @@ class StoredFaces(FaceSet):
     def native(self, index: int) -> Tensor:
         return pixels.decode(self.encoded(index), where=self.where(index))
 
+    def check(self, index: int) -> None:
+        self.native(index)
+
 
 def unreadable(faces: FaceSet) -> dict[int, str]:
-    """{index: why} of every image that does not decode. Reads the whole set."""
+    """{index: why} of every image that cannot be read; decodes the whole set."""
 
     def reason(index: int) -> str:
         try:
-            faces.native(index)
+            faces.check(index)
         except DataError as error:
             return str(error)
         return ""
@@ -164,6 +170,9 @@ class Part(FaceSet):
 
     def native(self, index: int) -> Tensor:
         return self.faces.native(int(self.indices[index]))
+
+    def check(self, index: int) -> None:
+        self.faces.check(int(self.indices[index]))
 
     def images(self, indices: Iterable[int], out: Tensor | None = None) -> Tensor:
         rows = torch.as_tensor(list(indices), dtype=torch.int64)

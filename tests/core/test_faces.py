@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btnet_core.data.faces import open_faces
+from btnet_core.data.faces import open_faces, unreadable
 from btnet_core.data.pairs import (
     draw_pairs,
     open_pairs,
@@ -321,6 +321,14 @@ def test_drawn_pairs_are_what_they_say() -> None:
         }
     )
     assert torch.equal(spec.second, pairs.second)
+
+
+def test_faces_that_are_drawn_are_not_drawn_by_several_threads_to_check_them() -> None:
+    faces = open_faces({"kind": "synthetic", "identities": 20, "images": 4})
+    assert unreadable(faces) == {}
+    again = open_faces({"kind": "synthetic", "identities": 20, "images": 4})
+    assert torch.equal(faces.images(range(80)), again.images(range(80)))
+    assert not faces.images([5]).eq(0).all()
 
 
 def test_no_pair_is_drawn_twice_in_either_order() -> None:

@@ -162,15 +162,18 @@ def finetuning(scale: Scale, models: Path, data: Spec, *, seed: int = 0) -> Runs
 # ---- Section 5 ----
 
 
-def ablations(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, Runs]:
+def ablations(
+    scale: Scale, models: Path, *, seed: int = 0, network: Backbone | None = None
+) -> dict[str, Runs]:
     """Returns the runs of Section 5 at ``scale.ablated`` px, by table and row, as the paper has them.
 
     "table3", "table4", "figure7" (rows are units) and "beyond": what the paper leaves open, each
     one switch away from phi_bt. Rows of the same configuration share a run (its ``name``). All
-    start from phi_bt's trunk, which must be there, and share the teacher's features.
+    start from phi_bt's trunk, which must be there unless its ``network`` is given, and share the
+    teacher's features.
     """
     trunk, kappa = kept(scale, models, scale.teacher)
-    network, r = load_backbone(trunk), scale.ablated
+    network, r = network or load_backbone(trunk), scale.ablated
     changes = {"seed": seed, "cache_dir": str(models / "teacher"), **scale.ablation}
     data = changes.pop("data", scale.faces)
 

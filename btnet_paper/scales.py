@@ -14,6 +14,7 @@ import yaml
 
 from btnet_core.data.sources import Spec
 from btnet_core.errors import ConfigError
+from btnet_core.files import find
 from btnet_core.models.backbone import BackboneConfig
 from btnet_core.training.config import TrainConfig
 
@@ -94,9 +95,21 @@ def get_scale(name: str) -> Scale:
     values["pairs"] = tuple(values.get("pairs", ()))
     try:
         values["backbone"] = BackboneConfig(**values["backbone"])
+        values["pairs"] = tuple(_beside(one, values["faces"]) for one in values["pairs"])
         return Scale(name=path.stem, **values)
     except (KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _beside(pairs: Spec, faces: Spec) -> Spec:
+    """Returns ``pairs``, found in the folder of the training faces if that alone has them.
+
+    InsightFace ships its ``.bin`` files so.
+    """
+    if not (isinstance(pairs, str) and isinstance(faces, str)) or find(pairs).exists():
+        return pairs
+    inside = f"{faces}/{pairs}"
+    return inside if find(inside).exists() else pairs
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from btnet_core.models.weights import load_backbone, load_strictly
 from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.methods import (
+    authors,
     figure7,
     finetuned,
     full_finetuning,
@@ -77,7 +78,12 @@ def plan(scale: Scale, models: Path, *, seed: int = 0) -> Runs:
     """
     runs = [*trunks(scale, models, seed), *specialists(scale, models, seed)]
     runs += branches(scale, models, seed)
-    return {run.name: run for run in runs}
+    return _named(runs, scale)
+
+
+def _named(runs: list[TrainConfig], scale: Scale) -> Runs:
+    """Returns runs by name, with the authors' choices where the page asks for them."""
+    return {run.name: authors(run) if scale.authors else run for run in runs}
 
 
 def trunks(scale: Scale, models: Path, seed: int) -> list[TrainConfig]:
@@ -156,7 +162,7 @@ def finetuning(scale: Scale, models: Path, data: Spec, *, seed: int = 0) -> Runs
         if r in scale.survface_epochs:
             changes["epochs"] = scale.survface_epochs[r]
         runs.append(phi_bt(data, r, trunk, kappa, **changes))
-    return {run.name: run for run in runs}
+    return _named(runs, scale)
 
 
 # ---- Section 5 ----

@@ -44,7 +44,7 @@ class Scale:
     resolutions: tuple[int, ...] = (28, 14, 7)  # of the branches, rows in pixels
     pictures: bool = False  # whether its faces may be shown in committed figures
     from_hr: bool = False  # Deviation where True: phi_mr starts from phi_hr
-    authors: bool = False  # evaluate as the authors' code does, where it differs from the paper
+    authors: bool = False  # train and evaluate as the authors' code does, where it differs
     teacher: str = "phi_mr"  # the trunk that the branches join
     variants: tuple[str, ...] = ("v1",)  # of phi_mr: candidate sizes (methods.MR_VARIANTS)
     hr: dict[str, Any] = field(default_factory=dict)  # fields of TrainConfig for phi_hr

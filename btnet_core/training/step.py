@@ -83,9 +83,10 @@ def distillation(run: Run, z_r: Tensor, teacher: Teacher) -> Tensor | float:
     """This process's part of L_branch (Eq. 2), from ``(b, C_r, r, r')`` at the coupling layer."""
     if teacher.z_s is None:
         return 0.0
-    # Channels last, as they lie in memory: so does the gradient then, which batch norms take faster.
-    maps = z_r.movedim(1, -1), teacher.z_s.movedim(1, -1)
-    loss = losses.branch_loss(*maps, run.config.distillation, channels=-1)
+    # A kept map lies channels last; the gradient then does, too, which batch norms take faster.
+    axis = 1 if run.cache is None else -1
+    maps = z_r.movedim(1, axis), teacher.z_s.movedim(1, axis)
+    loss = losses.branch_loss(*maps, run.config.distillation, channels=axis)
     return loss / distributed.world()
 
 

@@ -51,14 +51,14 @@ def watching(trunk: Backbone, net: nn.Module) -> Iterator[list[list[Tensor]]]:
 
 
 def stage_features(embedder: Embedder, pixels: Tensor, r: int) -> list[Tensor]:
-    """Output (B, C_k, h, w) of each stage, float32 on the CPU, for (B, 3, S, S) faces of ``r`` px."""
+    """Output (B, C_k, h, w) of each stage, float32 on the CPU, for (B, 3, S, S) faces of r px."""
     with watching(*network(embedder, r)) as batches:
         embedder(pixels, r)
     return [torch.cat(kept) for kept in batches]
 
 
 def alike(z_r: Tensor, z_s: Tensor) -> Tensor:
-    """Cosine (B,) of each face's maps (B, C, h, w) and (B, C, h', w'); the larger is averaged down."""
+    """Cosine (B,) of each face's maps (B, C, h, w), (B, C, h', w'); the larger is averaged down."""
     rows, columns = min(z_r.shape[2:], z_s.shape[2:])
     a, b = (F.adaptive_avg_pool2d(z, (rows, columns)).flatten(1) for z in (z_r, z_s))
     return F.cosine_similarity(a, b)

@@ -72,10 +72,9 @@ class Margin(nn.Module):
         cosine = at_least_float32(cosine)
         if self.needs_norms and norms is None:
             raise ConfigError(f"{type(self).__name__} needs the norms of the embeddings")
-        place, here = (
-            column.clamp_min(0)[:, None],
-            column >= 0,
-        )  # no indices: a GPU is not waited for
+        # no lists of indices: a GPU is not waited for
+        here = column >= 0
+        place = column.clamp_min(0)[:, None]
         own = cosine.gather(1, place).squeeze(1)
         if target is None:
             if not bool(here.all()):

@@ -118,7 +118,6 @@ def open_model(
     """The BTNet in the folder ``model``, ready to embed."""
     from btnet_core.device import resolve_device
     from btnet_core.models.btnet import BTNet
-    from btnet_core.models.fast import some_faces
     from btnet_tools.adapter import find_adapter
 
     if adapter:
@@ -126,7 +125,19 @@ def open_model(
     net = BTNet.load(model).to(resolve_device(device)).eval()
     if not precision:
         return net
-    return net.fast(precision, some_faces(calibrate) if calibrate else ())
+    from btnet_core.models.openvino import OpenVinoBTNet
+
+    return OpenVinoBTNet(net.cpu(), precision, some_faces(calibrate) if calibrate else ())
+
+
+def some_faces(text: str) -> Any:
+    """Pixels of 64 faces, evenly from the set that ``text`` names."""
+    from btnet_core.data.faces import open_faces
+    from btnet_core.data.sources import parse_spec
+
+    faces = open_faces(parse_spec(text))
+    step = max(1, len(faces) // 64)
+    return faces.images(range(0, len(faces), step)[:64])
 
 
 # ---- the reproduction ------------------------------------------------------------------------
@@ -139,27 +150,20 @@ def open_model(
 @option("--fresh", is_flag=True, help="Run also those notebooks whose inputs are unchanged.")
 @option("--device", help="auto, cpu, cuda or cuda:N (default: the notebooks').")
 @option("--processes", metavar="N", help="That train together; auto: one for each GPU.")
-@option("--check", is_flag=True, help="Only say which data lack (then 1), and what the runs cost.")
 @runs_option
-def reproduce(
-    scale: str, only: str, parameters: dict[str, str], fresh: bool, check: bool, **given: Any
-) -> int:
+def reproduce(scale: str, only: str, parameters: dict[str, str], fresh: bool, **given: Any) -> None:
     """Run the notebooks in order and collect their results."""
-    from btnet_paper import needs, runner, scales
     from btnet_paper import report as page
+    from btnet_paper import runner
 
     for variant in ("quick", "authors"):  # of the scale, where it has such a page
         if f"{scale}-{variant}" in SCALES and parameters.get(variant, "").lower() == "true":
             parameters.pop(variant)
             scale += f"-{variant}"
     headline = HEADLINE if scale.startswith("lfw-") else ""
-    chosen = [entry for entry in (only or headline).split(",") if entry]
-    if check:
-        numbers = [entry.zfill(2) for entry in chosen]
-        return int(not needs.check(scales.get_scale(scale), numbers))
+    chosen = (only or headline).split(",")
     runner.reproduce(scale, only=chosen, parameters=parameters, resume=not fresh, **given)
     click.echo(f"  report    {page.report_or_reason(scale, runs=given['runs'])}")
-    return 0
 
 
 @command("btnet figures --runs figures   (from the repository's own results)")

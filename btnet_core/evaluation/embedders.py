@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from btnet_core.device import autocast, resolve_device
+from btnet_core.device import autocast, resolve_device, resolve_precision
 from btnet_core.errors import ConfigError
 from btnet_core.images import Resize, degrade, resize, scaled_size
 from btnet_core.models.backbone import Backbone
@@ -32,7 +32,8 @@ class Embedder(ABC):
         batch_size: int = 128,
     ) -> None:
         self.device, self.how = resolve_device(device), how or Resize()
-        self.precision, self.batch_size = precision, batch_size
+        self.precision = resolve_precision(precision, self.device)
+        self.batch_size = batch_size
         for module in modules:
             module.to(self.device, memory_format=torch.channels_last).eval()
 
@@ -125,7 +126,7 @@ class BranchEmbedder(Embedder):
         return self.btnet.route(r)
 
     def fingerprint(self, r: int) -> str:
-        return " ".join(filter(None, (super().fingerprint(r), self.btnet.mode)))
+        return " ".join(filter(None, (super().fingerprint(r), self.btnet.inference)))
 
     def _embed(self, pixels: Tensor, r: int) -> Tensor:
         trunk = self.btnet.trunk

@@ -76,6 +76,10 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return embed_features(self.head, self.body(x))
 
+    def parts(self) -> tuple[nn.Module, ...]:
+        """What x goes through, in order."""
+        return self.body, self.head
+
     def units(self) -> list[tuple[str, nn.Module]]:
         """The body's units in order, with the paper's names (S1U1: stage 1, unit 1)."""
         return list(self.body.named_children())

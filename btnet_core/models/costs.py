@@ -60,7 +60,7 @@ def route_cost(btnet: BTNet, r: int) -> Cost:
             t for name, t in state.items() if name.endswith(("running_mean", "running_var"))
         ),
         share=stored / whole,
-        macs=count_macs(route, _input_size(btnet, r)),
+        macs=count_macs(route, btnet.input_size(r)),
     )
 
 
@@ -101,7 +101,7 @@ def measure_time(
         )
     device = torch.device(device)
     route, training = btnet.to(device).route(r), btnet.training
-    x = torch.zeros(batch_size, 3, *_input_size(btnet, r), device=device)
+    x = torch.zeros(batch_size, 3, *btnet.input_size(r), device=device)
     samples = []
     btnet.eval()
     with torch.inference_mode():
@@ -114,11 +114,6 @@ def measure_time(
     btnet.train(training)
     low, median, high = np.percentile(samples[warmup:], (25, 50, 75)).tolist()
     return {"median": median, "low": low, "high": high}
-
-
-def _input_size(btnet: BTNet, r: int) -> tuple[int, int]:
-    route = btnet.route(r)
-    return route.size if isinstance(route, Route) else btnet.trunk.config.size
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -199,7 +199,7 @@ def test_embed_takes_any_kind_and_size_and_keeps_the_order(btnet: BTNet, tmp_pat
     images[3] = torch.from_numpy(arrays[3]).permute(2, 0, 1)
     together, info = btnet.embed(images, return_info=True)
     assert [entry["r"] for entry in info] == [112, 14, 28, 14, 112, 7, 28]
-    assert info[1]["scale"] == pytest.approx((14 / 9, 2.0))
+    assert info[1]["resize_factor"] == pytest.approx((14 / 9, 2.0))
     torch.testing.assert_close(together.norm(dim=1), torch.ones(7))
     for index, image in enumerate(images):
         torch.testing.assert_close(btnet.embed([image])[0], together[index], atol=1e-5, rtol=1e-4)
@@ -296,9 +296,7 @@ def test_embedders_do_what_the_methods_say(btnet: BTNet) -> None:
         bt(pixels, 14), btnet(backbone.normalise(resize(pixels, 14)), 14), **close
     )
     torch.testing.assert_close(bt(pixels, 112), up(pixels, 112), **close)
-    many = MultiModelEmbedder(
-        {112: up, 14: UpsamplingEmbedder(trunk("mobilefacenet"), **options)}
-    )
+    many = MultiModelEmbedder({112: up, 14: UpsamplingEmbedder(trunk("mobilefacenet"), **options)})
     torch.testing.assert_close(many(pixels, 112), up(pixels, 112), **close)
     with pytest.raises(ConfigError, match="7"):
         many(pixels, 7)

@@ -287,12 +287,3 @@ def test_finetuned_networks_are_trained_and_loaded(models: Path) -> None:
     pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     assert not torch.allclose(found["phi_mr"](pixels, 112), before(pixels, 112), atol=1e-3)
     assert torch.allclose(found["phi_mr"](pixels, 112), found["phi_bt"](pixels, 112), atol=1e-3)
-
-
-def test_the_authors_choices_reach_every_run(tmp_path: Path) -> None:
-    ours, theirs = (get_scale(name) for name in ("paper", "paper-authors"))
-    runs = plans.plan(theirs, tmp_path)
-    assert set(runs) == set(plans.plan(ours, tmp_path)) - {"phi_mr_v2", "phi_mr_v3"}
-    assert {run.precision for run in runs.values()} == {"fp16"}
-    assert (runs["phi_bt_14"].embedding_weight, runs["phi_bt_14"].bn) == (1.0, "authors")
-    assert plans.plan(ours, tmp_path)["phi_bt_14"].embedding_weight == 0

@@ -11,7 +11,7 @@ from btnet_core.data.faces import open_faces
 from btnet_core.errors import DataError
 from btnet_core.images import resize
 from btnet_core.models.backbone import BackboneConfig, build_backbone
-from btnet_core.models.btnet import BTNet
+from btnet_core.models.btnet import BTNet, select_branch
 from btnet_paper import plots
 from btnet_paper.quality import optical_resolution, risk_coverage
 from btnet_paper.standins import survface_standin
@@ -72,17 +72,18 @@ def test_the_estimate_stays_within_the_image(faces: torch.Tensor) -> None:
     assert optical_resolution(faces[0]) == optical_resolution(faces[0].float())
 
 
-def test_embed_chooses_by_detail_and_reports_it(faces: torch.Tensor) -> None:
-    net = BTNet(
-        build_backbone(BackboneConfig(name="iresnet18", width=0.125, embedding=8)), (28, 14, 7)
-    ).eval()
+def test_embed_chooses_by_detail(faces: torch.Tensor) -> None:
+    config = BackboneConfig(name="iresnet18", width=0.125, embedding=8)
+    net = BTNet(build_backbone(config), (28, 14, 7)).eval()
+
+    def by_detail(face: torch.Tensor) -> int:
+        rows = optical_resolution(face)
+        return select_branch(rows, rows, resolutions=net.resolutions)
+
     sharp, soft = faces[0], resize(resize(faces[0], 10), 112)
-    _, by_size = net.embed([sharp, soft], return_info=True)
-    z, by_detail = net.embed([sharp, soft], indicator="detail", return_info=True)
-    assert [entry["r"] for entry in by_size] == [112, 112]
-    assert [entry["r"] for entry in by_detail] == [112, 14]
-    assert by_size[1]["reliability"] == by_detail[1]["reliability"] == optical_resolution(soft)
-    torch.testing.assert_close(net.embed([sharp, soft], indicator="detail"), z)
+    for select, expected in (("max+ceil", [112, 112]), (by_detail, [112, 14])):
+        _, info = net.embed([sharp, soft], select=select, return_info=True)
+        assert [one["r"] for one in info] == expected
 
 
 def test_risk_is_the_share_of_errors_among_what_is_kept() -> None:

@@ -86,7 +86,7 @@ class _Type:
         pass
 
 
-def _buffer(data: Any, dtype: _Type, *_: Any) -> _Array:
+def _buffer(data: Any, dtype: _Type) -> _Array:
     array = _Array()
     array.kind, array.data = dtype.kind, data
     return array
@@ -97,11 +97,12 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
+        # Functions made here, not the module's own: a pickle can set attributes of what it is given.
         encode = lru_cache(maxsize=None)(lambda text: text.encode("latin1"))  # each text once
         numpy = {
             "_reconstruct": lambda *_: _Array(),
             "scalar": lambda dtype, data: _flags(_buffer(data[:8], dtype))[0],
-            "_frombuffer": _buffer,
+            "_frombuffer": lambda data, dtype, *_: _buffer(data, dtype),
         }
         self.known: dict[tuple[str, str], Any] = {
             ("_codecs", "encode"): lambda text, encoding="latin1": encode(text),

@@ -245,8 +245,9 @@ def test_native_embedder_resizes_once(upsample: bool, rows: int) -> None:
     assert seen == [((2, 3, rows, rows), rows), ((1, 3, rows, rows), rows)]
 
     del seen[:]
-    cut = {"crop": lambda pixels: pixels[..., 1:-1], "size": (112, 96)}
-    idn.native_embedder(embedder, images.__getitem__, upsample=upsample, **cut)(np.arange(2), 14)
+    cut = {"crop": lambda pixels: pixels[..., 1:-1] + 3, "size": (112, 96)}
+    embed = idn.native_embedder(embedder, images.__getitem__, upsample=upsample, **cut)
+    assert embed(np.arange(2), 14)[:, 0].tolist() == [3.0, 13.0]
     assert seen == [((2, 3, rows, rows * 96 // 112), rows)]
     del seen[:]
     once = idn.native_embedder(

@@ -23,7 +23,7 @@ from traitlets.config import Config
 
 from btnet_core.errors import DataError, ReproduceError
 from btnet_core.files import write_atomically
-from btnet_paper import claims, published, records, results, tables
+from btnet_paper import check, claims, published, records, results, tables
 from btnet_paper.notebooks import load_notebooks
 from btnet_paper.scales import get_scale
 from btnet_paper.state import State
@@ -262,12 +262,25 @@ def _front(scale: str, run_dir: Path, ran: dict[str, Any]) -> dict[str, Any]:
             claims.coverage(found), caption="recorded of the paper's figures and numbers"
         ),
     }
+    shown |= _checked(scale, run_dir)
     front: dict[str, Any] = {name: styled.to_html() for name, styled in shown.items()}
     front["coverage"] += tables.show(records.origins(found), caption="measured on").to_html()
     front["tables"] = {
         published.title(table): tables.beside(table, long).to_html() for table in published.TABLES
     }
     return front
+
+
+def _checked(scale: str, run_dir: Path) -> dict[str, Any]:
+    """Returns the run against the committed record, where its scale has one."""
+    try:
+        found = check.check(scale, run_dir)
+    except ReproduceError:
+        return {}
+    lines = {f"{one}": int((found["verdict"] == one).sum()) for one in check.VERDICTS}
+    lines["with recorded seeds"] = int(found["seeds"].sum())
+    counts = {"numbers": lines | {"all": len(found)}}
+    return {"check": tables.show(counts, caption=f"scale {scale}, against its record", digits=0)}
 
 
 def _figures(run_dir: Path, state: dict[str, Any]) -> list[dict[str, Any]]:

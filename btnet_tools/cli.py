@@ -166,6 +166,18 @@ def reproduce(scale: str, only: str, parameters: dict[str, str], fresh: bool, **
     click.echo(f"  report    {page.report_or_reason(scale, runs=given['runs'])}")
 
 
+@command("btnet check --scale demo")
+@scale_option
+@runs_option
+def check(scale: str, runs: str) -> int:
+    """Hold every number of a run against the committed record; 1 if any is off."""
+    from btnet_paper import check as rerun
+
+    checked = rerun.check(scale, Path(runs) / scale)
+    click.echo(rerun.told(checked))
+    return int(rerun.is_off(checked))
+
+
 @command("btnet figures --runs figures   (from the repository's own results)")
 @scale_option
 @runs_option

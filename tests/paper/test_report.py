@@ -186,6 +186,23 @@ def test_everything_is_there_and_what_is_missing_is_named(html: str, page: Beaut
     assert str(Path.cwd()) not in html
 
 
+def test_a_run_is_held_against_the_committed_record(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", run / "repository")
+    moved = {"phi_hr": {"14&14": {"accuracy": 92.34, "std": 1.0}}}
+    values = {"accuracy": moved, "pairs": ["toy, 1600 pairs"]}
+    results.record(run / "repository/figures", "05_verification", values, scale="demo")
+    try:
+        written = report(runs=run, notebooks=run / "source", out=run / "new/checked.html")
+        text = BeautifulSoup(written.read_text(), "html.parser").find(id="check")
+        table = text.find_next("table").get_text(" ", strip=True)
+    finally:
+        (run / "repository/figures/results/05_verification.json").unlink()
+    assert "off" in table
+    assert "scale demo, against its record" in table
+
+
 def test_two_reports_of_a_run_differ_in_their_date_alone(
     run: Path, html: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,7 +76,7 @@ def _told(claim: Claim, count: int, fails: Leads) -> str:
     what = f"{claim.sentence} ({claim.section})"
     if not fails:
         return f"- **As in the paper:** {what}, {count} of {count}."
-    misses = ", ".join(f"by {-lead:.2f} at {setting}" for setting, lead in fails.items())
+    misses = ", ".join(f"by {abs(lead):.2f} at {setting}" for setting, lead in fails.items())
     return f"- **Not as in the paper:** {what}, because {len(fails)} of {count} miss: {misses}."
 
 

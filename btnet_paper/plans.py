@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,29 @@ def allocations(network: Backbone, r: int) -> dict[str, bool]:
     end = names.index(coupling_layer(network, r))
     places = (0, end // 2, end, (end + len(names)) // 2, len(names) - 1)
     return {names[i]: i == end for i in places}
+
+
+def measured(
+    plan: dict[str, Runs], accuracy: Mapping[str, Any], trained: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns Tables 3 and 4 and the points of Figure 7, as notebook 07 records them.
+
+    ``accuracy`` (``verification.summarise``) and ``trained`` (metrics) are by name of a run.
+    """
+    found: dict[str, Any] = {"table3": {}, "table4": {}, "figure7": []}
+    for table in ("table3", "table4"):
+        for row, config in plan[table].items():
+            cells = accuracy[config.name].items()
+            found[table][row] = {setting: cell["accuracy"] for setting, cell in cells}
+    for row, config in plan["table3"].items():
+        found["table3"][row]["params"] = trained[config.name]["parameters"] / 1e6
+    for unit, config in plan["figure7"].items():
+        facts = {"couple_at": unit, "stored": trained[config.name]["parameters"]}
+        facts["standard"] = config.name == "phi_bt"
+        for setting, cell in accuracy[config.name].items():
+            point = {"setting": setting, "accuracy": cell["accuracy"], "spread": cell["std"] / 3}
+            found["figure7"].append({**facts, **point})  # spread: standard error of ten folds
+    return found
 
 
 # ---- what was trained ----

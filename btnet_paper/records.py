@@ -24,6 +24,7 @@ GAINS = ("table1", "table5", "table6", "table7", "table8")  # those that print g
 PAPER = "the paper"  # the source of what it prints
 SCALES = ("demo", "lfw", "paper")  # in this order; variants ("lfw-mr") follow
 FITTED = ", lengths fitted"  # rows with embeddings multiplied by one number for each resolution
+FINETUNED = ", fine-tuned"  # rows of networks that have learned from SurvFace's training part
 NAMES = {"phi_mr_v2": "phi_mr(v2)", "phi_mr_v3": "phi_mr(v3)"}  # as Table 1 prints them
 
 
@@ -178,6 +179,7 @@ def _verification(values: Mapping[str, Any]) -> Iterator[Number]:
 
 def _survface(values: Mapping[str, Any]) -> Iterator[Number]:
     yield from _selection(values["reports"], "")
+    yield from _selection(values.get("finetuned", {}), FINETUNED)
 
 
 def _selection(reports: Mapping[str, Any], remark: str) -> Iterator[Number]:

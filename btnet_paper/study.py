@@ -160,7 +160,7 @@ class Study:
         self,
         values: Mapping[str, Any],
         *,
-        config: Any = None,
+        config: Mapping[str, Any] | None = None,
         data: Iterable[Any] = (),
         kernel: str = Resize().name,
         arrays: Mapping[str, Any] | None = None,
@@ -169,14 +169,13 @@ class Study:
         """Writes ``results/NAME.json`` and its figures, and returns what was written.
 
         Args:
-            config: options of what was measured; by default the configurations of the runs.
+            config: options of what was measured; the configurations of the runs come to them.
             data: sets with a ``checksum`` on which it was measured.
             kernel: name of the resize; "": there was none.
             arrays: small pictures of faces that may be shown, for figures.
             show: whether the figures are shown here.
         """
-        if config is None:
-            config = {name: asdict(run) for name, run in self.configs.items()}
+        config = {**(config or {}), **{name: asdict(run) for name, run in self.configs.items()}}
         results.record(
             self.run_dir,
             self.name,

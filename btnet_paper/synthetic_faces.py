@@ -582,7 +582,9 @@ class SyntheticFaces(FaceSet):
     Image ``i`` is picture ``i % images`` of person ``first + i // images``; ``first`` makes disjoint sets of one seed.
     """
 
-    def __init__(self, identities: int = 300, images: int = 20, seed: int = 0, first: int = 0) -> None:
+    def __init__(
+        self, identities: int = 300, images: int = 20, seed: int = 0, first: int = 0
+    ) -> None:
         given = {"identities": identities, "images": images, "seed": seed, "first": first}
         for name, value in given.items():
             if not isinstance(value, int) or value < (name in ("identities", "images")):

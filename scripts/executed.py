@@ -29,6 +29,7 @@ from btnet_paper.scales import ROOT, get_scale
 PAGES = ROOT / "docs" / "executed"
 LIMIT = 400_000  # bytes of a page and its pictures
 WIDTH, COLOURS = 900, 96  # of a picture: px, palette
+STEPS = r"(?m)^\S+: step [^\n]*\n(?=\S+: step )"  # all but the last line of a training's progress
 LINKS = (  # from notebooks/ to docs/executed/
     (r"\(\.\./docs/executed/", "("),
     (r"\(\.\./docs/", "(../"),
@@ -89,6 +90,7 @@ def _output(output: dict[str, Any], name: str, pictures: dict[str, bytes]) -> st
     """One output; "" for what says nothing on a page: warnings, progress bars, objects."""
     if output["output_type"] == "stream":
         text = re.sub(r"\x1b\[[0-9;]*m", "", "".join(output["text"])).strip()
+        text = re.sub(STEPS, "", text)
         return f"```text\n{text}\n```" if output["name"] == "stdout" and text else ""
     data = output.get("data", {})
     if "image/png" in data:
@@ -97,9 +99,9 @@ def _output(output: dict[str, Any], name: str, pictures: dict[str, bytes]) -> st
         return f"![{output['metadata'].get('image/png', {}).get('alt', 'figure')}]({file})"
     if "text/markdown" in data:
         return "".join(data["text/markdown"]).strip()
-    if "application/vnd.jupyter.widget-view+json" in data:
-        return "*Controls, which need a kernel.*"
     text = "".join(data.get("text/plain", ""))
+    if "application/vnd.jupyter.widget-view+json" in data:  # controls, or a progress bar
+        return "*Controls, which need a kernel.*" if "Box(" in text else ""
     return f"```text\n{text}\n```" if text and not text.startswith("<") else ""
 
 

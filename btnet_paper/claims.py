@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from btnet_paper import published, records, tables
-from btnet_paper.records import FITTED, PAPER, Records
+from btnet_paper.records import FINETUNED, FITTED, PAPER, Records
 
 Leads = dict[str, float]  # setting -> by how much the claim holds
 BASELINES = ("phi_hr", "phi_mm", "phi_mr")
@@ -186,12 +186,12 @@ def _mr_loses(long: pd.DataFrame) -> Leads:
     return {"112&112": float(wide.at["phi_hr", "112&112"] - wide.at["phi_mr", "112&112"])}
 
 
-def _rounding(higher: str, lower: str) -> Callable[[pd.DataFrame], Leads]:
+def _rounding(higher: str, lower: str, remark: str = "") -> Callable[[pd.DataFrame], Leads]:
     def check(long: pd.DataFrame) -> Leads:
         wide = _wide("table2", long)
         leads = {}
         for indicator in ("avg", "min", "max"):
-            one, other = (f"BTNet ({indicator}+{how})" for how in (higher, lower))
+            one, other = (f"BTNet ({indicator}+{how}){remark}" for how in (higher, lower))
             if {one, other} <= set(wide.index):
                 leads[indicator] = float(wide.at[one, "0.3"] - wide.at[other, "0.3"])
         return leads
@@ -244,6 +244,8 @@ CLAIMS = (
     Claim("phi_mr loses accuracy at 112&112", "4.3.1, Table 1", _mr_loses),
     Claim("near above floor at FPIR 0.3", "4.3.2, Table 2", _rounding("near", "floor")),
     Claim("ceil above near at FPIR 0.3", "4.3.2, Table 2", _rounding("ceil", "near")),
+    Claim("near above floor, fine-tuned", "4.3.2, Table 2", _rounding("near", "floor", FINETUNED)),
+    Claim("ceil above near, fine-tuned", "4.3.2, Table 2", _rounding("ceil", "near", FINETUNED)),
     Claim("BCT above pretraining alone", "5, Table 3", _training(BCT, PRETRAINING)),
     Claim("branch distillation above BCT", "5, Table 3", _training(DISTILLED, BCT)),
     Claim("influence losses less than 1 point apart", "5, Table 4", _losses_agree),

@@ -51,7 +51,12 @@ def test_every_claim_is_asked_of_the_paper_or_needs_what_it_does_not_print() -> 
     asked = {one.sentence for one in claims.CLAIMS if one.check(records.paper())}
     assert asked == set(HAND)
     silent = {one.sentence for one in claims.CLAIMS} - asked
-    assert silent == {"most branch layers above fewest", "the same, lengths fitted"}
+    assert silent == {
+        "most branch layers above fewest",
+        "the same, lengths fitted",
+        "near above floor, fine-tuned",
+        "ceil above near, fine-tuned",
+    }
 
 
 def test_the_best_baseline_counts_not_the_worst() -> None:
@@ -170,3 +175,11 @@ def test_the_summary_counts_claims_that_hold_as_in_the_paper() -> None:
     assert lines[1:3] == [f"- Scale {name} has recorded nothing." for name in ("lfw", "paper")]
     assert lines[3] == "- Open, recorded at no scale: Table 1."
     assert "own scale has not been run" in lines[4]
+
+
+def test_fine_tuned_selections_are_asked_of_their_own_rows() -> None:
+    rows = {"max+near": 20.0, "max+ceil": 22.0, "max+floor": 21.0}
+    long = frame("table2", {f"BTNet ({k}), fine-tuned": {"0.3": v} for k, v in rows.items()})
+    assert claim("near above floor, fine-tuned").check(long) == {"max": -1.0}
+    assert claim("ceil above near, fine-tuned").check(long) == {"max": 2.0}
+    assert claim("ceil above near at FPIR 0.3").check(long) == {}

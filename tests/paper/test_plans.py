@@ -287,3 +287,23 @@ def test_finetuned_networks_are_trained_and_loaded(models: Path) -> None:
     pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     assert not torch.allclose(found["phi_mr"](pixels, 112), before(pixels, 112), atol=1e-3)
     assert torch.allclose(found["phi_mr"](pixels, 112), found["phi_bt"](pixels, 112), atol=1e-3)
+
+
+def test_the_tables_of_section_5_are_cut_from_what_was_measured() -> None:
+    faces = {"kind": "synthetic"}
+    one, two = (plans.phi_hr(faces, name=name) for name in ("phi_bt", "other"))
+    plan = {"table3": {"a": one}, "table4": {"b": two}, "figure7": {"S1U1": two, "S4U1": one}}
+    accuracy = {
+        "phi_bt": {"7&7": {"accuracy": 70.0, "std": 3.0}},
+        "other": {"7&7": {"accuracy": 60.0, "std": 6.0}},
+    }
+    trained = {"phi_bt": {"parameters": 2_000_000}, "other": {"parameters": 1_000_000}}
+    found = plans.measured(plan, accuracy, trained)
+    assert found["table3"] == {"a": {"7&7": 70.0, "params": 2.0}}
+    assert found["table4"] == {"b": {"7&7": 60.0}}
+    first, second = found["figure7"]
+    assert first == {
+        "couple_at": "S1U1", "stored": 1_000_000, "standard": False,
+        "setting": "7&7", "accuracy": 60.0, "spread": 2.0,
+    }  # fmt: skip
+    assert (second["couple_at"], second["standard"], second["spread"]) == ("S4U1", True, 1.0)

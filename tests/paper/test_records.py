@@ -85,12 +85,14 @@ def test_table2_shows_tpir_under_the_fpir_it_was_measured_at():
 
     reports = {"max+ceil": report(50), "phi_mr": report(60)}
     fitted = {"reports": {"max+ceil": report(70)}}
-    long = numbers("06_survface_identification", {"reports": reports, "fitted": fitted})
+    values = {"reports": reports, "fitted": fitted, "finetuned": {"max+ceil": report(80)}}
+    long = numbers("06_survface_identification", values)
     assert at(long, "table2", "BTNet (max+ceil)", "AUC") == 50
     assert at(long, "table2", "BTNet (max+ceil)", "0.3") == 53
     assert at(long, "table2", "BTNet (max+ceil)", "0.1") == 51
     assert at(long, "table2", "phi_mr", "0.2") == 62
     assert at(long, "table2", "BTNet (max+ceil), lengths fitted", "0.3") == 73
+    assert at(long, "table2", "BTNet (max+ceil), fine-tuned", "0.3") == 83
 
 
 def test_tables_5_to_8_part_by_metric_and_by_resolution():

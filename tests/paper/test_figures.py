@@ -144,8 +144,9 @@ def test_figure_1_and_its_maps_are_the_recorded_curves_and_errors() -> None:
     ]
     figure, _, arrays = draw("figure1_error_maps")
     shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    np.testing.assert_array_equal(shown[1], arrays["back"][0].transpose(1, 2, 0))
-    np.testing.assert_array_equal(shown[-1], arrays["error"][-1].astype(np.float32))
+    count = len(arrays["resolutions"])
+    np.testing.assert_array_equal(shown[1 : 1 + count], arrays["back"].transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(shown[1 + count :], arrays["error"].astype(np.float32))
 
 
 def test_figures_5_and_6_are_the_counted_and_measured_costs() -> None:

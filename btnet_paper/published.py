@@ -68,9 +68,9 @@ def texts() -> dict[str, tuple[Any, str]]:
 
 
 def title(name: str) -> str:
-    """What a table shows and its unit: "Six verification sets, mean accuracy (%)"."""
+    """What a table shows, unit and section: "Six verification sets, … (%; section 4.3.1)"."""
     entry = _pick(_published()["tables"], name, "table")
-    return f"{entry['title']} ({entry['unit']})"
+    return f"{entry['title']} ({entry['unit']}; section {entry['section']})"
 
 
 def errata() -> list[dict[str, str]]:

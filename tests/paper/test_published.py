@@ -57,6 +57,12 @@ def test_every_printed_gain_follows_from_the_printed_accuracies(name: str) -> No
     assert checked == {"table1": 30, "table5": 9, "table6": 6, "table7": 9, "table8": 9}[name]
 
 
+def test_titles_say_unit_and_section() -> None:
+    assert published.title("table1") == "Six verification sets, mean accuracy (%; section 4.3.1)"
+    assert all("%" in published.title(f"table{n}") for n in range(1, 9))
+    assert all(" section " in published.title(f"table{n}") for n in range(1, 9))
+
+
 def test_errata_are_what_they_say() -> None:
     assert {(item["table"], item["column"]) for item in published.errata()} == {("table6", "7&7")}
     recomputed = gains(published.table("table6"))  # type: ignore[arg-type]

@@ -481,6 +481,18 @@ def test_committed_numbers_hold_no_names() -> None:
         assert path.stat().st_size < 250_000
 
 
+def test_the_readme_says_what_rebuilt_crops_change() -> None:
+    """Grey levels and points of the record, as data/README.md rounds them."""
+    found = json.loads((DATA.parent / "figures" / "results" / "real_crops.json").read_text())
+    readme = (DATA / "README.md").read_text()
+    assert found["same_labels"]
+    assert found["grey_levels"]["median"] <= 2.5
+    assert f"by {found['grey_levels']['median']:.2f} grey levels" in readme
+    moved = {k: abs(v - found["packed"][k]) for k, v in found["rebuilt"].items()}
+    others = max(value for setting, value in moved.items() if setting != "7&7")
+    assert f"({moved['7&7']:.2f} at 7&7, {others:.2f} elsewhere)" in readme
+
+
 # ---- against the packed crops ----------------------------------------------------------------
 
 needs_raw = pytest.mark.skipif(

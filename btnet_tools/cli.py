@@ -118,6 +118,7 @@ def open_model(
     """The BTNet in the folder ``model``, ready to embed."""
     from btnet_core.device import resolve_device
     from btnet_core.models.btnet import BTNet
+    from btnet_core.models.openvino import OpenVinoBTNet
     from btnet_tools.adapter import find_adapter
 
     if adapter:
@@ -125,8 +126,6 @@ def open_model(
     net = BTNet.load(model).to(resolve_device(device)).eval()
     if not precision:
         return net
-    from btnet_core.models.openvino import OpenVinoBTNet
-
     return OpenVinoBTNet(net.cpu(), precision, some_faces(calibrate) if calibrate else ())
 
 

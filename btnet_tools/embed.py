@@ -19,7 +19,7 @@ from btnet_core.data.folders import find_images, warn_of
 from btnet_core.device import threads
 from btnet_core.errors import DataError
 from btnet_core.files import write_atomically
-from btnet_core.images import decode, read, resize, scaled_size
+from btnet_core.images import decode, read
 from btnet_core.models.btnet import BTNet, select_branch
 from btnet_paper.quality import optical_resolution
 
@@ -44,37 +44,19 @@ class Reader:
     """Reads a picture for the branch that ``select`` chooses: "max+ceil", "detail+near", …"""
 
     def __init__(self, btnet: BTNet, select: str = "max+ceil") -> None:
-        self.trunk, self.resolutions = btnet.trunk, btnet.resolutions
-        self.indicator, _, self.rounding = select.partition("+")
-        self.branch((1, 1), 1.0)  # an unknown rule is told now
+        indicator, _, self.rounding = select.partition("+")
+        self.btnet, self.select = btnet, self.by_detail if indicator == "detail" else select
+        btnet.entrance(torch.zeros(3, 8, 8), self.select)  # an unknown rule is told now
 
-    def branch(self, size: tuple[int, int], detail: float) -> int:
-        """The branch of a face of ``size`` (rows, columns) with ``detail`` rows of detail."""
-        rows, columns, indicator = *size, self.indicator
-        if indicator == "detail":
-            rows, columns, indicator = detail, detail, "max"
-        return select_branch(
-            columns,
-            rows,
-            indicator=indicator,
-            rounding=self.rounding,
-            resolutions=self.resolutions,
-        )
+    def by_detail(self, picture: Tensor) -> int:
+        """The branch for as many rows as ``picture`` has of detail."""
+        rows = optical_resolution(picture)
+        return select_branch(rows, rows, rounding=self.rounding, resolutions=self.btnet.resolutions)
 
     def __call__(self, path: Path) -> Face:
-        whole = decode(read(path), where=str(path))
-        detail = optical_resolution(whole)
-        face = self.trunk.crop(whole)
-        rows, columns = face.shape[-2:]
-        r = self.branch((rows, columns), detail)
-        target = scaled_size(r, self.trunk.config.size)
-        return Face(
-            size=tuple(whole.shape[-2:]),
-            r=r,
-            resize_factor=(target[0] / rows, target[1] / columns),
-            reliability=detail,
-            pixels=resize(face, target),
-        )
+        picture = decode(read(path), where=str(path))
+        pixels, facts = self.btnet.entrance(picture, self.select)
+        return Face(pixels=pixels, reliability=optical_resolution(picture), **facts)
 
 
 def ahead(read: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:

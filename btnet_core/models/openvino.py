@@ -55,7 +55,7 @@ class OpenVinoBTNet(BTNet):
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: got {precision!r}, expected {', '.join(PRECISIONS)}")
         if openvino is None or (precision == "int8" and nncf is None):
-            raise ConfigError(f"precision {precision} needs pip install 'btnet-core[openvino]'")
+            raise ConfigError(f"precision {precision} needs pip install 'btnet-core[tools,int8]'")
         has_bf16 = fast_bf16(torch.device("cpu"))
         if precision == "bf16" and not has_bf16:
             raise ConfigError("precision bf16: this processor has no AVX512-BF16 or AMX; use fp32")
@@ -91,7 +91,7 @@ class OpenVinoBTNet(BTNet):
     def _converted(self, r: int) -> Any:
         """The route as an OpenVINO model of any batch."""
         shape = (3, *self.input_size(r))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.autocast("cpu", enabled=False):  # of an embedder
             warnings.simplefilter("ignore")  # of tracing
             route = nn.Sequential(*self.route(r).parts()).eval()
             traced = torch.jit.trace(route, torch.zeros(2, *shape), check_trace=False)

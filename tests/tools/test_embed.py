@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,17 @@ def test_a_trunk_with_fewer_columns_reports_the_picture_as_it_is(tmp_path: Path)
         expected = net.embed(sorted((tmp_path / "faces").iterdir())).numpy()
         np.testing.assert_allclose(table["embeddings"], expected, atol=1e-5)
         np.testing.assert_allclose(np.linalg.norm(table["embeddings"], axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="no openvino: pip install -e '.[tools]'")
+def test_quick_inference_gives_the_same_embeddings(
+    model: Path, faces: Path, tmp_path: Path
+) -> None:
+    line = ["embed", str(faces), "--model", str(model), "--out"]
+    assert main([*line, str(tmp_path / "a.npz")]) == 0
+    assert main([*line, str(tmp_path / "b.npz"), "--precision", "fp32"]) == 0
+    plain, quick = (np.load(tmp_path / name)["embeddings"] for name in ("a.npz", "b.npz"))
+    np.testing.assert_allclose(plain, quick, atol=1e-4)
 
 
 def test_pictures_that_are_no_crops_are_warned_of_once() -> None:

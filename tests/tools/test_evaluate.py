@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +122,9 @@ def test_the_command_prints_every_pair_of_resolutions(model: Path, tmp_path: Pat
     assert "TAR" not in out[1]  # 12 different pairs allow none
     assert main([*command, "--baseline"]) == 0
     assert capsys.readouterr().out.count("scaled up") == 6
+    if find_spec("openvino"):
+        assert main([*command, "--precision", "fp32"]) == 0
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == keys
 
 
 def test_verify_says_at_which_far_it_accepts(model: Path, tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ import numpy as np
 from btnet_core.data.faces import open_faces
 from btnet_core.data.pairs import open_pairs
 from btnet_core.evaluation.identification import evaluate_strategies, native_embedder
-from btnet_core.evaluation.verification import evaluate_pairs, fitted_lengths
+from btnet_core.evaluation.verification import evaluate_pairs
 from btnet_core.files import find
 from btnet_core.images import Resize
 from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.loop import train
 from btnet_paper import plans, results
+from btnet_paper.beyond import fitted_lengths
 from btnet_paper.plans import load_methods
 from btnet_paper.records import FITTED
 from btnet_paper.scales import Scale, get_scale

@@ -249,7 +249,7 @@ def evaluate_strategies(
     ``sizes`` (N, 2) native (width, height), ``labels`` (N,) with -1 for unmated probes,
     ``in_gallery`` (N,) bool. Each image is embedded once at each resolution that some strategy
     sends it to, and its embedding multiplied by ``lengths[r]``, where given
-    (``verification.fitted_lengths``). ``branches``: % of the images per branch; ``scale``: mean
+    (``btnet_paper.beyond.fitted_lengths``). ``branches``: % of the images per branch; ``scale``: mean
     factors by which width and height are resized (paper-and-code: no up-sampling).
     """
     (w, h), labels = np.asarray(sizes).T, np.asarray(labels)

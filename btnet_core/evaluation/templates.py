@@ -166,7 +166,7 @@ def evaluate_templates(
     """Tables 5-8: {"112&7": what ``score_templates`` returns, …}; ``protocol`` are its options.
 
     ``normalised``: unit f_r1 and f_r2 before they are added. ``lengths``: factors of the
-    resolutions (``verification.fitted_lengths``); each result then has "fitted", the same with
+    resolutions (``btnet_paper.beyond.fitted_lengths``); each result then has "fitted", the same with
     lengths[r1] f_r1 + lengths[r2] f_r2.
     """
     if lengths is not None:

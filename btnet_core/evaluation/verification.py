@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -236,57 +235,10 @@ def unit_embeddings(
     return unit
 
 
-def centres(
-    embedder: Embedder, faces: Any, resolutions: Iterable[int], *, count: int = 500, **options: Any
-) -> dict[int, Tensor]:
-    """For each r the mean unit embedding (D,) of ``count`` faces, spread evenly over a FaceSet.
-
-    Faces of one resolution share a part of their embeddings that says nothing about who they are;
-    ``evaluate_pairs`` subtracts it. Take training faces. ``options`` are those of
-    ``unit_embeddings``.
-    """
-    unit = unit_embeddings(embedder, _spread(faces, count), resolutions, **options)
-    return {r: z.mean(0) for r, z in unit.items()}
-
-
-def fitted_lengths(
-    embedder: Embedder, faces: Any, resolutions: Iterable[int], *, count: int = 500, **options: Any
-) -> dict[int, float]:
-    """For each r the factor by which un-normalised embeddings of r px come closest, in least
-    squares, to those of 112.
-
-    sum <z_r, z_112> / sum <z_r, z_r> over ``count`` faces, spread evenly over a FaceSet: 1 at 112,
-    small where z_r is long or says little. Neither Eq. 3 nor a cosine fixes the length of a
-    branch's embeddings, on which sums over resolutions depend (templates, gallery entries). Take
-    training faces. ``options`` are those of ``embed_images``.
-    """
-    sample = _spread(faces, count)
-
-    def embed(r: int) -> Tensor:
-        return embed_images(embedder, sample.images, sample.num_images, r, **options).double()
-
-    reference = embed(CANONICAL)
-    factors = {CANONICAL: 1.0}
-    for r in set(resolutions) - {CANONICAL}:
-        z = embed(r)
-        factors[r] = float((z * reference).sum() / z.square().sum())
-    return factors
-
-
 def check_resolutions(name: str, given: Iterable[int], needed: Iterable[int]) -> None:
     """Raise ConfigError where argument ``name`` lacks a value for a resolution that is needed."""
     if absent := set(needed) - set(given):
         raise ConfigError(f"{name}: has resolutions {sorted(given)}, needs {sorted(absent)}, too")
-
-
-def _spread(faces: Any, count: int) -> SimpleNamespace:
-    """``count`` faces, evenly spread over a FaceSet, as an image set for ``unit_embeddings``."""
-    chosen = np.linspace(0, len(faces) - 1, min(count, len(faces))).astype(int)
-    return SimpleNamespace(
-        images=lambda rows: faces.images(chosen[rows]),
-        num_images=len(chosen),
-        checksum=f"{faces.checksum} {len(chosen)}",
-    )
 
 
 def pair_similarities(

@@ -12,9 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from btnet_core.data.pairs import open_pairs
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.evaluation import verification as v
+from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
+from btnet_core.evaluation.verification import evaluate_pairs
 from btnet_core.images import Resize
+from btnet_core.models.backbone import BackboneConfig, build_backbone
+from btnet_core.models.btnet import BTNet
 
 
 def scores(seed: int, count: int, levels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -216,57 +221,6 @@ def test_evaluate_pairs_against_one_pair_at_a_time() -> None:
     assert theirs["112&7"]["accuracy"] == pytest.approx(accuracy(112, 7).mean())
 
 
-def test_centred_embeddings_lose_what_all_faces_of_a_resolution_share() -> None:
-    pairs, embedder = pair_set(), Counting()
-    faces = pair_set(images=9)
-    sized = type(
-        "Faces",
-        (),
-        {"images": staticmethod(faces.images), "checksum": "nine", "__len__": lambda self: 9},
-    )()
-    centre = v.centres(embedder, sized, [112, 7], count=3, flip=False)
-    assert embedder.seen == {112: 3, 7: 3}
-
-    def unit(pixels: torch.Tensor, r: int) -> torch.Tensor:
-        return torch.nn.functional.normalize(Counting()(pixels, r))
-
-    chosen = faces.images([0, 4, 8])
-    assert torch.allclose(centre[7], unit(chosen, 7).mean(0))
-    first, second = pairs.images(pairs.first), pairs.images(pairs.second)
-    a, b = unit(first, 112) - centre[112], unit(second, 7) - centre[7]
-    wanted = torch.nn.functional.cosine_similarity(a, b).double().numpy()
-    scores = v.pair_similarities(embedder, pairs, [(112, 7)], centre=centre, flip=False)[112, 7]
-    np.testing.assert_allclose(scores, wanted, atol=1e-6)
-    plain = v.pair_similarities(embedder, pairs, [(112, 7)], flip=False)[112, 7]
-    assert np.abs(scores - plain).max() > 0.1
-    report = v.evaluate_pairs(embedder, pairs, [(112, 7)], centre=centre, flip=False)
-    assert (
-        report["112&7"]["auc"]
-        != v.evaluate_pairs(embedder, pairs, [(112, 7)], flip=False)["112&7"]["auc"]
-    )
-    with pytest.raises(ConfigError, match=r"centre: has resolutions \[7\], needs \[112\], too"):
-        v.evaluate_pairs(embedder, pairs, [(112, 7)], centre={7: centre[7]})
-
-
-def test_fitted_lengths_are_the_least_squares_factors() -> None:
-    faces = pair_set(images=9)
-    sized = type(
-        "Faces",
-        (),
-        {"images": staticmethod(faces.images), "checksum": "nine", "__len__": lambda self: 9},
-    )()
-    embedder = Counting()
-    factors = v.fitted_lengths(embedder, sized, [112, 7], count=3)
-    assert embedder.seen == {112: 3, 7: 3}
-    assert set(factors) == {112, 7}
-    assert factors[112] == 1.0
-    chosen = faces.images([0, 4, 8])
-    z, wanted = (Counting()(chosen, r).double().flatten() for r in (7, 112))
-    (best,) = np.linalg.lstsq(z[:, None].numpy(), wanted.numpy(), rcond=None)[0]
-    assert factors[7] == pytest.approx(best)
-    assert abs(best - 1) > 1e-2
-
-
 def test_evaluate_pairs_without_flip_and_other_sizes() -> None:
     embedder = Counting()
     v.evaluate_pairs(embedder, pair_set(side=56), [(112, 112)], flip=False)
@@ -278,11 +232,6 @@ def test_evaluate_pairs_without_flip_and_other_sizes() -> None:
 def test_kept_embeddings_are_read_by_every_method_with_the_same_network(
     tmp_path, monkeypatch
 ) -> None:
-    from btnet_core.data.pairs import open_pairs
-    from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
-    from btnet_core.evaluation.verification import evaluate_pairs
-    from btnet_core.models.backbone import BackboneConfig, build_backbone
-    from btnet_core.models.btnet import BTNet
 
     torch.manual_seed(0)
     btnet = BTNet(
@@ -339,3 +288,16 @@ def test_summary_over_sets_and_the_later_folds() -> None:
     assert v.summarise(sets) == {
         "112&7": {"accuracy": 67.5, "std": 2.0, "sets": [55.0, 80.0], "second_half": 65.0}
     }
+
+
+def test_a_branch_sees_the_trunks_columns_of_the_face() -> None:
+    """A trunk of 96 columns: the outer 8 of 112 on each side say nothing, in a branch as in the trunk."""
+    torch.manual_seed(0)
+    trunk = build_backbone(BackboneConfig(name="mobilefacenet", size=(112, 96)))
+    embedder = BranchEmbedder(BTNet(trunk, (14,)), device="cpu", precision="fp32")
+    faces = torch.randint(0, 256, (2, 3, 112, 112)).float()
+    other = faces.clone()
+    other[..., :8], other[..., -8:] = 0, 255
+    for r in (112, 14):
+        assert torch.equal(embedder(faces, r), embedder(other, r))
+        assert not torch.equal(embedder(faces, r), embedder(faces.flip(-1), r))

@@ -84,7 +84,7 @@ def reproduce(
     given = {name: value for name, value in own.items() if value} | (parameters or {})
     values = assign(chosen, given, optional=OWN)
     depends_on = [code_checksum(), data_checksum(scale) if data is None else data]
-    run_dir, began, ran = (Path(runs) / scale).resolve(), time.time(), 0
+    run_dir, began, ran = (Path(runs) / get_scale(scale).name).resolve(), time.time(), 0
     with _hold(run_dir):
         state = State(run_dir)
         for number, notebook in enumerate(chosen, 1):

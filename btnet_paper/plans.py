@@ -23,6 +23,7 @@ from btnet_core.models.weights import load_backbone, load_strictly
 from btnet_core.training import checkpoint
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.methods import (
+    authors,
     figure7,
     finetuned,
     full_finetuning,
@@ -78,7 +79,12 @@ def plan(scale: Scale, models: Path, *, seed: int = 0) -> Runs:
     """
     runs = [*trunks(scale, models, seed), *specialists(scale, models, seed)]
     runs += branches(scale, models, seed)
-    return {run.name: run for run in runs}
+    return _named(runs, scale)
+
+
+def _named(runs: list[TrainConfig], scale: Scale) -> Runs:
+    """Returns runs by name, with the authors' choices where the page asks for them."""
+    return {run.name: authors(run) if scale.authors else run for run in runs}
 
 
 def trunks(scale: Scale, models: Path, seed: int) -> list[TrainConfig]:
@@ -157,21 +163,24 @@ def finetuning(scale: Scale, models: Path, data: Spec, *, seed: int = 0) -> Runs
         if r in scale.survface_epochs:
             changes["epochs"] = scale.survface_epochs[r]
         runs.append(phi_bt(data, r, trunk, kappa, **changes))
-    return {run.name: run for run in runs}
+    return _named(runs, scale)
 
 
 # ---- Section 5 ----
 
 
-def ablations(scale: Scale, models: Path, *, seed: int = 0) -> dict[str, Runs]:
+def ablations(
+    scale: Scale, models: Path, *, seed: int = 0, network: Backbone | None = None
+) -> dict[str, Runs]:
     """Returns the runs of Section 5 at ``scale.ablated`` px, by table and row, as the paper has them.
 
     "table3", "table4", "figure7" (rows are units) and "beyond": what the paper leaves open, each
     one switch away from phi_bt. Rows of the same configuration share a run (its ``name``). All
-    start from phi_bt's trunk, which must be there, and share the teacher's features.
+    start from phi_bt's trunk, which must be there unless its ``network`` is given, and share the
+    teacher's features.
     """
     trunk, kappa = kept(scale, models, scale.teacher)
-    network, r = load_backbone(trunk), scale.ablated
+    network, r = network or load_backbone(trunk), scale.ablated
     changes = {"seed": seed, "cache_dir": str(models / "teacher"), **scale.ablation}
     data = changes.pop("data", scale.faces)
 

@@ -26,7 +26,7 @@ from papermill.exceptions import PapermillExecutionError
 from btnet_core.errors import BusyError, ReproduceError
 from btnet_core.files import lock
 from btnet_paper import results
-from btnet_paper.needs import data_checksum
+from btnet_paper.needs import data_checksum, require
 from btnet_paper.notebooks import (
     PACKAGE,
     Notebook,
@@ -35,6 +35,7 @@ from btnet_paper.notebooks import (
     load_notebooks,
     select,
 )
+from btnet_paper.scales import get_scale
 from btnet_paper.state import State
 
 GRACE = 30.0  # seconds that an interrupted cell has to stop by itself, e.g. to write a checkpoint
@@ -67,8 +68,8 @@ def reproduce(
         data: checksum of the data; by default of what the scale uses.
 
     Raises:
-        ReproduceError: before anything runs an unknown notebook or parameter, or a run folder in
-            use; later a notebook that failed.
+        ReproduceError: before anything runs an unknown notebook or parameter, data that lacks, or a
+            run folder in use; later a notebook that failed.
         KeyboardInterrupt: it leaves a state from which the same command goes on.
     """
     chosen = select(load_notebooks(notebooks), only)
@@ -83,6 +84,8 @@ def reproduce(
     own = {"scale": scale, "device": device, "processes": processes}
     given = {name: value for name, value in own.items() if value} | (parameters or {})
     values = assign(chosen, given, optional=OWN)
+    if data is None:
+        require(get_scale(scale), [notebook.number for notebook in chosen])
     depends_on = [code_checksum(), data_checksum(scale) if data is None else data]
     run_dir, began, ran = (Path(runs) / get_scale(scale).name).resolve(), time.time(), 0
     with _hold(run_dir):

@@ -14,6 +14,7 @@ import yaml
 
 from btnet_core.data.sources import Spec
 from btnet_core.errors import ConfigError
+from btnet_core.files import find
 from btnet_core.models.backbone import BackboneConfig
 from btnet_core.training.config import TrainConfig
 
@@ -43,7 +44,7 @@ class Scale:
     resolutions: tuple[int, ...] = (28, 14, 7)  # of the branches, rows in pixels
     pictures: bool = False  # whether its faces may be shown in committed figures
     from_hr: bool = False  # Deviation where True: phi_mr starts from phi_hr
-    authors: bool = False  # evaluate as the authors' code does, where it differs from the paper
+    authors: bool = False  # train and evaluate as the authors' code does, where it differs
     teacher: str = "phi_mr"  # the trunk that the branches join
     variants: tuple[str, ...] = ("v1",)  # of phi_mr: candidate sizes (methods.MR_VARIANTS)
     hr: dict[str, Any] = field(default_factory=dict)  # fields of TrainConfig for phi_hr
@@ -94,9 +95,21 @@ def get_scale(name: str) -> Scale:
     values["pairs"] = tuple(values.get("pairs", ()))
     try:
         values["backbone"] = BackboneConfig(**values["backbone"])
+        values["pairs"] = tuple(_beside(one, values["faces"]) for one in values["pairs"])
         return Scale(name=path.stem, **values)
     except (KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _beside(pairs: Spec, faces: Spec) -> Spec:
+    """Returns ``pairs``, found in the folder of the training faces if that alone has them.
+
+    InsightFace ships its ``.bin`` files so.
+    """
+    if not (isinstance(pairs, str) and isinstance(faces, str)) or find(pairs).exists():
+        return pairs
+    inside = f"{faces}/{pairs}"
+    return inside if find(inside).exists() else pairs
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -149,20 +149,27 @@ def some_faces(text: str) -> Any:
 @option("--fresh", is_flag=True, help="Run also those notebooks whose inputs are unchanged.")
 @option("--device", help="auto, cpu, cuda or cuda:N (default: the notebooks').")
 @option("--processes", metavar="N", help="That train together; auto: one for each GPU.")
+@option("--check", is_flag=True, help="Only say which data lack (then 1), and what the runs cost.")
 @runs_option
-def reproduce(scale: str, only: str, parameters: dict[str, str], fresh: bool, **given: Any) -> None:
+def reproduce(
+    scale: str, only: str, parameters: dict[str, str], fresh: bool, check: bool, **given: Any
+) -> int:
     """Run the notebooks in order and collect their results."""
+    from btnet_paper import needs, runner, scales
     from btnet_paper import report as page
-    from btnet_paper import runner
 
     for variant in ("quick", "authors"):  # of the scale, where it has such a page
         if f"{scale}-{variant}" in SCALES and parameters.get(variant, "").lower() == "true":
             parameters.pop(variant)
             scale += f"-{variant}"
     headline = HEADLINE if scale.startswith("lfw-") else ""
-    chosen = (only or headline).split(",")
+    chosen = [entry for entry in (only or headline).split(",") if entry]
+    if check:
+        numbers = [entry.zfill(2) for entry in chosen]
+        return int(not needs.check(scales.get_scale(scale), numbers))
     runner.reproduce(scale, only=chosen, parameters=parameters, resume=not fresh, **given)
     click.echo(f"  report    {page.report_or_reason(scale, runs=given['runs'])}")
+    return 0
 
 
 @command("btnet check --scale demo")

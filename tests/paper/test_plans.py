@@ -307,3 +307,12 @@ def test_the_tables_of_section_5_are_cut_from_what_was_measured() -> None:
         "setting": "7&7", "accuracy": 60.0, "spread": 2.0,
     }  # fmt: skip
     assert (second["couple_at"], second["standard"], second["spread"]) == ("S4U1", True, 1.0)
+
+
+def test_the_authors_choices_reach_every_run(tmp_path: Path) -> None:
+    ours, theirs = (get_scale(name) for name in ("paper", "paper-authors"))
+    runs = plans.plan(theirs, tmp_path)
+    assert set(runs) == set(plans.plan(ours, tmp_path)) - {"phi_mr_v2", "phi_mr_v3"}
+    assert {run.precision for run in runs.values()} == {"fp16"}
+    assert (runs["phi_bt_14"].embedding_weight, runs["phi_bt_14"].bn) == (1.0, "authors")
+    assert plans.plan(ours, tmp_path)["phi_bt_14"].embedding_weight == 0

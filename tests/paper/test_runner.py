@@ -154,8 +154,22 @@ def test_failure_shows_error_and_place_and_resumes(place: Path) -> None:
     assert "ZeroDivisionError" in text
     assert "1 / 0" in text
     assert "cell 3" in text
+    state = json.loads((place / "runs/demo/state.json").read_text())
+    assert "fingerprint" not in state.get("02_second", {})
     (place / "runs/demo/fixed").touch()
     assert run(place) == ["01_first 1 demo", "02_second 1 demo", "02_second 1 demo"]
+
+
+def test_a_notebook_that_fails_once_it_has_been_run_counts_as_never_finished(place: Path) -> None:
+    run(place)
+    flag = COUNT + "if Path(run_dir, 'broken').exists():\n    1 / 0\n"
+    write(place / "nb", "02_second", flag)
+    run(place, only=["02"])
+    (place / "runs/demo/broken").touch()
+    with pytest.raises(ReproduceError):
+        run(place, only=["02"], resume=False)
+    (place / "runs/demo/broken").unlink()
+    assert len(run(place, only=["02"])) == 5  # what it left half way is not taken for its result
 
 
 def test_interrupt_leaves_a_state_that_resumes(place: Path) -> None:
@@ -305,6 +319,8 @@ def test_code_checksum_ignores_comments_but_not_code(
 def test_data_checksum_follows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BTNET_DATA", str(tmp_path))
     seen = [data_checksum("lfw"), data_checksum("demo")]
+    (tmp_path / "lfw_devtest_6000.bin").write_bytes(b"pairs")
+    assert data_checksum("lfw") != seen[0]
     (tmp_path / "faces_train").mkdir()
     for content in (b"one", b"two"):
         (tmp_path / "faces_train" / "train.rec").write_bytes(content)

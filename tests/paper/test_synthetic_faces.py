@@ -33,6 +33,7 @@ def test_same_seed_same_bytes(faces: SyntheticFaces) -> None:
     again = SyntheticFaces(6, 8, seed=3)
     assert torch.equal(again.images([17, 5]), faces.images([17, 5]))
     assert again.checksum == faces.checksum
+    assert len({SyntheticFaces(6, 8, seed=3, first=k).checksum for k in range(3)}) == 3
     other = SyntheticFaces(6, 8, seed=4)
     assert other.checksum != faces.checksum
     assert (other.images([5]).float() - faces.images([5]).float()).abs().mean() > 5

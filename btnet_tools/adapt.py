@@ -95,8 +95,7 @@ def adapt(
     data, held = parts(faces, options)
     training = open_faces(data)
     if options.labels and len(training) == training.num_identities:
-        told = "every identity has a single image, nothing tells people apart; use --no-labels"
-        raise DataError(f"{spec_text(faces)}: {told}")
+        raise DataError(f"{spec_text(faces)}: nobody has two images; use --no-labels")
     kappa = out / "train" / f"kappa-{training.checksum[-12:]}.safetensors"
     runs = plan(btnet, data, out, kappa, options)
     store_trunk(out, backbone)

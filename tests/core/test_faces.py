@@ -249,7 +249,7 @@ def test_pairs_txt_with_dots_in_a_name(tmp_path: Path) -> None:
     (tmp_path / "J.R._Doe").mkdir()
     for k in (1, 2):
         (tmp_path / "J.R._Doe" / f"J.R._Doe_{k:04d}.png").write_bytes(picture(k))
-    (tmp_path / "pairs.txt").write_text("J.R._Doe 1 02\n")
+    (tmp_path / "pairs.txt").write_text("J.R._Doe 1 00002\n")
     files, same = parse_pairs(tmp_path / "pairs.txt")
     assert ([file.name for file in files], same) == (
         ["J.R._Doe_0001.png", "J.R._Doe_0002.png"],

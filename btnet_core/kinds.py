@@ -48,10 +48,11 @@ def what_is(content: bytes | Path | str) -> str:
     """Says in a few words what a file is, from its first bytes or its path; a guess, never an error."""
     if not isinstance(content, bytes):
         try:
-            if zipfile.is_zipfile(content):
-                return _archive(zipfile.ZipFile(content).namelist())
             with open(content, "rb") as file:
-                content = file.read(HEAD)
+                head = file.read(HEAD)
+                if head.startswith(b"PK\x03\x04") and zipfile.is_zipfile(file):
+                    return _archive(zipfile.ZipFile(file).namelist())
+            content = head
         except (OSError, ValueError, zipfile.BadZipFile):
             return "a file that cannot be read"
     head = content[:HEAD]

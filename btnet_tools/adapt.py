@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from btnet_core.data.faces import FaceSet, open_faces
 from btnet_core.data.pairs import PairSet, draw_pairs, open_pairs
@@ -196,14 +195,12 @@ def store_trunk(out: Path, backbone: Backbone) -> None:
     """Write ``out/trunk.safetensors``, or check that it holds the same weights.
 
     Raises:
-        CheckpointError: it cannot be written, or ``out`` holds branches of another trunk.
+        CheckpointError: ``out`` holds branches of another trunk.
+        WriteError: it cannot be written.
     """
     file = out / "trunk.safetensors"
     if not file.is_file():
-        try:
-            BTNet(backbone, ()).save(out)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"--out {out}: cannot be written ({error})") from error
+        BTNet(backbone, ()).save(out)
         return
     metadata = read_safetensors(file)[1]
     same = metadata.get("digest") == weights_digest(backbone)

@@ -23,6 +23,7 @@ from btnet_core.data.folders import entries, is_image, read_lines
 from btnet_core.data.sources import Spec, open_kind, parse_spec
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.files import checksum, find, write_atomically
+from btnet_core.kinds import what_is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,8 @@ def parse_bin(data: bytes, *, where: str) -> tuple[list[bytes], np.ndarray]:
         if not isinstance(images, list) or not isinstance(flags, list):
             raise TypeError("expected (list of images, list of bools)")
     except Exception as error:  # a damaged pickle raises almost anything
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        kind, reason = what_is(data), f"{type(error).__name__}: {str(error)[:200]}"
+        reason = reason if kind.startswith("a pickle") else kind
         raise DataError(f"{where}: not a verification set: {reason}") from None
     kept: dict[int, bytes] = {}  # one copy of what the pickle names many times
     encoded = [_image_bytes(item, f"{where}: image {i}", kept) for i, item in enumerate(images)]

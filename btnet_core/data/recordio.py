@@ -28,6 +28,7 @@ import numpy as np
 
 from btnet_core.errors import DataError
 from btnet_core.files import integer_table
+from btnet_core.kinds import what_is
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 PART, HEADER = struct.Struct("<4sI"), struct.Struct("<IfQQ")
@@ -62,6 +63,9 @@ class RecordFile:
                 raise DataError(
                     f"{file}: no such file; a RecordIO set is a .rec with its .idx beside it"
                 )
+        kind = what_is(self.path)
+        if kind not in ("a RecordIO file", "in no known format"):
+            raise DataError(f"{self.path}: no RecordIO, but {kind}")
         size = self.path.stat().st_size
         if index.stat().st_size > 40 * (size // 8 + 1):
             raise DataError(f"{index}: longer than an index of {self.path.name} can be")

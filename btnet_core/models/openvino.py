@@ -1,11 +1,4 @@
-"""A BTNet for quick inference on a CPU through OpenVINO, in fp32, bf16 or int8.
-
-    quick = OpenVinoBTNet(BTNet.load("my_btnet"), "bf16")
-    embeddings = quick.embed(["a.jpg", "b.png"])
-
-The same weights, ``embed`` and ``forward``; every route, any batch. int8 needs nncf and faces that
-set the ranges; the first convolution, depthwise ones and the head would lose much and save little.
-"""
+"""Quick inference on a CPU: ``OpenVinoBTNet(BTNet.load("my_btnet"), "bf16").embed(images)``."""
 
 from __future__ import annotations
 
@@ -13,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from statistics import median
 from typing import Any
 
@@ -25,14 +19,11 @@ from btnet_core.errors import ConfigError
 from btnet_core.images import resize, to_pixels
 from btnet_core.models.btnet import BTNet
 
-try:
+openvino = nncf = None
+with suppress(ImportError):
     import openvino
-except ImportError:
-    openvino = None
-try:
+with suppress(ImportError):
     import nncf
-except ImportError:
-    nncf = None
 
 PRECISIONS = ("fp32", "bf16", "int8")
 BATCHES = (32, 8, 1)  # fixed shapes run up to twice as fast as free ones: x is cut into these
@@ -40,10 +31,10 @@ LOWEST_COSINE = 0.99  # of int8 to fp32, mean over the faces
 
 
 class OpenVinoBTNet(BTNet):
-    """``btnet`` (on the CPU) in ``precision``; later changes of its weights are not seen.
+    """``btnet`` (on the CPU) in ``precision``: every route, any batch; its weights are copied.
 
     Args:
-        faces: for int8, aligned faces of full size as ``embed`` takes them, 64 say.
+        faces: for int8, which needs nncf: faces of full size that set the ranges, 64 say.
 
     Raises:
         ConfigError: a package is missing, the processor has no bf16, there are no faces for int8,
@@ -68,8 +59,8 @@ class OpenVinoBTNet(BTNet):
         if precision == "int8":
             if not len(faces):
                 raise ConfigError("precision int8: got no faces to set the ranges by (--calibrate)")
-            pixels = [to_pixels(face, f"faces[{i}]") for i, face in enumerate(faces)]
             for r in self.resolutions:
+                pixels = [to_pixels(face, f"faces[{i}]") for i, face in enumerate(faces)]
                 small = [resize(self.trunk.crop(face), self.input_size(r)) for face in pixels]
                 self._quantise(r, self.trunk.normalise(torch.stack(small)))
 
@@ -100,33 +91,28 @@ class OpenVinoBTNet(BTNet):
     def _compiled(self, model: Any, batch: int) -> Any:
         fixed = model.clone()
         fixed.reshape([batch, *list(model.input(0).partial_shape)[1:]])
-        options = {
-            "INFERENCE_PRECISION_HINT": self.hint,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-            "ENABLE_CPU_PINNING": False,  # PyTorch's threads use the same cores
-        }
-        return openvino.Core().compile_model(fixed, "CPU", options).create_infer_request()
+        threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
+        how = {"INFERENCE_PRECISION_HINT": self.hint, "PERFORMANCE_HINT": "LATENCY", **threads}
+        return openvino.Core().compile_model(fixed, "CPU", how).create_infer_request()
 
     def _quantise(self, r: int, x: Tensor) -> None:
         """int8 for the route of r, by faces ``(B, 3, r, r')``; ConfigError if it does not pay."""
         logging.getLogger("nncf").setLevel(logging.ERROR)
         whole = self._converted(r)
+        # the first convolution, depthwise ones and fully connected layers lose much, save little
         first = next(op for op in whole.get_ordered_ops() if op.get_type_name() == "Convolution")
         kept = {"names": [first.get_friendly_name()], "types": ["GroupConvolution", "MatMul"]}
-        faces, scope = (
-            nncf.Dataset(x.split(1), Tensor.numpy),
-            nncf.IgnoredScope(**kept, validate=False),
-        )
-        mixed = nncf.QuantizationPreset.MIXED
-        self.models[r] = nncf.quantize(whole, faces, preset=mixed, subset_size=len(x), ignored_scope=scope)
+        how = {"ignored_scope": nncf.IgnoredScope(**kept, validate=False), "subset_size": len(x)}
+        how["preset"] = nncf.QuantizationPreset.MIXED
+        self.models[r] = nncf.quantize(whole, nncf.Dataset(x.split(1), Tensor.numpy), **how)
         with torch.inference_mode():
             cosine = float(F.cosine_similarity(self(x, r), self.route(r)(x)).mean())
         ms = self._milliseconds({"int8": self.models[r], self.hint: whole}, x[:8])
         if cosine < LOWEST_COSINE or ms["int8"] > ms[self.hint]:
-            times = ", ".join(f"{name} {time:.2f} ms" for name, time in ms.items())
-            told = f"at {r} px cosine {cosine:.4f} to fp32, {times}"
-            raise ConfigError(f"precision int8 does not pay on this processor: {told}")
+            told = (
+                f"cosine {cosine:.4f} to fp32, int8 {ms['int8']:.2f} ms, else {ms[self.hint]:.2f}"
+            )
+            raise ConfigError(f"precision int8 does not pay on this processor: {r} px {told}")
 
     def _milliseconds(self, models: dict[str, Any], x: Tensor) -> dict[str, float]:
         """Of x through each model, medians of rounds that take turns."""

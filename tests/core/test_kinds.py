@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
+from btnet_core.data.faces import open_faces
+from btnet_core.data.pairs import open_pairs
+from btnet_core.errors import DataError
 from btnet_core.kinds import what_is
 
 
@@ -90,3 +93,14 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_are_something(tail: bytes, start: bytes) -> None:
     assert what_is(start + tail)
+
+
+def test_readers_of_faces_and_pairs_say_what_a_file_is(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2\n"
+    (tmp_path / "train.rec").write_bytes(pointer)
+    (tmp_path / "train.idx").write_text("0\t0\n1\t40\n")
+    (tmp_path / "pairs.bin").write_bytes(b"<html>Quota exceeded</html>")
+    with pytest.raises(DataError, match=r"train\.rec: no RecordIO, but a Git LFS pointer"):
+        open_faces(str(tmp_path))
+    with pytest.raises(DataError, match=r"pairs\.bin: not a verification set: an HTML page"):
+        open_pairs(str(tmp_path / "pairs.bin"))

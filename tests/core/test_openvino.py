@@ -70,6 +70,8 @@ def test_embeddings_are_pytorchs(btnet: BTNet, precision: str) -> None:
 
 
 def test_lengths_are_kept_and_nothing_is_nothing(btnet: BTNet) -> None:
+    if btnet.trunk.config.name != "iresnet18":
+        pytest.skip("one network is enough")
     rows = btnet.trunk.config.size[0]
     quick, images = OpenVinoBTNet(btnet, "fp32"), some_faces(1, (rows,))
     got = quick.embed(images, normalise=False)
@@ -87,6 +89,8 @@ def test_int8_is_offered_where_it_pays(
     btnet: BTNet, int8: float, lowest: float, pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Faster than bf16, or as fast, and near enough to fp32; else the reason with its numbers."""
+    if btnet.trunk.config.name != "iresnet18":
+        pytest.skip("one network is enough: nncf takes seconds")
     timed: list[int] = []
 
     def milliseconds(self: OpenVinoBTNet, models: dict, x: Tensor) -> dict[str, float]:
@@ -97,7 +101,9 @@ def test_int8_is_offered_where_it_pays(
     monkeypatch.setattr(module, "LOWEST_COSINE", lowest)
     images = some_faces(4, (btnet.trunk.config.size[0],))
     if not pays:
-        with pytest.raises(ConfigError, match=rf"does not pay .* px cosine .*int8 {int8:.2f} ms"):
+        with pytest.raises(
+            ConfigError, match=rf"does not pay .* px cosine .*int8 {int8:.2f} ms, else 1.00"
+        ):
             OpenVinoBTNet(btnet, "int8", images)
         return
     quick = OpenVinoBTNet(btnet, "int8", images)

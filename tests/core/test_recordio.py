@@ -154,8 +154,11 @@ def test_damage_is_named(packed: Path) -> None:
     rec.write_bytes(whole[:-60])
     with pytest.raises(DataError, match=r"train\.(rec|idx).*(ends inside|do not fit)"):
         open_faces(str(packed))
-    rec.write_bytes(b"PK\x03\x04" + whole[4:])
+    rec.write_bytes(b"\xf0\x9f\x00\x01" + whole[4:])
     with pytest.raises(DataError, match=r"train\.rec, index 0, offset 0: no record"):
+        open_faces(str(packed))
+    rec.write_bytes(b"PK\x03\x04" + whole[4:])
+    with pytest.raises(DataError, match=r"train\.rec: no RecordIO, but a zip archive"):
         open_faces(str(packed))
     rec.write_bytes(whole)
     idx.write_text(index.replace("\t", "\t9", 4))

@@ -124,6 +124,8 @@ def prepare(config: TrainConfig, out: Path, device: torch.device) -> Run:
     pixels = open_pixels(config.data, config.workers)
     sampler = Sampler(pixels.faces.labels, config)
     pairs = [open_pairs(spec) for spec in config.validation]
+    if empty := [one.name for one in pairs if not len(one)]:
+        raise ConfigError(f"validation: no pairs in {', '.join(empty)}")
     precision = resolve_precision(config.precision, device)
     trunk = load_trunk(config)
     network = _network(config, trunk)

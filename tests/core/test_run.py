@@ -13,7 +13,7 @@ from btnet_core.errors import CheckpointError, ConfigError, DataError
 from btnet_core.models.backbone import BackboneConfig
 from btnet_core.models.btnet import BTNet
 from btnet_core.models.weights import load_backbone
-from btnet_core.training import methods
+from btnet_core.training import methods, run
 from btnet_core.training.batches import open_pixels
 from btnet_core.training.classifier import load_classifier
 from btnet_core.training.config import TrainConfig
@@ -126,3 +126,17 @@ def test_what_lacks_is_found_before_the_first_step(
     with pytest.raises(error, match=told):
         train(branch(trunk).replace(**changes), tmp_path, device="cpu", show="none")
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_empty_comparison_is_found_before_the_first_step(
+    trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Empty:
+        name = "nobody.bin"
+
+        def __len__(self) -> int:
+            return 0
+
+    monkeypatch.setattr(run, "open_pairs", lambda spec: Empty())
+    with pytest.raises(ConfigError, match=r"no pairs in nobody\.bin"):
+        prepare(branch(trunk, validation=("x",)), tmp_path, torch.device("cpu"))

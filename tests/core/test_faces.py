@@ -203,6 +203,7 @@ def test_writable_arrays_of_protocol_5() -> None:
         b"\x80\x05\x96" + (2**35).to_bytes(8, "little"),  # a bytearray of 32 GiB
         b"\x80\x04\x8e" + (2**35).to_bytes(8, "little"),  # bytes
         b"\x80\x02]r\xff\xff\xff\x7f.",  # place 2 billion of the memo
+        b"\x80\x02]r" + (10**7).to_bytes(4, "little") + b".",  # place 10 million: 160 MB
     ],
 )
 def test_an_announced_size_is_not_allocated(data: bytes) -> None:

@@ -67,7 +67,8 @@ class Adapter(Backbone):
         names = ("size", "embedding", "mean", "std", "channels")
         facts = {fact: getattr(self, fact) for fact in names}
         body, head = self.split(network)
-        units = OrderedDict((key.replace(".", "_"), Layer(unit)) for key, unit in body.items())
+        units: OrderedDict[str, nn.Module] = OrderedDict()
+        units.update((key.replace(".", "_"), Layer(unit)) for key, unit in body.items())
         super().__init__(units, head, BackboneConfig(name=name, **facts))
         self._measure(network.eval())
 

@@ -58,7 +58,7 @@ def btnet() -> None:
     """BTNet: unified representations for multi-resolution face recognition."""
 
 
-def command(example: str, resumes: bool = False) -> Callable[..., Command]:
+def command(example: str, resumes: bool = False) -> Callable[..., click.Command]:
     """The function becomes a command; its docstring is the help, which ends with ``example``."""
     return btnet.command(cls=Command, epilog=f"\b\nexample:\n  {example}", resumes=resumes)
 

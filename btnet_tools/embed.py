@@ -139,7 +139,9 @@ def embed_folder(
         else:
             rows[name] = face
     warn_of_photographs(rows)
-    columns = {key: np.array([getattr(face, key) for face in rows.values()]) for key in COLUMNS}
+    columns: dict[str, Any] = {
+        key: np.array([getattr(face, key) for face in rows.values()]) for key in COLUMNS
+    }
     columns["branch"] = np.array([face.r for face in rows.values()], np.int64)
     columns["names"], columns["failed"] = (np.array(list(x), np.str_) for x in (rows, failed))
     columns["embeddings"] = np.array([face.embedding for face in rows.values()], np.float32)

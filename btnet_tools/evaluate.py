@@ -41,6 +41,7 @@ def compare(
     """
     found: dict[str, Any] = {"sets": [one.name for one in sets]}
     pairs = [one for one in sets if isinstance(one, PairSet)]
+    faces = [one for one in sets if isinstance(one, FaceSet)]
     for way in ways:
         embedder: Any = BranchEmbedder(btnet, device=device)
         if way == "before":
@@ -48,7 +49,7 @@ def compare(
         if pairs:
             found[way] = measure(embedder, pairs, btnet.resolutions)
         else:
-            found[way] = fidelity(embedder, sets[0], btnet.resolutions)
+            found[way] = fidelity(embedder, faces[0], btnet.resolutions)
     return found
 
 

@@ -26,7 +26,7 @@ try:
     from onnx import TensorProto, compose, helper
     from onnxscript import optimizer
 except ImportError:  # told where ONNX is asked for
-    onnx = None
+    onnx = None  # type: ignore[assignment]
 
 OUTPUTS = ("embedding", "norm")
 
@@ -94,7 +94,7 @@ def program(route: PixelRoute) -> torch.export.ExportedProgram:
 
 def onnx_route(one: torch.export.ExportedProgram, fuse: bool = True) -> Any:
     """One route; unless ``fuse``, batch norms stay apart from shared convolutions."""
-    names = {"input_names": ["pixels"], "output_names": OUTPUTS}
+    names: dict[str, Any] = {"input_names": ["pixels"], "output_names": OUTPUTS}
     made: Any = torch.onnx.export(one, dynamo=True, optimize=fuse, verbose=False, **names)
     if not fuse:
         optimizer.fold_constants(made.model)

@@ -35,7 +35,7 @@ SMALLEST = 16  # its smallest anchor, in those pixels: of smaller faces it finds
 class Detection:
     """One face, in pixels: ``box`` x0, y0, x1, y1; ``points`` (5, 2) eyes, nose, mouth corners."""
 
-    box: tuple[float, float, float, float]
+    box: tuple[float, ...]
     points: np.ndarray
 
     @property

@@ -17,7 +17,7 @@ from btnet_tools import cli
 from btnet_tools.cli import btnet, main
 
 COMMANDS = ("reproduce", "figures", "report", "train", "data", "pack")
-COMMANDS += ("adapt", "embed", "verify", "evaluate", "export")
+COMMANDS += ("align", "check", "adapt", "embed", "verify", "evaluate", "export")
 
 
 def test_no_help_imports_torch() -> None:

@@ -31,7 +31,7 @@ _BLOCK, _BLOCKS = 2**20, 64
 
 
 def data_root() -> Path:
-    """The folder that holds the data: environment variable BTNET_DATA, or the repository's ``data/``."""
+    """Where the data is: environment variable BTNET_DATA, or the repository's ``data/``."""
     return Path(os.environ.get("BTNET_DATA") or COMMITTED)
 
 
@@ -58,10 +58,11 @@ def _file_sha256(path: str, size: int, mtime_ns: int, sampled: bool) -> str:
 
 
 def checksum(paths: Sequence[str | Path]) -> str:
-    """``sha256:…`` of files, the same wherever they lie: of one file's bytes, or of (name, digest) lines of several.
+    """``sha256:…`` of files, the same wherever they lie: of one's bytes, or of names and digests.
 
-    Above 1 GiB in total it is ``sampled-sha256:…``: names, sizes, and 64 blocks of 1 MiB spread evenly over each
-    file, or over 64 files spread evenly over the list when there are more. Kept in memory by path, size and time.
+    Above 1 GiB in total it is ``sampled-sha256:…``: names, sizes, and 64 blocks of 1 MiB spread
+    evenly over each file, or over 64 files spread evenly over the list when there are more. Kept
+    in memory by path, size and time.
 
     Raises:
         DataError: a file is missing.
@@ -93,7 +94,7 @@ def checksum(paths: Sequence[str | Path]) -> str:
 
 
 def integer_table(text: bytes, columns: int, *, where: str) -> np.ndarray:
-    """Rows of ``columns`` non-negative integers separated by blanks or tabs, as int64 ``(rows, columns)``.
+    """Lines of ``columns`` non-negative integers between blanks or tabs, int64 ``(rows, columns)``.
 
     Raises:
         DataError: a line that is anything else; the message names ``where`` and the line.

@@ -216,7 +216,7 @@ def from_pil(image: Image.Image, where: str) -> Tensor:
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether any reader shows a JPEG or PNG as ``decode`` does: 8 bits, opaque, nothing to turn."""
+    """Whether any reader shows a JPEG or PNG as ``decode`` does: 8 bits, opaque, upright."""
     try:
         image = Image.open(io.BytesIO(data))
         tagged = ORIENTATION in image.getexif()
@@ -263,7 +263,7 @@ def _without_transparency(image: Image.Image) -> Image.Image:
 
 
 def encode(pixels: Tensor, kind: str = "PNG") -> bytes:
-    """uint8 RGB ``(3, H, W)`` as PNG (lossless) or JPEG (quality 95, colour at full resolution)."""
+    """uint8 RGB ``(3, H, W)`` as PNG (lossless) or JPEG (quality 95, colour unsampled)."""
     if pixels.dtype != torch.uint8 or pixels.ndim != 3:
         shape = f"{pixels.dtype} {tuple(pixels.shape)}"
         raise DataError(f"encode: got {shape}, expected uint8 (3, H, W)")

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: for errors that say what was found instead of what was expected."""
+"""What a file is, by its first bytes: for errors that say what was found."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STARTS: tuple[tuple[bytes, str], ...] = (
     (b"II*\x00", "a TIFF picture"),
     (b"MM\x00*", "a TIFF picture"),
     (b"\x0a\x23\xd7\xce", "a RecordIO file"),
-)  # fmt: skip
+)
 # of text, after blanks and a byte-order mark, in small letters
 TEXTS: tuple[tuple[str, str], ...] = (
     (r"<!doctype html|<html|<head|<script", "an HTML page, not the file it was to be"),
@@ -45,7 +45,7 @@ TEXTS: tuple[tuple[str, str], ...] = (
 
 
 def what_is(content: bytes | Path | str) -> str:
-    """Says in a few words what a file is, from its first bytes or its path; a guess, never an error."""
+    """Says in a few words what a file is, by its first bytes or its path; never an error."""
     if not isinstance(content, bytes):
         try:
             with open(content, "rb") as file:

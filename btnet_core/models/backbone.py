@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         return pixels[..., cut : pixels.shape[-1] - cut]
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """RGB pixels in [0, 255] -> (pixels - mean) / std, float32, in the trunk's channel order."""
+        """RGB pixels in [0, 255] -> (pixels - mean) / std, float32, in the trunk's order."""
         if self.config.channels == "bgr":
             pixels = pixels.flip(-3)
         return (pixels.float() - self.config.mean) / self.config.std

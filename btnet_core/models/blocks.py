@@ -1,4 +1,4 @@
-"""The units that trunks are made of, and the layers in them that PyTorch's CPU kernels need help with.
+"""The units of trunks, and the layers in them that PyTorch's CPU kernels need help with.
 
 A unit is a module with ``stride``, what it divides rows and columns by, and ``abandon_stride``.
 """

@@ -1,7 +1,7 @@
 """BTNet (paper 3.2-3.4): a trunk, and for each low resolution r a route that enters it at a layer.
 
-    112 x 112  ──►  S0 ──► S1 ──► S2 ──► S3 ──► S4 ──► head ──► embedding      T, the trunk
-     28 x 28   ──►  B_28 (trunk up to S2U1 at stride 1) ──┘  T_28 = S2U2 …     its convolutions, own BN
+    112 x 112  ──►  S0 ──► S1 ──► S2 ──► S3 ──► S4 ──► head ──► embedding     T, the trunk
+     28 x 28   ──►  B_28 (trunk up to S2U1 at stride 1) ──┘  T_28 = S2U2 …    T's, but own BN
 
 Shapes: B batch, r rows of the resolution, C_r channels of the coupling layer, D embedding.
 """
@@ -82,7 +82,7 @@ def coupling_layer(trunk: Backbone, r: int) -> str:
 
 
 class Route(nn.Module):
-    """B_r followed by T_r: normalised ``(B, 3, r, r')`` -> un-normalised embedding ``(B, D)``, float32.
+    """B_r followed by T_r: normalised ``(B, 3, r, r')`` -> embedding ``(B, D)``, any length.
 
     ``branch`` (B_r) starts as a copy of the trunk's first units with every stride 1. ``shared`` and
     ``head`` (T_r) hold the trunk's own Parameters; only their BatchNorms (affine and running
@@ -117,7 +117,7 @@ class Route(nn.Module):
         return self.branch, self.shared, self.head
 
     def encode(self, x: Tensor) -> Tensor:
-        """z_r = B_r(X_r) ``(B, C_r, r, r')``: what meets the trunk's feature map at the coupling layer."""
+        """z_r = B_r(X_r) ``(B, C_r, r, r')``: what meets the trunk's map at the coupling layer."""
         return self.branch(x)
 
     def finish(self, z_r: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class Route(nn.Module):
         return chosen
 
     def own_state(self) -> dict[str, Tensor]:
-        """What is stored of this resolution: the branch, T_r's BN affines and running statistics."""
+        """What is stored: the branch, and T_r's BN affines and running statistics."""
         norms = {name for name, _ in self.shared_norms()}
         return {
             name: tensor
@@ -221,7 +221,7 @@ class BTNet(nn.Module):
         return scaled_size(r, self.trunk.config.size)
 
     def forward(self, x: Tensor, r: int) -> Tensor:
-        """Normalised faces of resolution r ``(B, 3, r, r')`` -> embeddings ``(B, D)``, any length."""
+        """Normalised faces of resolution r ``(B, 3, r, r')`` -> embeddings ``(B, D)``."""
         return self.route(r)(x)
 
     @torch.inference_mode()
@@ -258,20 +258,28 @@ class BTNet(nn.Module):
             face, facts = self.entrance(to_pixels(image, f"images[{index}]"), select, how)
             faces.append(face)
             info.append(facts)
-        device, was_training = next(self.parameters()).device, self.training
-        embeddings = torch.empty(len(faces), self.trunk.config.embedding)
+        was_training = self.training
         self.eval()
+        embeddings = torch.empty(len(faces), self.trunk.config.embedding)
         for r in self.resolutions:
-            members = torch.tensor([i for i, facts in enumerate(info) if facts["r"] == r])
-            for batch in members.split(batch_size) if len(members) else ():
-                x = self.trunk.normalise(torch.stack([faces[i] for i in batch]).to(device))
-                with autocast(device, precision):
-                    z = self(x.contiguous(memory_format=torch.channels_last), r)
-                embeddings[batch] = z.float().cpu()
+            members = [i for i, facts in enumerate(info) if facts["r"] == r]
+            for start in range(0, len(members), batch_size):
+                batch = members[start : start + batch_size]
+                embeddings[batch] = self._embed(
+                    torch.stack([faces[i] for i in batch]), r, precision
+                )
         self.train(was_training)
         if normalise:
             embeddings = nn.functional.normalize(embeddings)
         return (embeddings, info) if return_info else embeddings
+
+    def _embed(self, pixels: Tensor, r: int, precision: str) -> Tensor:
+        """Pixels of one branch ``(B, 3, r, r')`` -> embeddings ``(B, D)`` on the CPU."""
+        device = next(self.parameters()).device
+        x = self.trunk.normalise(pixels.to(device))
+        with autocast(device, precision):
+            z = self(x.contiguous(memory_format=torch.channels_last), r)
+        return z.float().cpu()
 
     def entrance(
         self,
@@ -300,7 +308,7 @@ class BTNet(nn.Module):
     # ---- storage (paper 3.4): the trunk once, each resolution as its own small file ----
 
     def save(self, folder: Path | str, *, only: int | None = None) -> None:
-        """Write ``trunk.safetensors`` and ``branch_<r>.safetensors`` into ``folder``; ``only`` writes one branch."""
+        """Write ``trunk.safetensors`` and ``branch_<r>.safetensors``; ``only`` one branch."""
         folder, digest = Path(folder), weights_digest(self.trunk)
         if only is None:
             metadata = {"btnet_backbone": json.dumps(asdict(self.trunk.config)), "digest": digest}
@@ -352,7 +360,7 @@ class BTNet(nn.Module):
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names and values of every parameter and running statistic (not the step counters)."""
+    """SHA-256 over names and values of parameters and running statistics (no step counters)."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         if not name.endswith("num_batches_tracked"):

@@ -1,8 +1,8 @@
-"""What a resolution costs: parameters stored (paper 3.4, Figure 5), multiply-accumulates (Figure 6), time.
+"""What a resolution costs: parameters (paper 3.4, Figure 5), operations (Figure 6), time.
 
-Unit: a MAC is one multiply-accumulate, half of what torch.utils.flop_counter counts (2 FLOPs per MAC). Papers on
-face recognition, this one included, print MACs under the name FLOPs. Convolutions and the final fully connected
-layer are counted, element-wise work is not.
+Unit: a MAC is one multiply-accumulate, half of what torch.utils.flop_counter counts (2 FLOPs per
+MAC). Papers on face recognition, this one included, print MACs under the name FLOPs. Convolutions
+and the final fully connected layer are counted, element-wise work is not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from btnet_core.models.btnet import BTNet, Route
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One way into BTNet. Parameters are single numbers; at canonical size everything is the trunk's."""
+    """One way into BTNet, in single numbers; at canonical size everything is the trunk's."""
 
     r: int  # rows of the input, pixels
     couple_at: str  # unit where the branch ends; "" for the trunk
@@ -37,7 +37,7 @@ class Cost:
 
 
 def route_cost(btnet: BTNet, r: int) -> Cost:
-    """Parameters and MACs of resolution ``r``; raises ConfigError if ``btnet`` has no such way in."""
+    """Parameters and MACs of resolution ``r``; ConfigError if ``btnet`` has no such way in."""
     route, whole = btnet.route(r), _count(btnet.trunk.parameters())
     couple_at, branch, stored, authors = "", whole, whole, whole
     state = dict(route.named_buffers())
@@ -70,12 +70,11 @@ def cost_table(btnet: BTNet) -> list[Cost]:
 
 
 def count_macs(module: nn.Module, size: tuple[int, int]) -> int:
-    """MACs of one (3, rows, columns) image through ``module``, from shapes alone: nothing is computed."""
+    """MACs of one (3, rows, columns) image through ``module``, from shapes alone."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     state = {name: tensor.to("meta") for name, tensor in tensors}
-    two_images = torch.empty(
-        2, 3, *size, device="meta"
-    )  # two, so that BatchNorm accepts it in training mode too
+    # two, so that BatchNorm accepts them in training mode, too
+    two_images = torch.empty(2, 3, *size, device="meta")
     with FlopCounterMode(display=False) as counter:
         functional_call(module, state, two_images)
     return counter.get_total_flops() // 4
@@ -90,10 +89,10 @@ def measure_time(
     repeats: int = 20,
     warmup: int = 3,
 ) -> dict[str, float]:
-    """Milliseconds per face through the route of ``r``: median, and the quartiles ``low`` and ``high``.
+    """Milliseconds per face through the route of ``r``: median, quartiles ``low`` and ``high``.
 
-    Float32, evaluation mode, after ``warmup`` untimed passes, with torch's current number of threads; ``btnet``
-    is moved to ``device`` and stays there.
+    Float32, evaluation mode, after ``warmup`` untimed passes, with torch's current threads;
+    ``btnet`` is moved to ``device`` and stays there.
     """
     if repeats < 1 or batch_size < 1 or warmup < 0:
         raise ConfigError(

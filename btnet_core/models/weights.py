@@ -103,7 +103,7 @@ def load_strictly(module: nn.Module, state: State, where: str) -> None:
 
 
 def load_wrapped(module: nn.Module, content: Any, where: str) -> None:
-    """Load the one dictionary of tensors in ``content``, a read checkpoint, that is ``module``'s."""
+    """Load the one dictionary of tensors in a read checkpoint that is ``module``'s."""
     expected = list(module.state_dict())
     found = list(_unwrapped(content, expected[0]))
     if not found:

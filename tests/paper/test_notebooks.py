@@ -151,13 +151,13 @@ def test_executed_pages_are_of_the_present_notebooks() -> None:
 # ---- each run, at a scale of seconds ----
 
 SMALL = {  # parameters of single notebooks
-    "01_upsampling_error": {"images": 4, "smallest": 28},
+    "01_upsampling_error": {"images": 4},
     "02_architecture_and_cost": {"repeats": 1, "batch_size": 1},
     "09_feature_maps": {"images": 4},
     "10_explore": {"known": 3, "strangers": 4},
     "12_beyond_the_paper": {"count": 12},
 }
-TIMED = ("study.record(", "measure_time(", "perf_counter", "ms[", "Markdown(", "origins(")
+TIMED = ("study.record(", "ms a face", "seconds", "origins(")  # what they show varies
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_every_cell_runs_twice_with_the_same_result(name: str, tiny: dict[str, s
     names |= tiny | SMALL.get(name, {})
     for source in code:
         first = run(source, names)
-        again = run(source, names)
+        again = first if re.search("perf_counter|measure_time", source) else run(source, names)
         if not any(word in source for word in TIMED):
             assert first == again, source
     (set_up,) = [source for source in code if "Study(" in source]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from btnet_core.data.sources import register, registered
 from btnet_core.device import resolve_device
@@ -23,7 +21,6 @@ from btnet_core.files import write_atomically
 from btnet_core.training import checkpoint, distributed
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.loop import train
-from btnet_core.training.progress import LIVE, STEP, watched
 
 MALLOC = {  # of glibc: freed memory is kept, in huge pages, not asked for anew at every step
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -35,11 +32,12 @@ INTERRUPTED = 130  # status of a process that was stopped by Ctrl-C and saved a 
 
 
 def train_from_file(
-    config: Path | str, out: Path | str, *, device: str = "auto", fresh: bool = False
-) -> dict[str, Any]:
+    config: Path | str, out: Path | str, *, device: str = "auto", fresh: bool = False,
+    show: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
     """``train`` what a page (JSON or YAML) says; leaves torchrun's group at the end."""
     try:
-        return train(TrainConfig.read(config), out, device=device, fresh=fresh)
+        return train(TrainConfig.read(config), out, device=device, fresh=fresh, show=show)
     finally:
         distributed.stop()
 
@@ -63,9 +61,9 @@ def train_in_subprocess(
     out, fresh = Path(out), fresh or os.environ.get("BTNET_FRESH") == "1"
     page, log = out / "config.json", out / "train.log"
     write_atomically(page, config.to_json())
-    (out / LIVE).unlink(missing_ok=True)
     arguments = [*command(count(processes, device)), "--config", str(page), "--out", str(out)]
-    arguments += ["--device", device, *(["--fresh"] if fresh else [])]
+    arguments += ["--device", device, "--show", "bar" if watched() else "lines"]
+    arguments += ["--fresh"] if fresh else []
     for kind, opener in registered().items():
         arguments += ["--source", f"{kind}={opener}"]
     with log.open("wb") as sink:
@@ -73,7 +71,7 @@ def train_in_subprocess(
             arguments, env=MALLOC | os.environ, stdout=sink, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
-    _follow(process, out, config.name)
+    _follow(process, log)
     if process.returncode:
         status = f"training in {out} ended with status {process.returncode}"
         raise TrainingError(f"{status}:\n{_told(log)}")
@@ -102,24 +100,27 @@ def command(processes: int) -> list[str]:
     return [sys.executable, *torchrun, *module]
 
 
-def _follow(process: subprocess.Popen, out: Path, name: str) -> None:
-    """Show the training in ``out`` until it ends; Ctrl-C stops it, and is raised then."""
-    bar, live, stopped, alive = None, watched(), False, True
-    with (out / "train.log").open(encoding="utf-8", errors="replace") as log:
+def watched() -> bool:
+    """True where somebody sees a bar: in a terminal, or a live notebook (not `btnet reproduce`)."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if getattr(shell, "kernel", None) is None:
+        return sys.stderr.isatty()
+    return "BTNET_REPRODUCE" not in os.environ
+
+
+def _follow(process: subprocess.Popen, log: Path) -> None:
+    """Print what is logged until the training ends; Ctrl-C stops it, and is raised then."""
+    stopped, alive = False, True
+    # A bar returns to the start of its line: line ends stay as they are.
+    with log.open(encoding="utf-8", errors="replace", newline="") as told:
         while alive:
             try:
                 alive = process.poll() is None
-                for line in log.read().splitlines():
-                    if not (live and line.startswith(STEP.format(name=name))):
-                        (print if bar is None else bar.write)(line)
-                sys.stdout.flush()
-                bar = _advance(bar, out, name) if live else None
+                print(told.read(), end="", flush=True)
                 time.sleep(0.2 if alive else 0)
             except KeyboardInterrupt:
                 process.send_signal(signal.SIGINT)
                 stopped = True
-    if bar is not None:
-        bar.close()
     if stopped:
         raise KeyboardInterrupt
 
@@ -132,25 +133,13 @@ def _told(log: Path) -> str:
     return named[0] if named else "\n".join(lines[-8:])
 
 
-def _advance(bar: tqdm | None, out: Path, name: str) -> tqdm | None:
-    """The bar at the step where the training stands."""
-    try:
-        at = json.loads((out / LIVE).read_text())
-    except (OSError, ValueError):  # not there yet
-        return bar
-    if bar is None:
-        bar = tqdm(total=at["total"], initial=at["start"], desc=name, unit="step")
-    bar.set_postfix_str(at["text"], refresh=False)
-    bar.update(at["step"] - bar.n)
-    return bar
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """One process of a training; returns its status."""
     parser = argparse.ArgumentParser(prog="python -m btnet_core.training.launch")
     parser.add_argument("--config", required=True, metavar="FILE", help="page of a TrainConfig")
     parser.add_argument("--out", required=True, metavar="DIR", help="for checkpoint and weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--show", default="auto", help="bar or lines; auto: as the terminal takes")
     parser.add_argument("--fresh", action="store_true", help="start over, whatever DIR holds")
     parser.add_argument("--source", action="append", default=[], metavar="KIND=MODULE:NAME",
                         help="what opens face sets of that kind")  # fmt: skip
@@ -158,7 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for source in options.source:
         register(*source.split("=", 1))
     try:
-        train_from_file(options.config, options.out, device=options.device, fresh=options.fresh)
+        train_from_file(
+            options.config, options.out, device=options.device, fresh=options.fresh,
+            show=options.show,
+        )  # fmt: skip
     except BTNetError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

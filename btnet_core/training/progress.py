@@ -1,17 +1,15 @@
-"""What a run tells while it runs: a bar, or plain lines; rows of JSON; TensorBoard."""
+"""What a run tells while it runs: a bar, or plain lines; and rows of JSON."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from btnet_core.files import write_atomically
 
@@ -19,23 +17,8 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:  # an option
-    SummaryWriter = None
 
 LINE_SECONDS = 10.0  # between plain lines
-LIVE_SECONDS = 0.5  # between updates of the bar and of LIVE
-LIVE = "progress.json"  # where the run stands now, for whoever watches it from another process
-STEP = "{name}: step "  # how a plain line about progress begins
-
-
-def watched() -> bool:
-    """True where somebody sees a bar: in a terminal, or a live notebook (not `btnet reproduce`)."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    if getattr(shell, "kernel", None) is None:
-        return sys.stderr.isatty()
-    return "BTNET_REPRODUCE" not in os.environ
 
 
 class Progress:
@@ -43,7 +26,7 @@ class Progress:
 
     Args:
         total, start: steps of the run, and those done before; ``steps``: in an epoch.
-        show: "bar", "lines", "none" or "auto" (a bar where it is ``watched``, lines elsewhere).
+        show: "bar", "lines", "none" or "auto" (a bar in a terminal, lines elsewhere).
         speak: False on all processes but the first.
 
     Attributes:
@@ -55,24 +38,22 @@ class Progress:
         self, out: Path, name: str, total: int, start: int, steps: int, *, show: str = "auto",
         speak: bool = True,
     ) -> None:  # fmt: skip
-        self.out, self.name, self.speak = out, name, speak
+        self.name, self.speak = name, speak
         self.total, self.start, self.steps = total, start, steps
         self.every = max(1, min(steps // 10, 100))  # steps between rows of metrics.jsonl
-        self.began = self.last = self.told = self.shown = time.monotonic()
+        self.began = self.last = self.told = time.monotonic()
         self.sums: dict[str, float] = {}
         self.row: dict[str, Any] = {}
         self.extra: dict[str, float] = {}
         self.count = self.images = 0
-        show = ("bar" if watched() else "lines") if show == "auto" else show
-        seen = show == "bar" and speak
-        self.bar = tqdm(total=total, initial=start, desc=name, unit="step") if seen else None
-        self.lines = show == "lines" and speak
-        self.file = self.board = None
+        if show == "auto":
+            show = "bar" if sys.stderr.isatty() else "lines"
+        self.lines, self.bar, self.file = show == "lines" and speak, None, None
         if speak:
             _keep_until(out / "metrics.jsonl", start)
             self.file = (out / "metrics.jsonl").open("a")
-        if speak and SummaryWriter is not None:
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+        if show == "bar" and speak:
+            self.bar = tqdm(total=total, initial=start, desc=name, unit="step", mininterval=0.5)
 
     def step(self, step: int, terms: dict[str, float], lr: float, images: int) -> None:
         """Account for step ``step`` (from 1)."""
@@ -83,7 +64,8 @@ class Progress:
         if self.bar is not None:
             self.bar.update()
         now, ended = time.monotonic(), step % self.every == 0 or step == self.total
-        if not (self.speak and (ended or now - self.shown >= LIVE_SECONDS)):
+        late = self.lines and now - self.told >= LINE_SECONDS
+        if not (self.speak and (ended or late)):
             return
         row: dict[str, Any] = {key: value / self.count for key, value in self.sums.items()}
         row |= {
@@ -95,7 +77,8 @@ class Progress:
             "memory_gb": memory_gb(),
             **self.extra,
         }
-        self._show(row, now)
+        if late or self.bar is not None or step == self.total:
+            self._show(row, now)
         if ended:
             self.write(row)
             self.sums, self.row = {}, row
@@ -103,42 +86,33 @@ class Progress:
             self.last = now
 
     def _show(self, row: dict[str, Any], now: float) -> None:
-        """The row as the bar's text, as a line if the last is long ago, and in LIVE."""
-        step, self.shown = row["step"], now
+        """The row as the bar's text, or as a line."""
+        step = row["step"]
         shown = [key for key in row if key not in ("step", "epoch", "seconds")]
         text = " ".join(f"{key} {row[key]:.4g}" for key in shown)
         if self.bar is not None:
             self.bar.set_postfix_str(text)
-        elif self.lines and (now - self.told >= LINE_SECONDS or step == self.total):
+        if self.lines:
             self.told = now
             left = (self.total - step) * (now - self.began) / max(1, step - self.start)
-            where = f"{STEP.format(name=self.name)}{step}/{self.total} epoch {row['epoch']:.2f}"
+            where = f"{self.name}: step {step}/{self.total} epoch {row['epoch']:.2f}"
             print(f"{where} {text} left {left:.0f} s", flush=True)
-        live = {"start": self.start, "total": self.total, "text": text, **row}
-        temporary = self.out / f".{LIVE}"  # not synchronised to the disk: it lives for a moment
-        temporary.write_text(json.dumps(live))
-        with suppress(PermissionError):  # Windows, while somebody reads it
-            temporary.replace(self.out / LIVE)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl and TensorBoard."""
+        """Append a row to metrics.jsonl."""
         if self.file is not None:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-        if self.board is not None:
-            for key, value in (row | row.get("validation", {})).items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(key, value, row["step"])
 
     def say(self, text: str) -> None:
         """One line, past the bar."""
         if self.bar is not None:
-            self.bar.write(text)
+            self.bar.write(text, file=sys.stderr)
         elif self.lines:
             print(text, flush=True)
 
     def close(self) -> None:
-        for sink in (self.bar, self.file, self.board):
+        for sink in (self.bar, self.file):
             if sink is not None:
                 sink.close()
 

@@ -133,7 +133,7 @@ def prepare_loops(case: Case, folder: Path, device: torch.device) -> tuple[dict[
         plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     run, began = runs["cached"], time.perf_counter()
     run.cache = TeacherCache(
-        run.pixels, len(run.pixels.faces.labels), lambda faces: to_keep(run, faces), None, device
+        run.pixels, lambda faces: to_keep(run, faces), folder / "cache", device
     )
     filled = time.perf_counter() - began
     for run in runs.values():

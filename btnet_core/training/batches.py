@@ -21,7 +21,7 @@ from btnet_core.models.backbone import Backbone
 from btnet_core.training import distributed
 from btnet_core.training.config import TrainConfig
 
-MEMORY_FRACTION = 0.3  # of the free memory for decoded images, and again for teacher's features
+MEMORY_FRACTION = 0.3  # of the free memory, for the decoded images of all processes here
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class Pixels:
     def __init__(self, faces: FaceSet, workers: int) -> None:
         self.faces, self.workers = faces, max(1, workers)
         shape = (len(faces), 3, 112, 112)
-        fits = torch.Size(shape).numel() < memory_for_one()
+        room = MEMORY_FRACTION * free_memory() / distributed.neighbours()
+        fits = torch.Size(shape).numel() < room
         self.all = torch.empty(shape, dtype=torch.uint8) if fits else None
         if self.all is not None:
             for records in torch.arange(len(faces)).split(1024):
@@ -154,11 +155,6 @@ def open_pixels(spec: Spec, workers: int) -> Pixels:
 @lru_cache(maxsize=1)
 def _pixels(spec: str, workers: int) -> Pixels:
     return Pixels(open_faces(spec), workers)
-
-
-def memory_for_one() -> float:
-    """Bytes that decoded images, or the teacher's features, of one process may take."""
-    return MEMORY_FRACTION * free_memory() / distributed.neighbours()
 
 
 def free_memory() -> float:

@@ -27,7 +27,7 @@ CHOICES = {
     "distillation": ("mean", "batch_sum", "cosine"),
     "embedding": ("mse", "cosine"),
     "precision": ("auto", "bf16", "fp16", "fp32"),
-    "cache": ("auto", "memory", "memmap", "off"),
+    "cache": ("auto", "off"),
     "matmul": ("highest", "high"),
 }
 POSITIVE = (
@@ -99,7 +99,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile the network
     sync_bn: bool = False  # batch statistics over all GPUs (paper-and-code: running statistics)
     threads: int = 0  # of the CPU; 0: as many as cores are idle when the run starts
-    cache: str = "auto"  # the teacher's features: in memory, in a file, or computed at every step
+    cache: str = "auto"  # the teacher's answers: in files where that pays; "off": at every step
     cache_dir: str = ""  # folder that keeps features and class means for other runs; "": none
     workers: int = 2  # decoding threads, when the data do not fit in memory
     checkpoint_seconds: float = 300.0  # between checkpoints; one at each epoch's end too

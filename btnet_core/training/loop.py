@@ -33,7 +33,7 @@ from btnet_core.training.config import TrainConfig
 from btnet_core.training.progress import Progress
 from btnet_core.training.run import Run, prepare
 from btnet_core.training.step import losses_of, to_keep
-from btnet_core.training.teacher import TeacherCache, cache_place
+from btnet_core.training.teacher import TeacherCache, pays_and_fits
 
 READ_EVERY = 10  # steps on a GPU, which is not waited for in between
 
@@ -304,15 +304,11 @@ def fill_cache(run: Run, progress: Progress) -> None:
     )  # fmt: skip
     folder = Path(config.cache_dir or run.out / "cache")
     folder /= hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    shared = bool(config.cache_dir)
-    found = cache_place(config.cache, size, config.last_epoch, folder, shared)
-    place, text = distributed.all_objects(found)[0]
+    found = pays_and_fits(size, config.last_epoch, folder, shared=bool(config.cache_dir))
+    kept, text = distributed.all_objects(found)[0]
     progress.say(f"{config.name}: {text}")
-    if place != "off":
-        kept = folder if place == "memmap" else None
-        run.cache = TeacherCache(
-            run.pixels, len(faces), lambda pixels: to_keep(run, pixels), kept, run.device
-        )
+    if kept:
+        run.cache = TeacherCache(run.pixels, lambda face: to_keep(run, face), folder, run.device)
 
 
 def btnet_folder(run: Run) -> Path | None:

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from btnet_core.device import autocast
 from btnet_core.models.backbone import Backbone, embed_features
 from btnet_core.training import distributed
-from btnet_core.training.batches import Pixels, memory_for_one, transfer
+from btnet_core.training.batches import Pixels, transfer
+
+COMPLETE = "complete"  # file that says that all answers are in the folder
 
 
 class Teacher(NamedTuple):
@@ -48,32 +50,32 @@ def ask(
 class TeacherCache:
     """The branch's input and the teacher's answers for every record, as it is and mirrored.
 
+    They lie in files, which all processes share and the system keeps in memory where it can.
+
     Args:
-        count: records; ``compute(pixels uint8)`` gives the tensors to keep, by name.
-        folder: for the files, which other processes and runs share; None keeps all in memory.
+        compute: pixels uint8 -> the tensors to keep, by name.
+        folder: for the files; complete ones of an earlier run are used as they are.
     """
 
     def __init__(
-        self, pixels: Pixels, count: int, compute: Callable[[Tensor], dict[str, Tensor]],
-        folder: Path | None, device: torch.device,
+        self, pixels: Pixels, compute: Callable[[Tensor], dict[str, Tensor]], folder: Path,
+        device: torch.device,
     ) -> None:  # fmt: skip
-        self.device = device
-        done = folder / "complete" if folder else None
-        filled = done is not None and done.is_file()  # by an earlier run
+        self.device, count, done = device, len(pixels.faces), folder / COMPLETE
+        filled = done.is_file()
         like = compute(pixels.get(torch.arange(1)).to(device))
         self.stores = {  # maps lie as (N, H, W, C), as the network's own
             name: _store(folder, name, 2 * count, channels_last(row)) for name, row in like.items()
         }
         if filled:
             return
-        first, step = (distributed.rank(), distributed.world()) if folder else (0, 1)
-        for records in torch.arange(count).split(64)[first::step]:
+        for records in torch.arange(count).split(64)[distributed.rank() :: distributed.world()]:
             faces = pixels.get(records).to(device)
             for flip, images in enumerate((faces, faces.flip(-1))):
                 for name, row in compute(images).items():
                     self.stores[name][2 * records + flip] = channels_last(row).cpu()
         distributed.wait()
-        if done and distributed.rank() == 0:
+        if distributed.rank() == 0:
             done.touch()
 
     def get(self, name: str, records: Tensor, flip: Tensor) -> Tensor | None:
@@ -89,10 +91,9 @@ def channels_last(row: Tensor) -> Tensor:
     return row.permute(0, 2, 3, 1) if row.ndim == 4 else row
 
 
-def _store(folder: Path | None, name: str, count: int, like: Tensor) -> Tensor:
+def _store(folder: Path, name: str, count: int, like: Tensor) -> Tensor:
+    """A tensor like ``like`` with ``count`` rows, in a file."""
     shape = (count, *like.shape[1:])
-    if folder is None:
-        return torch.empty(shape, dtype=like.dtype)
     path, size = folder / f"{name}.bin", torch.Size(shape).numel()
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,29 +104,20 @@ def _store(folder: Path | None, name: str, count: int, like: Tensor) -> Tensor:
     return torch.from_file(str(path), shared=True, size=size, dtype=like.dtype).view(shape)
 
 
-def cache_place(choice: str, size: int, epochs: int, folder: Path, shared: bool) -> tuple[str, str]:
-    """Where features of ``size`` bytes go ("memory", "memmap", "off"), and a sentence on it.
+def pays_and_fits(size: int, epochs: int, folder: Path, shared: bool) -> tuple[bool, str]:
+    """Whether to keep features of ``size`` bytes in ``folder``, and a sentence on it.
 
-    "auto" needs more than two passes to pay (the cache holds each face twice), prefers memory, and
-    with several processes a file. Features for other runs (``shared``) are files in any case. What
-    does not fit is computed at every step.
+    They pay from the third pass on (each face is kept twice), or where other runs use them, too
+    (``shared``), and may take half of the free disk.
     """
-    room = {"memory": memory_for_one(), "memmap": 0.5 * free_disk(folder)}
-    if choice != "off" and shared:
-        choice = "memmap"
-    elif choice == "auto" and epochs <= 2:
-        choice = "off"
-    elif choice == "auto":
-        alone = distributed.world() == 1 and size < room["memory"]
-        choice = "memory" if alone else "memmap"
     text = f"inputs and teacher features of both mirror images: {size / 1e6:.1f} MB"
-    complete = shared and (folder / "complete").is_file()
-    if choice != "off" and size >= room[choice] and not complete:
-        where = "memory" if choice == "memory" else str(folder)
-        left = f"{where} has room for {room[choice] / 1e6:.1f} MB"
-        return "off", f"{text}, {left}: computed at every step"
-    kept = {"memory": "kept in memory", "memmap": f"kept in {folder}"}
-    return choice, f"{text}, {kept.get(choice, 'computed at every step')}"
+    if epochs <= 2 and not shared:
+        return False, f"{text}, computed at every step"
+    room = 0.5 * free_disk(folder)
+    if size >= room and not (folder / COMPLETE).is_file():
+        left = f"{folder} has room for {room / 1e6:.1f} MB"
+        return False, f"{text}, {left}: computed at every step"
+    return True, f"{text}, kept in {folder}"
 
 
 def free_disk(folder: Path) -> int:

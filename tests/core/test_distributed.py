@@ -39,7 +39,7 @@ PAIRS = tuple(
 def configuration(name: str, trunk: Path) -> TrainConfig:
     files = str(trunk / "trunk.safetensors"), str(trunk / "classifier.safetensors")
     if name == "branch":
-        changes = {"embedding_weight": 1.0, "cache": "memmap", "epochs": 3}
+        changes = {"embedding_weight": 1.0, "epochs": 3}
         return methods.phi_bt(FACES, 14, *files, **{**QUICK, **changes})
     if name == "triplet branch":
         return methods.phi_bt(FACES, 14, *files, **QUICK, loss="triplet", per_identity=2)

@@ -19,7 +19,7 @@ from btnet_core.training.loop import train
 from btnet_core.training.progress import read_metrics
 from btnet_core.training.run import prepare
 from btnet_core.training.step import branch_inputs, to_keep
-from btnet_core.training.teacher import TeacherCache, cache_place
+from btnet_core.training.teacher import TeacherCache, pays_and_fits
 
 FACES = {"kind": "synthetic", "identities": 6, "images": 6, "seed": 0}
 QUICK = {"batch": 12, "epochs": 2, "warmup_epochs": 0.0, "lr": 2.0, "precision": "fp32"}
@@ -30,16 +30,14 @@ def branch(trunk: Path, r: int = 14, **changes) -> TrainConfig:
     return methods.phi_bt(FACES, r, *files, **{**QUICK, **changes})
 
 
-@pytest.mark.parametrize("place", ["memory", "files"])
-def test_kept_answers_are_the_teachers(trunk: Path, tmp_path: Path, place: str) -> None:
+def test_kept_answers_are_the_teachers(trunk: Path, tmp_path: Path) -> None:
     config = branch(trunk, embedding_weight=1.0, embedding_mirrored=True)
     run = prepare(config, tmp_path, torch.device("cpu"))
     batch = run.sampler.batch(1)
     x, computed = branch_inputs(run, batch, run.pixels.get(batch.records))
-    folder = None if place == "memory" else tmp_path / "kept"
     for _ in range(2):  # the second finds the files
         run.cache = TeacherCache(
-            run.pixels, 36, lambda faces: to_keep(run, faces), folder, torch.device("cpu")
+            run.pixels, lambda faces: to_keep(run, faces), tmp_path / "kept", torch.device("cpu")
         )
         kept_x, kept = branch_inputs(run, batch, None)
         torch.testing.assert_close(kept_x, x)
@@ -50,18 +48,17 @@ def test_kept_answers_are_the_teachers(trunk: Path, tmp_path: Path, place: str) 
 def test_the_cached_teacher_gives_the_same_losses(
     trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for place in ("off", "memory", "memmap"):
-        changes = {"cache": place, "embedding_weight": 1.0, "shift": 2.0, "lr": 0.1}
-        train(branch(trunk, **changes), tmp_path / place, device="cpu", show="lines")
+    for cache in ("off", "auto"):
+        changes = {"cache": cache, "embedding_weight": 1.0, "shift": 2.0, "lr": 0.1, "epochs": 3}
+        train(branch(trunk, **changes), tmp_path / cache, device="cpu", show="lines")
         said = capsys.readouterr().out
-        announced = re.search(r"teacher features of both mirror images: \d+\.\d MB", said)
-        assert bool(announced) == (place != "off")
-    rows = {place: read_metrics(tmp_path / place) for place in ("off", "memory", "memmap")}
+        announced = re.search(r"teacher features of both mirror images: \d+\.\d MB, kept", said)
+        assert bool(announced) == (cache == "auto")
+    rows = {cache: read_metrics(tmp_path / cache) for cache in ("off", "auto")}
     for key in ("influence", "branch", "embedding"):
         off = [row[key] for row in rows["off"]]
-        assert [row[key] for row in rows["memory"]] == pytest.approx(off, rel=1e-4)
-        assert [row[key] for row in rows["memmap"]] == pytest.approx(off, rel=1e-4)
-    assert not (tmp_path / "memmap" / "cache").exists()
+        assert [row[key] for row in rows["auto"]] == pytest.approx(off, rel=1e-4)
+    assert not (tmp_path / "auto" / "cache").exists()
 
 
 def test_what_is_kept_in_cache_dir_is_used_again(
@@ -83,28 +80,21 @@ def test_what_is_kept_in_cache_dir_is_used_again(
 # ---- where they go ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("choice", "size", "epochs", "shared", "place"), [
-    ("off", 1, 9, True, "off"), ("auto", 1, 2, False, "off"), ("auto", 1e6, 9, False, "memory"),
-    ("auto", 2e9, 9, False, "memmap"), ("auto", 9e12, 9, False, "off"), ("auto", 1, 1, True, "memmap"),
-    ("memory", 9e12, 9, False, "off"), ("memmap", 9e12, 9, False, "off"), ("memory", 1, 1, True, "memmap"),
-    ("auto", 1.06e12, 10, True, "off"),
+@pytest.mark.parametrize(("size", "epochs", "shared", "kept"), [
+    (1, 2, False, False), (1, 3, False, True), (1, 1, True, True), (9e10, 9, False, False),
+    (1.06e12, 10, True, False),
 ])  # fmt: skip
-def test_a_place_is_found_by_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str, size: float, epochs: int,
-    shared: bool, place: str,
+def test_what_is_kept_pays_and_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float, epochs: int, shared: bool,
+    kept: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(teacher, "memory_for_one", lambda: 1e9)
     monkeypatch.setattr(teacher, "free_disk", lambda folder: 1e11)
-    found, text = cache_place(choice, int(size), epochs, tmp_path / "new", shared)
-    assert found == place
+    found, text = pays_and_fits(int(size), epochs, tmp_path, shared)
+    assert found == kept
     assert f"{int(size) / 1e6:.1f} MB" in text
-    assert ("computed at every step" in text) == (place == "off")
-    if shared:  # complete ones take no more room
-        (tmp_path / "new").mkdir()
-        (tmp_path / "new" / "complete").touch()
-        assert cache_place(choice, int(size), epochs, tmp_path / "new", True)[0] == (
-            "off" if choice == "off" else "memmap"
-        )
+    assert ("computed at every step" in text) == (not kept)
+    (tmp_path / "complete").touch()  # complete ones take no more room
+    assert pays_and_fits(int(size), 9, tmp_path, shared)[0]
 
 
 @pytest.fixture

@@ -245,27 +245,16 @@ def data(action: tuple[str, ...], source: str | None) -> None:
         raise click.UsageError(f"got {' '.join(action)}, expected get and the name of a set")
 
 
-@command("btnet pack faces/ packed/   (or: btnet pack --pairs pairs.txt pairs.bin)")
+@command("btnet pack faces/ packed/")
 @click.argument("source", metavar="FOLDER")
-@click.argument("out", required=False)
-@option("--pairs", metavar="FILE", help="LFW's pairs.txt; FOLDER is then the .bin to write.")
-@option("--images", metavar="DIR", help="The images of --pairs (default: its own folder).")
+@click.argument("out")
 @skip_option
-def pack(
-    source: str, out: str | None, pairs: str | None, images: str | None, skip_bad: bool
-) -> None:
-    """Write a folder for each person as RecordIO, or a pair list as a verification set."""
-    from btnet_tools.data import pack_folder, pack_pairs
+def pack(source: str, out: str, skip_bad: bool) -> None:
+    """Write a folder for each person as RecordIO."""
+    from btnet_tools.data import pack_folder
 
-    if pairs:
-        folder = Path(images) if images else None
-        count, bad = pack_pairs(Path(pairs), Path(source), folder, skip_bad)
-        click.echo(f"{count:,} pairs in {source}")
-    elif out:
-        count, bad = pack_folder(Path(source), Path(out), skip_bad)
-        click.echo(f"{count:,} images in {out}")
-    else:
-        raise click.UsageError("pack takes FOLDER and OUT, or --pairs FILE and the .bin to write")
+    count, bad = pack_folder(Path(source), Path(out), skip_bad)
+    click.echo(f"{count:,} images in {out}")
     for reason in bad:
         click.echo(f"left out {reason}", err=True)
 

@@ -1,22 +1,18 @@
-"""`btnet data`: which data sets are where; `btnet pack`: one's own faces as RecordIO or .bin."""
+"""`btnet data`: which data sets are where; `btnet pack`: one's own faces as RecordIO."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from btnet_core.data.faces import FaceSet, image_folder, open_faces, unreadable
-from btnet_core.data.ijbc import read_templates
-from btnet_core.data.pairs import parse_bin, parse_pairs, write_bin
+from btnet_core.data.faces import FaceSet, image_folder, unreadable
 from btnet_core.data.recordio import write_face_records
 from btnet_core.data.sources import spec_text
-from btnet_core.data.survface import read_open_set
-from btnet_core.errors import ConfigError, DataError
-from btnet_core.files import checksum, data_root, find
+from btnet_core.errors import DataError
+from btnet_core.files import data_root, find
 from btnet_core.images import decode, encode, is_plain, read, resize
+from btnet_paper.needs import OPENERS
 from btnet_paper.scales import get_scale, pages
 from btnet_tools.catalogue import Entry, entries
 
@@ -26,48 +22,8 @@ LICENCE = "research only; faces of real people, do not redistribute"
 # ---- what is there ---------------------------------------------------------------------------
 
 
-def count_faces(path: Path) -> tuple[str, str]:
-    """Counts and checksum of a face set."""
-    faces = open_faces(str(path))
-    return f"{len(faces):,} images, {faces.num_identities:,} identities", faces.checksum
-
-
-def count_pairs(path: Path) -> tuple[str, str]:
-    """Counts and checksum of a verification set."""
-    _, same = parse_bin(path.read_bytes(), where=str(path))
-    return f"{len(same):,} pairs, {int(same.sum()):,} same", checksum([path])
-
-
-def count_open_set(path: Path) -> tuple[str, str]:
-    """Counts and checksum of QMUL-SurvFace's test."""
-    test = read_open_set(path)
-    gallery = int(test.in_gallery.sum())
-    return f"{gallery:,} gallery images, {len(test.in_gallery) - gallery:,} probes", test.checksum
-
-
-def count_templates(path: Path) -> tuple[str, str]:
-    """Counts and checksum of IJB-C."""
-    found = read_templates(path)
-    templates = len(np.unique(found.template))
-    return f"{templates:,} templates, {len(found.same):,} pairs", found.checksum
-
-
-def count_bytes(path: Path) -> tuple[str, str]:
-    """Size and checksum of a file."""
-    return f"{path.stat().st_size:,} bytes", checksum([path])
-
-
-COUNTERS: dict[str, Callable[[Path], tuple[str, str]]] = {
-    "faces": count_faces,
-    "pairs": count_pairs,
-    "open set": count_open_set,
-    "templates": count_templates,
-    "weights": count_bytes,
-}
-
-
 def describe(entry: Entry) -> list[str]:
-    """Where an entry is looked for, its counts and checksum, or how to get it; who may know it."""
+    """Where an entry is looked for and what it holds, or how to get it; who may know it."""
     path = find(entry.path)
     there = path.exists()
     lines = [
@@ -75,7 +31,7 @@ def describe(entry: Entry) -> list[str]:
     ]
     if there:
         try:
-            lines += [str(path), *COUNTERS[entry.kind](path)]
+            lines += [str(path), OPENERS[entry.kind](str(path))]
         except DataError as error:
             lines += [str(path), f"damaged: {error}"]
     else:
@@ -129,30 +85,6 @@ def pack_folder(folder: Path, out: Path, skip_bad: bool = False) -> tuple[int, l
     images = (face_bytes(faces.files[i]) for i in kept)
     count = write_face_records(out, zip(images, labels.tolist(), strict=True), (112, 112))
     return count, list(bad.values())
-
-
-def pack_pairs(
-    pairs: Path, out: Path, folder: Path | None = None, skip_bad: bool = False
-) -> tuple[int, list[str]]:
-    """LFW-style pairs.txt -> a verification ``.bin``; returns and raises as :func:`pack_folder`."""
-    if out.suffix != ".bin":
-        raise ConfigError(f"{out}: a verification set is written to a .bin file")
-    files, same = parse_pairs(pairs, folder)
-    packed, bad = {}, {}
-    for file in dict.fromkeys(files):
-        try:
-            packed[file] = face_bytes(file)
-        except DataError as error:
-            bad[file] = str(error)
-    if len(packed) == 0 or (bad and not skip_bad):
-        raise DataError(f"{next(iter(bad.values()))}; --skip-bad leaves out pairs with such images")
-    both = zip(files[::2], files[1::2], same, strict=True)
-    kept = [
-        (first, second, flag) for first, second, flag in both if {first, second} <= packed.keys()
-    ]
-    encoded = [packed[file] for first, second, _ in kept for file in (first, second)]
-    write_bin(out, encoded, [flag for _, _, flag in kept])
-    return len(kept), list(bad.values())
 
 
 def face_bytes(file: Path) -> bytes:

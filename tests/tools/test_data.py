@@ -10,7 +10,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from btnet_core.data.faces import open_faces
-from btnet_core.data.pairs import open_pairs
 from btnet_core.data.recordio import FaceRecords
 from btnet_core.images import encode
 from btnet_tools.catalogue import Download, entries
@@ -42,25 +41,10 @@ def test_pack_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert torch.equal(packed.images(range(3)), plain.images(range(3)))
 
 
-def test_pack_pairs(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "pairs.txt").write_text("ann 1 2\nann 1 bob 1\n")
-    out = tmp_path / "set.bin"
-    assert (
-        main(["pack", "--pairs", str(tmp_path / "pairs.txt"), "--images", str(folder), str(out)])
-        == 0
-    )
-    listed = {"kind": "listed", "path": str(tmp_path / "pairs.txt"), "images": str(folder)}
-    packed, plain = open_pairs(str(out)), open_pairs(listed)
-    assert packed.same.tolist() == plain.same.tolist() == [True, False]
-    assert torch.equal(packed.images(packed.second), plain.images(plain.second))
-
-
 def test_pack_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments, message, status in (
         ([str(tmp_path / "none"), str(tmp_path / "o")], "none", 1),
         ([str(tmp_path)], "OUT", 2),
-        (["--pairs", str(tmp_path / "p.txt"), str(tmp_path / "o.rec")], r".bin", 1),
-        (["--pairs", str(tmp_path / "p.txt"), str(tmp_path / "o.bin")], "p.txt", 1),
     ):
         assert main(["pack", *arguments]) == status
         assert message in capsys.readouterr().err
@@ -106,8 +90,8 @@ def test_the_readme_of_data_names_every_set() -> None:
 def test_real_counts_are_listed(btnet_data: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["data"]) == 0
     out = capsys.readouterr().out
-    assert "15,675 images, 4,336 identities" in out
-    assert "6,000 pairs, 3,000 same" in out
+    assert "15,675 images of 4,336 people" in out
+    assert "6,000 pairs" in out
 
 
 def test_a_picture_of_another_format_is_packed_as_png(folder: Path, tmp_path: Path) -> None:
@@ -138,11 +122,3 @@ def test_bad_images_are_refused_or_left_out(folder: Path, tmp_path: Path, capsys
     assert "3 images" in said.out
     assert [name in said.err for name in ("ann_0002", "carl_0001", "bob")] == [True, True, False]
     assert open_faces(str(tmp_path / "out")).labels.tolist() == [0, 1, 2]
-
-    (tmp_path / "pairs.txt").write_text("ann 1 2\nann 1 bob 1\nbob 1 dora 1\n")
-    line = ["pack", "--pairs", str(tmp_path / "pairs.txt"), "--images", str(folder)]
-    assert main([*line, str(tmp_path / "set.bin")]) == 1
-    assert "ann_0002" in capsys.readouterr().err
-    assert main([*line, str(tmp_path / "set.bin"), "--skip-bad"]) == 0
-    assert "2 pairs" in capsys.readouterr().out
-    assert open_pairs(str(tmp_path / "set.bin")).same.tolist() == [False, False]

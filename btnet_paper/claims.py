@@ -8,6 +8,7 @@ not. Nothing is said of settings that were not measured.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -76,7 +77,8 @@ def _told(claim: Claim, count: int, fails: Leads) -> str:
     what = f"{claim.sentence} ({claim.section})"
     if not fails:
         return f"- **As in the paper:** {what}, {count} of {count}."
-    misses = ", ".join(f"by {abs(lead):.2f} at {setting}" for setting, lead in fails.items())
+    places = {re.sub(r"^table(\d)", r"Table \1,", place): lead for place, lead in fails.items()}
+    misses = ", ".join(f"by {abs(lead):.2f} at {place}" for place, lead in places.items())
     return f"- **Not as in the paper:** {what}, because {len(fails)} of {count} miss: {misses}."
 
 

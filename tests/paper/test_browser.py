@@ -109,13 +109,30 @@ def outputs(page: Any, kind: str) -> Any:
     return page.locator(f".jp-OutputArea-output[data-mime-type='{kind}']")
 
 
-def test_a_slider_changes_the_picture(page: Any, lab: tuple[str, str, Path]) -> None:
-    content = json.loads((NOTEBOOKS / "10_explore.ipynb").read_text())
+def place(root: Path, name: str, **small: Any) -> int:
+    """Copies a notebook to where the lab sees it, with parameters; returns its cells of code."""
+    content = json.loads((NOTEBOOKS / name).read_text())
     for cell in content["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
-            small = {"run_dir": str(lab[2] / "run"), "known": 4, "strangers": 6}
-            cell["source"] += [f"\n{name} = {value!r}" for name, value in small.items()]
-    (lab[2] / "10_explore.ipynb").write_text(json.dumps(content))
+            given = {"run_dir": str(root / "run"), **small}
+            cell["source"] += [f"\n{key} = {value!r}" for key, value in given.items()]
+    (root / name).write_text(json.dumps(content))
+    return sum(cell["cell_type"] == "code" for cell in content["cells"])
+
+
+@pytest.mark.parametrize("name", ["00_tour.ipynb", "01_upsampling_error.ipynb"])
+def test_all_cells_run_and_run_again(name: str, page: Any, lab: tuple[str, str, Path]) -> None:
+    count = place(lab[2], name, **({"images": 4} if name[:2] == "01" else {}))
+    for last in (count, 2 * count):
+        run_all(page, lab, name)
+        page.locator(".jp-InputPrompt", has_text=f"[{last}]:").wait_for(state="attached")
+        assert outputs(page, "image/png").count() > 0
+        assert outputs(page, "application/vnd.jupyter.error").count() == 0
+        assert outputs(page, "application/vnd.jupyter.stderr").count() == 0
+
+
+def test_a_slider_changes_the_picture(page: Any, lab: tuple[str, str, Path]) -> None:
+    place(lab[2], "10_explore.ipynb", known=4, strangers=6)
     run_all(page, lab, "10_explore.ipynb")
 
     image = page.locator("img.widget-image").first

@@ -40,7 +40,7 @@ def find(path: str | Path) -> Path:
     repository's ``data/`` (committed numbers); else ``path`` as given."""
     path = Path(path).expanduser()
     places = (path, data_root() / path, COMMITTED / path)
-    return next((place for place in places if place.exists()), path)
+    return next((place for place in places if os.path.exists(place)), path)
 
 
 @lru_cache(maxsize=4096)

@@ -33,7 +33,12 @@ STARTS: tuple[tuple[bytes, str], ...] = (
     (b"II*\x00", "a TIFF picture"),
     (b"MM\x00*", "a TIFF picture"),
     (b"\x0a\x23\xd7\xce", "a RecordIO file"),
+    (b"\xff\x0a", "a JPEG XL picture"),
+    (b"\x00\x00\x00\x0cJXL ", "a JPEG XL picture"),
 )
+# of ISO base media files
+BRANDS = dict.fromkeys(("heic", "heix", "mif1", "msf1"), "a HEIC picture; save it as JPEG or PNG")
+BRANDS |= {"avif": "an AVIF picture", "crx ": "a raw picture of a camera"}
 # of text, after blanks and a byte-order mark, in small letters
 TEXTS: tuple[tuple[str, str], ...] = (
     (r"<!doctype html|<html|<head|<script", "an HTML page, not the file it was to be"),
@@ -67,6 +72,9 @@ def what_is(content: bytes | Path | str) -> str:
         return "a pickle, whose Python objects are not run"
     if head[4:8] == b"TFL3":
         return "a TensorFlow Lite model"
+    if head[4:8] == b"ftyp":
+        brand = head[8:12].decode("latin1")
+        return BRANDS.get(brand, "a video")
     if head[257:262] == b"ustar":
         return "a tar archive"
     if re.match(rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", head):

@@ -102,7 +102,7 @@ def embed_files(
         faces.append(face)
         if isinstance(face, DataError):
             if not keep_going:
-                raise DataError(f"{face}; --keep-going leaves such images out") from face
+                raise face
         else:
             waiting[face.r].append(index)
             if len(waiting[face.r]) == BATCH:
@@ -130,8 +130,12 @@ def embed_folder(
     if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
         raise DataError(f"--out {out}: expected a file in a folder that is there")
     files = find_files(Path(source))
-    with threads():  # as many as cores are idle
-        found = embed_files(btnet, list(files.values()), Reader(btnet, select), keep_going)
+    reader = Reader(btnet, select)
+    try:
+        with threads():  # as many as cores are idle
+            found = embed_files(btnet, list(files.values()), reader, keep_going)
+    except DataError as error:
+        raise DataError(f"{error}; --keep-going leaves such images out") from error
     rows, failed = {}, {}
     for name, face in zip(files, found, strict=True):
         if isinstance(face, DataError):

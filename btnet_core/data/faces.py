@@ -338,11 +338,11 @@ def open_faces(spec: Spec) -> FaceSet:
     if not isinstance(spec, str):
         return open_kind(spec, FACES)
     path = find(spec)
-    if path.suffix.lower() == ".rec" or (path / "train.rec").is_file():
+    if path.suffix.lower() == ".rec" or os.path.isfile(path / "train.rec"):
         return record_faces(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # no error for a name that is too long
         return image_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return list_file(path)
     raise DataError(
         f"{spec!r}: no such file or folder (looked for {path.absolute()}); see `btnet data`"

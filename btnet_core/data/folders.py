@@ -13,12 +13,15 @@ from pathlib import Path
 
 from btnet_core import images as pixels
 from btnet_core.errors import DataError
+from btnet_core.files import reason
+from btnet_core.kinds import what_is
 
 # Files so named are images, readable or not. Of others the decoder decides.
-FORMATS = "jpg jpeg jpe jfif png bmp webp gif tif tiff pgm ppm pbm pnm jp2 j2k avif"
+FORMATS = "jpg jpeg jpe jfif png bmp webp gif tif tiff pgm ppm pbm pnm jp2 j2k avif heic heif jxl"
 SUFFIXES = frozenset(f".{name}" for name in FORMATS.split())
-LEFTOVERS = "__macosx @eadir $recycle.bin lost+found thumbs.db ehthumbs.db desktop.ini picasa.ini"
-FOREIGN = frozenset(LEFTOVERS.split())
+LEFTOVERS = "__macosx @eadir #recycle #snapshot $recycle.bin lost+found"
+LEFTOVERS += " thumbs.db ehthumbs.db desktop.ini picasa.ini"
+FOREIGN = frozenset((*LEFTOVERS.split(), "system volume information"))
 
 
 def is_image(path: Path) -> bool:
@@ -42,7 +45,7 @@ def entries(folder: Path) -> tuple[list[Path], list[Path]]:
                     continue
                 (folders if entry.is_dir() else files).append(folder / entry.name)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read as a folder ({error.strerror})") from error
+        raise DataError(f"{folder}: cannot be read as a folder ({reason(error)})") from error
     return sorted(folders), sorted(files)
 
 
@@ -122,11 +125,22 @@ def warn_of(root: Path, left_out: Sequence[Path]) -> None:
         warnings.warn(f"{root}: {text}", stacklevel=2)
 
 
+def _no_text(data: bytes, line: int) -> str:
+    """What ``data`` is instead of text in UTF-8, whose first fault is in ``line``."""
+    kind = what_is(data)
+    if kind in ("in no known format", "a text file"):
+        return f"other bytes in line {line}"
+    return kind
+
+
 def read_lines(path: Path) -> list[str]:
     """Lines of a UTF-8 (or marked UTF-16) text file, without mark and line ends; or DataError."""
     try:
         data = path.read_bytes()
         code = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
         return data.decode(code).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: expected text in UTF-8, got {_no_text(data, line)}") from error

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import pickletools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,6 +68,10 @@ def listed_pairs(path: str, images: str) -> PairSet:
 # ---- .bin: a pickle of (encoded images, flags), read without trusting it ----
 
 
+class _Refused(Exception):
+    """What a pickle holds and a verification set does not."""
+
+
 class _Array:
     """Stands for a numpy array in the pickle: its bytes and the name of their type."""
 
@@ -78,13 +83,14 @@ class _Array:
 
 
 class _Type:
-    """Stands for a numpy dtype. Its state (byte order and the like) does not matter for bytes."""
+    """Stands for a numpy dtype. Of its state only a byte order that is not ours matters."""
 
     def __init__(self, kind: Any = "", *_: Any) -> None:
         self.kind = (kind.decode() if isinstance(kind, bytes) else kind).lstrip("|")
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        if state[1] in (">", b">"):
+            self.kind = f">{self.kind}"
 
 
 def _buffer(data: Any, dtype: _Type) -> _Array:
@@ -121,9 +127,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.known:
-            raise pickle.UnpicklingError(
-                f"the pickle names {module}.{name}, which no verification set needs"
-            )
+            raise _Refused(f"the pickle names {module}.{name}, which no verification set needs")
         return self.known[module, name]
 
 
@@ -131,14 +135,14 @@ def _unpickle(data: bytes) -> Any:
     """The content, in memory that the size of ``data`` bounds."""
     for opcode, argument, _ in pickletools.genops(data):  # refuses what is longer than the data
         if opcode.name.endswith("PUT") and int(argument) > len(data):
-            raise pickle.UnpicklingError(f"place {argument} of the memo in {len(data)} bytes")
+            raise _Refused(f"place {argument} of the memo in {len(data)} bytes")
     return _Unpickler(data).load()
 
 
 def _flags(array: _Array) -> list[Any]:
-    """The values of an array of whole numbers. Raises UnpicklingError for another type."""
-    if array.kind not in ("b1", "bool", "u1", "i1", "i2", "i4", "i8", "uint8", "int64"):
-        raise pickle.UnpicklingError(f"an array of {array.kind!r} as labels")
+    """The values of an array of numbers. Raises _Refused for another type."""
+    if not re.fullmatch(r">?[iu][1248]|>?f[248]|b1|bool|uint8|int64", array.kind):
+        raise _Refused(f"the labels are an array of {array.kind!r}")
     return np.frombuffer(array.data, array.kind).tolist()
 
 
@@ -146,28 +150,37 @@ def parse_bin(data: bytes, *, where: str) -> tuple[list[bytes], np.ndarray]:
     """Encoded images (2P) and ``same`` bool ``(P,)`` of a ``.bin`` pickle; nothing in it is run.
 
     Raises:
-        DataError: it holds anything but images (bytes or uint8 arrays) and labels (bools or whole
+        DataError: it holds anything but images (bytes or uint8 arrays) and labels (bools or the
             numbers 0 and 1, a list or an array), or the counts differ.
     """
     try:
         images, flags = _unpickle(data)
         flags = _flags(flags) if isinstance(flags, _Array) else flags
-        if not isinstance(images, list) or not isinstance(flags, list):
-            raise TypeError("expected (list of images, list of bools)")
+        if not isinstance(images, list | tuple) or not isinstance(flags, list | tuple):
+            raise _Refused("expected (list of images, list of bools)")
     except Exception as error:  # a damaged pickle raises almost anything
-        kind, reason = what_is(data), f"{type(error).__name__}: {str(error)[:200]}"
-        reason = reason if kind.startswith("a pickle") else kind
-        raise DataError(f"{where}: not a verification set: {reason}") from None
+        raise DataError(f"{where}: not a verification set: {_why_not(data, error)}") from None
     kept: dict[int, bytes] = {}  # one copy of what the pickle names many times
     encoded = [_image_bytes(item, f"{where}: image {i}", kept) for i, item in enumerate(images)]
     for i, flag in enumerate(flags):
-        if not isinstance(flag, int) or flag not in (0, 1):
-            raise DataError(f"{where}: pair {i} is labelled {type(flag).__name__}, expected a bool")
+        if not isinstance(flag, int | float) or flag not in (0, 1):
+            got = flag if isinstance(flag, int | float) else type(flag).__name__
+            raise DataError(f"{where}: pair {i} is labelled {got}, expected a bool, 0 or 1")
     if not flags or len(encoded) != 2 * len(flags):
         raise DataError(
             f"{where}: {len(encoded)} images and {len(flags)} pairs, expected two images a pair"
         )
     return encoded, np.array(flags, bool)
+
+
+def _why_not(data: bytes, error: Exception) -> str:
+    """In our words why ``data`` was refused with ``error``."""
+    kind = what_is(data)
+    if not kind.startswith("a pickle"):
+        return kind
+    if isinstance(error, _Refused):
+        return str(error)
+    return "a pickle of something else, cut short or damaged"
 
 
 def _image_bytes(item: Any, where: str, kept: dict[int, bytes]) -> bytes:

@@ -175,6 +175,31 @@ def test_a_pickle_with_anything_else_is_refused_and_not_run(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [
+        (True, False),
+        [1.0, 0.0],
+        np.array([1, 0], ">i4"),
+        np.array([1, 0], np.uint16),
+        np.array([1, 0], np.float32),
+        np.array([[True], [False]]),
+    ],
+)
+def test_bin_with_labels_of_any_kind(flags: object) -> None:
+    _, same = parse_bin(pickle.dumps(((b"a", b"b", b"c", b"d"), flags)), where="x")
+    assert same.tolist() == [True, False]
+
+
+def test_what_a_bin_is_instead_is_told_in_words_of_our_own() -> None:
+    whole, told = pairs_pickle(4, "bytes"), "here: not a verification set: a pickle of something"
+    for data in (pickle.dumps({"a": 1}), whole[:-40], pickle.dumps(1)):
+        with pytest.raises(DataError, match=told):
+            parse_bin(data, where="here")
+    with pytest.raises(DataError, match="pair 1 is labelled 2, expected a bool, 0 or 1"):
+        parse_bin(pickle.dumps(([b""] * 4, np.array([1, 2]))), where="here")
+
+
+@pytest.mark.parametrize(
     "content",
     [
         [1, 2],

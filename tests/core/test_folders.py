@@ -69,7 +69,14 @@ def test_images_are_taken_by_what_the_decoder_reads(tmp_path: Path) -> None:
 
 def test_leftovers_of_other_programs_are_passed_over(tmp_path: Path) -> None:
     put(tmp_path / "ann" / "0.png", 7)
-    for name in (".ipynb_checkpoints/0-checkpoint.png", "__MACOSX/ann/0.png", ".trash/x/1.png"):
+    for name in (
+        ".ipynb_checkpoints/0-checkpoint.png",
+        "__MACOSX/ann/0.png",
+        ".trash/x/1.png",
+        "#recycle/0.png",
+        "System Volume Information/0.png",
+        "ann/@eaDir/0.png",
+    ):
         put(tmp_path / name, 9)
     for name in ("ann/._0.png", "ann/.DS_Store", "ann/Thumbs.db", "desktop.ini", "._ann"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7 no image")
@@ -249,3 +256,26 @@ def test_survface_of_any_format_and_a_deleted_probe(tmp_path: Path) -> None:
     faces = training_set(tmp_path)
     assert faces.native(1).shape == (3, 10, 8)
     assert (faces[1][0].shape, faces.labels.tolist()) == ((3, 112, 112), [0, 1])
+
+
+def test_what_is_no_text_and_names_too_long_are_told(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("a.png 0\nmüller.png 1\n".encode("latin1"))
+    wrong = {
+        str(tmp_path / "latin.txt"): "expected text in UTF-8, got other bytes in line 2",
+        str(put(tmp_path / "face.png")): "expected text in UTF-8, got a PNG picture",
+        str(tmp_path / "none.txt"): r"cannot be read \(No such file",
+    }
+    for path, told in wrong.items():
+        with pytest.raises(DataError, match=told) as error:
+            open_pairs(path)
+        assert "codec" not in str(error.value)
+    with pytest.raises(DataError, match="no such file or folder"):
+        open_faces("x" * 400)
+
+
+def test_pictures_of_phones_are_bad_images_not_foreign_files(tmp_path: Path) -> None:
+    put(tmp_path / "ann" / "0.png")
+    (tmp_path / "ann" / "1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    bad = unreadable(open_faces(str(tmp_path)))
+    assert list(bad) == [1]
+    assert "1.HEIC (image 1): cannot decode image (a HEIC picture; save it as" in bad[1]

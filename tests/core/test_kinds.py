@@ -61,6 +61,10 @@ CASES = {
     "a NumPy array": written(lambda out: np.save(out, np.zeros(2))),
     "a JPEG picture": written(lambda out: Image.new("RGB", (4, 4)).save(out, "JPEG")),
     "a PNG picture": written(lambda out: Image.new("RGB", (4, 4)).save(out, "PNG")),
+    "a HEIC picture": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "an AVIF picture": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1",
+    "a video": b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom",
+    "a JPEG XL picture": b"\0\0\0\x0cJXL \r\n\x87\n",
     "in no known format": bytes(range(128, 256)) * 9,
     "in no known format,": b"ab\x00\x01cd",
 }

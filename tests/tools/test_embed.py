@@ -139,6 +139,9 @@ def test_unreadable_images_stop_it_or_are_listed(
     error = capsys.readouterr().err
     assert "cut.jpg" in error
     assert "--keep-going" in error
+    bad = str(faces / "a" / "cut.jpg")
+    assert main(["verify", bad, bad, "--model", str(model)]) == 1
+    assert "--" not in capsys.readouterr().err  # verify leaves nothing out
     assert not (tmp_path / "e.npz").exists()
     assert main([*line, "--keep-going"]) == 1
     assert "left out a/cut.jpg" in capsys.readouterr().err

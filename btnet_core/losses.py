@@ -158,8 +158,7 @@ class CurricularFace(ArcFace):
     def negatives(self, cosine: Tensor, target: Tensor) -> Tensor:
         m = cosine.new_tensor(self.margin)
         threshold = _extended(lambda inner: _add_angle(inner, m), target)[:, None]
-        t = self.t.to(cosine.dtype, copy=True)  # the buffer moves before backward
-        return torch.where(cosine > threshold, cosine * (t + cosine), cosine)
+        return torch.where(cosine > threshold, cosine * (self.t + cosine), cosine)
 
 
 class AdaFace(Margin):
@@ -249,7 +248,7 @@ class Circle(nn.Module):
 
 def _similarities(z: Tensor) -> Tensor:
     """Cosines of all pairs ``(B, B)``."""
-    unit = F.normalize(at_least_float32(z), dim=1)
+    unit = F.normalize(at_least_float32(z))
     return unit @ unit.T
 
 
@@ -275,9 +274,9 @@ class Center(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         z = at_least_float32(z)
-        difference = z - self.centres.to(z.dtype, copy=True)[labels]
+        difference = z - self.centres[labels]
         if self.training:
-            counts = torch.bincount(labels, minlength=len(self.centres)).to(self.centres.dtype)
+            counts = torch.bincount(labels)
             step = difference.detach().to(self.centres.dtype) / (1 + counts)[labels, None]
             self.centres.index_add_(0, labels, step, alpha=self.alpha)
         return difference.square().sum(1).mean() / 2

@@ -40,7 +40,7 @@ def cosines(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, 
     labels = torch.randint(0, C, (B,), generator=generator)
     angles = torch.linspace(0.1, math.pi - 0.1, B, dtype=torch.float64)
     cosine[torch.arange(B), labels] = angles.cos()
-    norms = torch.tensor([1e-4, 5.0, 19.0, 21.0, 40.0, 80.0, 99.0, 500.0], dtype=torch.float64)
+    norms = torch.tensor([500.0, 5.0, 19.0, 21.0, 40.0, 80.0, 99.0, 1e-4], dtype=torch.float64)
     return cosine.to(dtype), labels, norms.to(dtype)
 
 
@@ -110,8 +110,8 @@ def test_margin_values_and_gradients(name: str, m: float) -> None:
     if name == "curricularface":
         margin.t.fill_(0.3)
     if name == "adaface":
-        margin.mean.fill_(30.0), margin.std.fill_(12.0)
-        state = {"mean": 30.0, "std": 12.0}
+        margin.mean.fill_(30.0), margin.std.fill_(8.0)
+        state = {"mean": 30.0, "std": 8.0}
     targets = cosine[torch.arange(B), labels].tolist()
 
     def by_hand(values: list[list[float]]) -> list[list[float]]:
@@ -137,10 +137,13 @@ def test_the_cases_reach_every_part_of_the_equations() -> None:
     hard[torch.arange(B), labels] = False
     assert hard.any()
     assert not hard.all()
-    q = 0.333 * (norms.clamp(1e-3, 100) - 30) / 12.001
-    assert (q < 0).any()
+    q = 0.333 * (norms.clamp(1e-3, 100) - 30) / 8.001
+    assert (q < -1).any()
     assert (q > 1).any()
     assert ((q > 0) & (q < 1)).any()
+    angle = target.acos() - 0.4 * q.clamp(-1, 1)
+    assert (angle < 0).any()
+    assert (angle > math.pi).any()
 
 
 @pytest.mark.parametrize("name", list(MARGINS))
@@ -246,6 +249,19 @@ def test_adaface_statistics_move_before_they_are_used_and_in_training_only() -> 
     assert {"mean", "std"} <= margin.state_dict().keys()
 
 
+def test_adaface_statistics_of_few_and_of_tiny_norms() -> None:
+    """One face has no deviation and moves nothing; norms are cut to 0.001 at least."""
+    for norms in ([7.0], [7.0, 9.0], [0.0, 0.0]):
+        margin, several = AdaFace(), len(norms) > 1
+        margin.mean.fill_(0.0), margin.std.fill_(0.0)
+        cosine, column = torch.zeros(len(norms), 2), torch.zeros(len(norms), dtype=torch.int64)
+        margin(cosine, column, norms=torch.tensor(norms))
+        mean = max(1e-3, sum(norms) / len(norms)) if several else 0.0
+        assert margin.mean.item() == pytest.approx(0.01 * mean)
+        deviation = math.sqrt(2) if norms == [7.0, 9.0] else 0.0
+        assert margin.std.item() == pytest.approx(0.01 * deviation)
+
+
 def test_adaface_quality_is_a_constant() -> None:
     cosine, labels, norms = cosines()
     norms.requires_grad_()
@@ -254,7 +270,7 @@ def test_adaface_quality_is_a_constant() -> None:
     margin(cosine, labels, norms=norms).sum().backward()
     assert norms.grad is None
     assert not margin.mean.requires_grad
-    with pytest.raises(ConfigError, match="norms"):
+    with pytest.raises(ConfigError, match="AdaFace needs the norms"):
         margin(cosine, labels)
 
 
@@ -274,22 +290,20 @@ def test_shards_equal_the_whole(name: str, training: bool) -> None:
 
 def test_a_shard_needs_the_targets_of_the_others() -> None:
     cosine, labels, _ = cosines()
-    with pytest.raises(ConfigError, match="target"):
+    with pytest.raises(ConfigError, match="^target: needed"):
         ArcFace()(cosine[:, :3], torch.where(labels < 3, labels, -1))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: ArcFace(margin=-1),
-        lambda: ArcFace(margin=math.nan),
-        lambda: CosFace(s=0),
-        lambda: CosFace(s=math.inf),
-        lambda: build_margin("nosuchface"),
-    ],
-)
-def test_bad_arguments(make: Callable[[], object]) -> None:
-    with pytest.raises(ConfigError, match="got"):
+@pytest.mark.parametrize(("make", "told"), [
+    (lambda: ArcFace(margin=-1), "ArcFace: got margin -1, s None; expected m >= 0, s > 0"),
+    (lambda: ArcFace(margin=math.nan), "ArcFace: got margin nan"),
+    (lambda: ArcFace(margin=math.inf), "ArcFace: got margin inf"),
+    (lambda: CosFace(s=0), "CosFace: got margin None, s 0"),
+    (lambda: CosFace(s=math.inf), "CosFace: got margin None, s inf"),
+    (lambda: build_margin("nosuchface"), "got 'nosuchface', expected one of normface, sphereface,"),
+])  # fmt: skip
+def test_bad_arguments(make: Callable[[], object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
         make()
 
 
@@ -366,9 +380,10 @@ def test_circle_defaults_and_large_gamma() -> None:
 
 
 @pytest.mark.parametrize("loss", [Triplet(), Circle()])
-def test_a_batch_without_anchors_costs_nothing(loss: Callable) -> None:
+@pytest.mark.parametrize("labels", [[0, 1, 2], [0, 0, 0]])
+def test_a_batch_without_anchors_costs_nothing(loss: Callable, labels: list[int]) -> None:
     z = torch.randn(3, 4, requires_grad=True)
-    value = loss(z, torch.tensor([0, 1, 2]))
+    value = loss(z, torch.tensor(labels))
     value.backward()
     assert value.item() == 0
     assert z.grad.abs().sum() == 0
@@ -403,6 +418,13 @@ def test_center_values_gradients_and_how_centres_move() -> None:
     assert "centres" in center.state_dict()
 
 
+def test_centres_of_float32_take_embeddings_of_float64() -> None:
+    z, labels = embeddings()
+    single, double = Center(5, 4), Center(5, 4).double()
+    assert single(z, labels).item() == pytest.approx(double(z, labels).item(), rel=1e-12)
+    torch.testing.assert_close(single.centres, double.centres.float())
+
+
 # ---- distillation ----
 
 
@@ -431,6 +453,7 @@ def branch_by_hand(a: list, b: list, kind: str) -> float:
 def test_branch_loss_values_and_gradients(kind: str) -> None:
     z_r, z_s = maps()
     loss = branch_loss(z_r, z_s, kind)
+    assert kind != "mean" or torch.equal(loss, branch_loss(z_r, z_s)), "the default"
     assert loss.item() == pytest.approx(branch_by_hand(z_r.tolist(), z_s.tolist(), kind), rel=1e-9)
     loss.backward()
     assert z_s.grad is None, "the teacher's map learns"

@@ -39,6 +39,11 @@ STEP = {
 BRANCH = {**STEP, "influence_weight": 0.6, "branch_weight": 0.3, "embedding_weight": 0.2}
 
 
+@pytest.fixture
+def trunk(untrained: Path) -> Path:
+    return untrained
+
+
 def files(trunk: Path) -> tuple[str, str]:
     return str(trunk / "trunk.safetensors"), str(trunk / "classifier.safetensors")
 

@@ -25,6 +25,11 @@ FACES = {"kind": "synthetic", "identities": 6, "images": 6, "seed": 0}
 QUICK = {"batch": 12, "epochs": 2, "warmup_epochs": 0.0, "lr": 2.0, "precision": "fp32"}
 
 
+@pytest.fixture
+def trunk(untrained: Path) -> Path:
+    return untrained
+
+
 def branch(trunk: Path, r: int = 14, **changes) -> TrainConfig:
     files = str(trunk / "trunk.safetensors"), str(trunk / "classifier.safetensors")
     return methods.phi_bt(FACES, r, *files, **{**QUICK, **changes})

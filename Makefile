@@ -3,6 +3,8 @@
 # make lab         JupyterLab on the notebooks
 # make figures     the figures and tables in figures/, from what make reproduce recorded
 # make lint        style and types
+# make mutants     faults planted one at a time in losses, training and evaluation: which do the tests notice?
+#                  About an hour; see docs/mutants.md
 # Each prepares $(VENV) first: minutes and gigabytes the first time, about a second afterwards.
 
 VENV ?= .venv
@@ -17,7 +19,7 @@ RUN := $(VENV)/bin/python
 # Named after the folder, since an environment does not survive being moved.
 STAMP := $(VENV)/.ready-$(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 
-.PHONY: reproduce test lab figures lint setup clean
+.PHONY: reproduce test lab figures lint mutants setup clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
@@ -36,6 +38,10 @@ lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+mutants: $(STAMP)
+	-OMP_NUM_THREADS=1 $(RUN) -m mutmut run $(ARGS)
+	$(RUN) scripts/mutants.py
 
 setup: $(STAMP)
 

@@ -290,7 +290,7 @@ def test_shards_equal_the_whole(name: str, training: bool) -> None:
 
 def test_a_shard_needs_the_targets_of_the_others() -> None:
     cosine, labels, _ = cosines()
-    with pytest.raises(ConfigError, match="^target: needed"):
+    with pytest.raises(ConfigError, match=r"^target: needed"):
         ArcFace()(cosine[:, :3], torch.where(labels < 3, labels, -1))
 
 

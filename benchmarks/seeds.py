@@ -27,7 +27,7 @@ from btnet_core.images import Resize
 from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.loop import train
 from btnet_paper import plans, results
-from btnet_paper.beyond import fitted_lengths
+from btnet_paper.beyond import fitted_lengths, with_lengths
 from btnet_paper.plans import load_methods
 from btnet_paper.records import FITTED
 from btnet_paper.scales import Scale, get_scale
@@ -117,7 +117,7 @@ def table2(
     lengths = fitted_lengths(found["phi_bt"], open_faces(scale.faces), resolutions)
     options["resolutions"] = (*sorted(resolutions), 112)
     reports = evaluate_strategies(embed, **options)
-    fitted = evaluate_strategies(embed, **options, lengths=lengths)
+    fitted = evaluate_strategies(with_lengths(embed, lengths), **options)
     reports |= {f"{name}{FITTED}": report for name, report in fitted.items()}
     for name in ("phi_hr", "phi_mr"):
         up = native_embedder(found[name], test.images.__getitem__, upsample=True, **place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,3 +57,8 @@ def _spread(faces: Any, count: int) -> SimpleNamespace:
         num_images=len(chosen),
         checksum=f"{faces.checksum} {len(chosen)}",
     )
+
+
+def with_lengths(embed: Embedder, lengths: Mapping[int, float]) -> Embedder:
+    """Returns ``embed(faces, r)`` times ``lengths[r]``; for one of ``native_embedder``, too."""
+    return lambda faces, r: lengths[r] * embed(faces, r)

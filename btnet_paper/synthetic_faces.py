@@ -555,15 +555,15 @@ class SyntheticFaces(FaceSet):
     def native(self, index: int) -> Tensor:
         return self.images([index])[0]
 
-    def images(self, indices: Iterable[int], out: Tensor | None = None) -> Tensor:
-        """uint8 RGB (n, 3, 112, 112) of the images at ``indices``; into ``out`` if given."""
+    def images(self, indices: Iterable[int]) -> Tensor:
+        """uint8 RGB (n, 3, 112, 112) of the images at ``indices``."""
         index = torch.as_tensor(list(indices), dtype=torch.int64)
         if self._pixels is None:
             self._pixels = self._drawn_before()
         for block in torch.unique(index // BLOCK).tolist():
             if not self._done[block]:
                 self._draw_block(block, self._pixels)
-        return self._pixels[index] if out is None else out.copy_(self._pixels[index])
+        return self._pixels[index]
 
     def _draw_block(self, block: int, pixels: Tensor) -> None:
         """Draw BLOCK images into ``pixels``; after the last of a large set, write the cache."""

@@ -44,20 +44,12 @@ def in_parallel(do: Callable[[int], Any], count: int) -> list[Any]:
     return [result for block in blocks for result in block]
 
 
-def decode_into(
-    read: Callable[[int], Tensor],
-    indices: Iterable[int],
-    size: tuple[int, int],
-    out: Tensor | None = None,
+def decode_each(
+    read: Callable[[int], Tensor], indices: Iterable[int], size: tuple[int, int]
 ) -> Tensor:
-    """uint8 ``(n, 3, *size)`` of ``read(i)`` for each index, by several threads; into ``out``."""
+    """uint8 ``(n, 3, *size)`` of ``read(i)`` for each index, by several threads."""
     wanted = [int(i) for i in indices]
-    result = torch.empty(len(wanted), 3, *size, dtype=torch.uint8) if out is None else out
-    if tuple(result.shape) != (len(wanted), 3, *size) or result.dtype != torch.uint8:
-        raise ConfigError(
-            f"out: got {tuple(result.shape)} {result.dtype}, "
-            f"expected {(len(wanted), 3, *size)} uint8"
-        )
+    result = torch.empty(len(wanted), 3, *size, dtype=torch.uint8)
     pixels_of = result.numpy()  # a shared view: torch calls from many threads contend
 
     def place(k: int) -> None:
@@ -98,9 +90,9 @@ class FaceSet(Dataset, ABC):
         """Image ``index`` as uint8 ``(3, 112, 112)``."""
         return at_size(self.native(index), (self.size, self.size))
 
-    def images(self, indices: Iterable[int], out: Tensor | None = None) -> Tensor:
-        """uint8 ``(n, 3, 112, 112)``, decoded by several threads; into ``out`` if given."""
-        return decode_into(self.image, indices, (self.size, self.size), out)
+    def images(self, indices: Iterable[int]) -> Tensor:
+        """uint8 ``(n, 3, 112, 112)``, decoded by several threads."""
+        return decode_each(self.image, indices, (self.size, self.size))
 
     def where(self, index: int) -> str:
         """What to call image ``index`` in messages."""
@@ -174,9 +166,9 @@ class Part(FaceSet):
     def check(self, index: int) -> None:
         self.faces.check(int(self.indices[index]))
 
-    def images(self, indices: Iterable[int], out: Tensor | None = None) -> Tensor:
+    def images(self, indices: Iterable[int]) -> Tensor:
         rows = torch.as_tensor(list(indices), dtype=torch.int64)
-        return self.faces.images(self.indices[rows].tolist(), out)
+        return self.faces.images(self.indices[rows].tolist())
 
     def where(self, index: int) -> str:
         return self.faces.where(int(self.indices[index]))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btnet_core import images as pixels
-from btnet_core.data.faces import decode_into
+from btnet_core.data.faces import decode_each
 from btnet_core.data.folders import read_lines
 from btnet_core.data.survface import stand_in_note
 from btnet_core.errors import DataError
@@ -175,7 +175,7 @@ def read_templates(root: str | Path) -> TemplateSet:
     return TemplateSet(
         name=stand_in_note(root) or "IJB-C",
         checksum=checksum([media_path, points_path, pairs_path, *lists.values(), *crops]),
-        images=lambda indices: decode_into(read, indices, (112, 112)),
+        images=lambda indices: decode_each(read, indices, (112, 112)),
         template=template,
         media=media,
         score=score,

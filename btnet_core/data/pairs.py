@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from btnet_core import images as pixels
-from btnet_core.data.faces import FaceSet, at_size, decode_into, open_faces
+from btnet_core.data.faces import FaceSet, at_size, decode_each, open_faces
 from btnet_core.data.folders import entries, is_image, read_lines
 from btnet_core.data.sources import Spec, open_kind, parse_spec
 from btnet_core.errors import ConfigError, DataError
@@ -224,7 +224,7 @@ def _pair_set(
         return at_size(pixels.decode(unique[i], where=where[i]), (height, width))
 
     def images(indices: Iterable[int]) -> Tensor:
-        return decode_into(read, indices, (height, width))
+        return decode_each(read, indices, (height, width))
 
     return PairSet(
         name=name,

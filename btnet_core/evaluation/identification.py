@@ -9,7 +9,7 @@ smallest t whose FPIR does not exceed the target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -21,12 +21,7 @@ from torch.nn import functional as F
 
 from btnet_core.device import resolve_device
 from btnet_core.errors import DataError
-from btnet_core.evaluation.verification import (
-    CANONICAL,
-    Embedder,
-    check_resolutions,
-    strictest_needed,
-)
+from btnet_core.evaluation.verification import CANONICAL, Embedder, strictest_needed
 from btnet_core.images import Resize, resize
 from btnet_core.models.btnet import select_branch
 
@@ -241,25 +236,20 @@ def evaluate_strategies(
     *,
     strategies: Sequence[tuple[str, str]] = STRATEGIES,
     resolutions: Sequence[int] = (7, 14, 28, 112),
-    lengths: Mapping[int, float] | None = None,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Table 2's lower half: {"max+ceil": ``identify`` (which takes ``options``), branches, scale}.
 
     ``sizes`` (N, 2) native (width, height), ``labels`` (N,) with -1 for unmated probes,
     ``in_gallery`` (N,) bool. Each image is embedded once at each resolution that some strategy
-    sends it to, and its embedding multiplied by ``lengths[r]``, where given
-    (``btnet_paper.beyond.fitted_lengths``). ``branches``: % of the images per branch; ``scale``: mean
-    factors by which width and height are resized (paper-and-code: no up-sampling).
+    sends it to. ``branches``: % of the images per branch; ``scale``: mean factors by which width
+    and height are resized (paper-and-code: no up-sampling).
     """
     (w, h), labels = np.asarray(sizes).T, np.asarray(labels)
     enrolled, chosen = np.asarray(in_gallery, bool), _choices(w, h, strategies, resolutions)
     every = np.stack(list(chosen.values()))
     sent = {r: np.flatnonzero((every == r).any(0)) for r in np.unique(every).tolist()}
     features = {r: embed(indices, r) for r, indices in sent.items()}
-    if lengths is not None:
-        check_resolutions("lengths", lengths, features)
-        features = {r: lengths[r] * z for r, z in features.items()}
     results = {}
     for name, row in chosen.items():
         z = _gather(row, sent, features)

@@ -25,7 +25,6 @@ from btnet_core.evaluation.verification import (
     TABLE1_SETTINGS,
     Embedder,
     OperatingPoint,
-    check_resolutions,
     embed_images,
     tar_at_far,
 )
@@ -159,18 +158,13 @@ def evaluate_templates(
     settings: Sequence[tuple[int, int]] = TABLE1_SETTINGS,
     *,
     normalised: bool = False,
-    lengths: Mapping[int, float] | None = None,
     how: Resize | None = None,
     **protocol: Any,
 ) -> dict[str, dict[str, Any]]:
     """Tables 5-8: {"112&7": what ``score_templates`` returns, …}; ``protocol`` are its options.
 
-    ``normalised``: unit f_r1 and f_r2 before they are added. ``lengths``: factors of the
-    resolutions (``btnet_paper.beyond.fitted_lengths``); each result then has "fitted", the same with
-    lengths[r1] f_r1 + lengths[r2] f_r2.
+    ``normalised``: unit f_r1 and f_r2 before they are added.
     """
-    if lengths is not None:
-        check_resolutions("lengths", lengths, {r for setting in settings for r in setting})
 
     def embed(r: int, flip: bool) -> Tensor:
         images = (lambda indices: data.images(indices).flip(-1)) if flip else data.images
@@ -182,16 +176,10 @@ def evaluate_templates(
     for place, (r1, r2) in enumerate(order):
         needed = {(r1, False), (r2, True)} - kept.keys()
         kept |= {key: embed(*key) for key in needed}
-        one, two = kept[r1, False], kept[r2, True]
+        features = kept[r1, False] + kept[r2, True]
         later = {key for a, b in order[place + 1 :] for key in ((a, False), (b, True))}
         kept = {key: z for key, z in kept.items() if key in later}  # IJB-C: 1 GB each
-        result = score_templates(one + two, data, **protocol)
-        if lengths is not None and r1 == r2:  # a common factor changes no cosine
-            result["fitted"] = dict(result)
-        elif lengths is not None:
-            fitted = torch.add(one * lengths[r1], two, alpha=lengths[r2])
-            result["fitted"] = score_templates(fitted, data, **protocol)
-        results[f"{r1}&{r2}"] = result
+        results[f"{r1}&{r2}"] = score_templates(features, data, **protocol)
     return {f"{r1}&{r2}": results[f"{r1}&{r2}"] for r1, r2 in settings}
 
 

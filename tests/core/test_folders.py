@@ -225,19 +225,6 @@ def test_every_bad_image_is_found_and_left_out(tmp_path: Path) -> None:
         open_faces({**spec, "images": [0, 1, 2, 3, 4]})
 
 
-def test_images_are_decoded_into_place(tmp_path: Path) -> None:
-    for k in range(40):
-        put(tmp_path / "p" / f"{k:02d}.png", 5 * k)
-    faces = open_faces(str(tmp_path))
-    out = torch.full((50, 3, 112, 112), 7, dtype=torch.uint8)
-    assert faces.images(range(40), out=out[5:45]).data_ptr() == out[5:45].data_ptr()
-    assert out[:, 0, 0, 0].tolist() == [7] * 5 + [5 * k for k in range(40)] + [7] * 5
-    with pytest.raises(ConfigError, match=r"out: got \(50, 3, 112, 112\).*expected \(2, 3, 112"):
-        faces.images([0, 1], out=out)
-    some = open_faces({"kind": "without", "faces": str(tmp_path), "images": [0]})
-    assert some.images([3, 0], out=out[:2])[:, 0, 0, 0].tolist() == [20, 5]
-
-
 def test_survface_of_any_format_and_a_deleted_probe(tmp_path: Path) -> None:
     small = torch.full((3, 10, 8), 3, dtype=torch.uint8)
     write_survface(tmp_path, [(1, small)], [(1, small)], [(0, small)])

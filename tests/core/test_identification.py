@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
-from btnet_core.errors import ConfigError, DataError
+from btnet_core.errors import DataError
 from btnet_core.evaluation import identification as idn
 from btnet_core.models.btnet import select_branch
 
@@ -214,21 +214,6 @@ def test_strategies_embed_each_image_once_and_match_one_by_one() -> None:
         }
         assert report["scale"][0] == pytest.approx(np.mean(np.array(r) / sizes[:, 0]))
     assert len({report["auc"] for report in reports.values()}) > 5
-
-    lengths = {7: 0.2, 14: 0.5, 28: 0.8, 112: 1.0}
-    scaled = idn.evaluate_strategies(
-        embed, sizes, labels, in_gallery, fpir=(0.3,), rank=5, lengths=lengths
-    )
-    by_hand = idn.evaluate_strategies(
-        lambda i, r: lengths[r] * embed(i, r), sizes, labels, in_gallery, fpir=(0.3,), rank=5
-    )
-    assert scaled == by_hand != reports
-    with pytest.raises(
-        ConfigError, match=r"lengths: has resolutions \[7, 14, 28\], needs \[112\], too"
-    ):
-        idn.evaluate_strategies(
-            embed, sizes, labels, in_gallery, lengths={7: 0.2, 14: 0.5, 28: 0.8}
-        )
 
 
 @pytest.mark.parametrize(("upsample", "rows"), [(False, 14), (True, 112)])

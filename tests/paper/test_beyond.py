@@ -90,3 +90,8 @@ def test_fitted_lengths_are_the_least_squares_factors() -> None:
     (best,) = np.linalg.lstsq(z[:, None].numpy(), wanted.numpy(), rcond=None)[0]
     assert factors[7] == pytest.approx(best)
     assert abs(best - 1) > 1e-2
+
+
+def test_lengths_multiply_each_resolutions_embeddings() -> None:
+    longer = beyond.with_lengths(lambda faces, r: faces * r, {7: 0.5, 14: 2.0})
+    assert [longer(torch.ones(1), r).item() for r in (7, 14)] == [3.5, 28.0]

@@ -158,10 +158,6 @@ def reproduce(
     from btnet_paper import needs, runner, scales
     from btnet_paper import report as page
 
-    for variant in ("quick", "authors"):  # of the scale, where it has such a page
-        if f"{scale}-{variant}" in SCALES and parameters.get(variant, "").lower() == "true":
-            parameters.pop(variant)
-            scale += f"-{variant}"
     headline = HEADLINE if scale.startswith("lfw-") else ""
     chosen = [entry for entry in (only or headline).split(",") if entry]
     if check:
@@ -288,9 +284,6 @@ def numbers(context: click.Context, parameter: click.Parameter, given: str) -> t
         raise click.BadParameter(f"expected numbers as in 28,14,7, got {given!r}") from None
 
 
-more_numbers = click.argument("more", nargs=-1, type=int, metavar="")  # "--resolutions 28 14 7"
-
-
 @command(
     "btnet adapt --trunk backbone.pth --faces my_faces/ --resolutions 28,14,7 --out my_btnet/",
     resumes=True,
@@ -306,7 +299,7 @@ more_numbers = click.argument("more", nargs=-1, type=int, metavar="")  # "--reso
     "--hold-out", "percent", default=10, metavar="PERCENT", help="Of the people, to compare on."
 )
 @assignments("--set", "changes", help="A field of the recipe, e.g. epochs=4; repeatable.")
-@more_numbers
+@click.argument("more", nargs=-1, type=int, metavar="")  # "--resolutions 28 14 7"
 @skip_option
 @fresh_option
 @adapter_option
@@ -377,19 +370,15 @@ def evaluate(pairs: tuple[str, ...], baseline: bool, **model: Any) -> None:
 
 @command("btnet export --model my_btnet --format onnx --out exported/")
 @option("--format", "kind", required=True, type=click.Choice(("onnx", "pt2")), help="Of the file.")
-@option(
-    "--resolution", default="", callback=numbers, metavar="R,R", help="Only these, a file each."
-)
-@option("--out", required=True, metavar="DIR", help="Receives btnet.onnx, or btnet_14.onnx, …")
+@option("--out", required=True, metavar="DIR", help="Receives btnet.onnx, or btnet_14.pt2, …")
 @option("--model", required=True, metavar="DIR", help="Folder of a BTNet.")
 @adapter_option
-@more_numbers
-def export(kind: str, out: str, model: str, adapter: str | None, **given: Any) -> None:
+def export(kind: str, out: str, model: str, adapter: str | None) -> None:
     """Write a model for other programs: pixels in, embedding of unit length and its norm out."""
     from btnet_tools.export import export
 
     net = open_model(model, adapter, "cpu", None, None)
-    for path in export(net, kind, out, given["resolution"] + given["more"]):
+    for path in export(net, kind, out):
         click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -45,15 +45,11 @@ class PixelRoute(nn.Module):
         return nn.functional.normalize(z), torch.linalg.vector_norm(z, dim=1)
 
 
-def export(
-    btnet: BTNet, kind: str, folder: Path | str, resolutions: Sequence[int] = ()
-) -> list[Path]:
-    """Write ``folder/btnet_<r>.onnx`` (``.pt2``) for each of ``resolutions``; without any, of all.
-
-    ``kind`` "onnx" without ``resolutions`` writes all routes into ``folder/btnet.onnx``.
+def export(btnet: BTNet, kind: str, folder: Path | str) -> list[Path]:
+    """Write ``folder/btnet.onnx`` with all routes, or ``folder/btnet_<r>.pt2`` for each.
 
     Raises:
-        ConfigError: an unknown kind or resolution, or a package that ONNX needs is missing.
+        ConfigError: an unknown kind, or a package that ONNX needs is missing.
         WriteError: ``folder`` cannot be written.
     """
     if kind not in ("onnx", "pt2"):
@@ -62,15 +58,14 @@ def export(
         raise ConfigError(
             "--format onnx needs onnx and onnxscript: pip install 'btnet-core[tools]'"
         )
-    btnet, folder, content = btnet.cpu().eval(), Path(folder), {}
+    btnet, folder = btnet.cpu().eval(), Path(folder)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing
-        programs = {r: program(PixelRoute(btnet, r)) for r in resolutions or btnet.resolutions}
-        for r, one in programs.items() if resolutions or kind == "pt2" else ():
-            content[f"btnet_{r}.{kind}"] = onnx_route(one) if kind == "onnx" else one
-        if not content:
-            routes = {r: onnx_route(one, fuse=False) for r, one in programs.items()}
-            content["btnet.onnx"] = onnx_switch(routes)
+        programs = {r: program(PixelRoute(btnet, r)) for r in btnet.resolutions}
+        content: dict[str, Any] = {f"btnet_{r}.pt2": one for r, one in programs.items()}
+        if kind == "onnx":
+            routes = {r: onnx_route(one) for r, one in programs.items()}
+            content = {"btnet.onnx": onnx_switch(routes)}
     for name, model in content.items():
         write_atomically(folder / name, serialised(model))
     return [folder / name for name in content]
@@ -92,13 +87,12 @@ def program(route: PixelRoute) -> torch.export.ExportedProgram:
     return torch.export.export(route, (faces,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def onnx_route(one: torch.export.ExportedProgram, fuse: bool = True) -> Any:
-    """One route; unless ``fuse``, batch norms stay apart from shared convolutions."""
+def onnx_route(one: torch.export.ExportedProgram) -> Any:
+    """One route; its batch norms stay apart from convolutions, which routes share."""
     names: dict[str, Any] = {"input_names": ["pixels"], "output_names": OUTPUTS}
-    made: Any = torch.onnx.export(one, dynamo=True, optimize=fuse, verbose=False, **names)
-    if not fuse:
-        optimizer.fold_constants(made.model)
-        optimizer.remove_unused_nodes(made.model)
+    made: Any = torch.onnx.export(one, dynamo=True, optimize=False, verbose=False, **names)
+    optimizer.fold_constants(made.model)
+    optimizer.remove_unused_nodes(made.model)
     return made.model_proto
 
 

@@ -60,7 +60,7 @@ def test_python_dash_m() -> None:
         ("reproduce --only 77", 1, "77"),
         ("reproduce --scale huge", 2, "btnet reproduce: Invalid value for '--scale': 'huge'"),
         ("reproduce -p seed", 2, "expected NAME=VALUE, got 'seed'"),
-        ("export --model . --out . --format onnx --resolution a", 2, "got 'a'"),
+        ("adapt --trunk . --faces . --out . --resolutions a", 2, "got 'a'"),
         ("train", 2, "Missing option '--config'"),
         ("fly", 2, "No such command 'fly'"),
         ("", 2, "Missing command"),
@@ -130,14 +130,14 @@ def test_the_scales_offered_are_those_there_are() -> None:
     assert set(cli.SCALES) == set(scales.pages())
 
 
-def test_quick_is_a_scale_of_its_own_with_the_headline_notebooks(
+def test_a_variant_of_lfw_runs_the_headline_notebooks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen = []
     monkeypatch.setattr(
         runner, "reproduce", lambda scale, *, only, **options: seen.append((scale, only))
     )
-    for arguments in ("lfw", "lfw -p quick=true", "lfw -p quick=true --only 07", "lfw-mr"):
+    for arguments in ("lfw", "lfw-quick", "lfw-quick --only 07", "lfw-mr"):
         main(["reproduce", "--scale", *arguments.split()])
     headline = ["03", "04", "05"]
     assert seen == [

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from btnet_core.errors import DataError
 from btnet_core.evaluation import identification as idn
+from btnet_core.images import Resize, resize
 from btnet_core.models.btnet import select_branch
 
 
@@ -113,6 +114,10 @@ def test_authors_grid() -> None:
     for key in ("tpir", "fpir", "thresholds"):
         assert whole[key] == pytest.approx(again[key], rel=1e-4), key
     assert whole["auc"] == pytest.approx(again["auc"])
+    plain = idn.identify(gallery, np.arange(30) + 100, probes, labels, rank=2)
+    searched = idn.search(probes, gallery, mates)
+    assert searched.lowest == np.inf
+    assert plain == {**idn.open_set(searched, rank=2), "auc": pytest.approx(plain["auc"])}
     report = idn.open_set(found, (0.3, 0.1), authors=True)
     for target in (0.3, 0.1):
         assert report["tpir"][str(target)] == pytest.approx(
@@ -212,7 +217,8 @@ def test_strategies_embed_each_image_once_and_match_one_by_one() -> None:
         assert report["branches"] == {
             str(k): pytest.approx(100 * r.count(k) / 90) for k in (7, 14, 28, 112)
         }
-        assert report["scale"][0] == pytest.approx(np.mean(np.array(r) / sizes[:, 0]))
+        for side in (0, 1):
+            assert report["scale"][side] == pytest.approx(np.mean(np.array(r) / sizes[:, side]))
     assert len({report["auc"] for report in reports.values()}) > 5
 
 
@@ -229,6 +235,8 @@ def test_native_embedder_resizes_once(upsample: bool, rows: int) -> None:
     assert embed(np.array([4, 0, 2]), 14)[:, 0].tolist() == [40.0, 0.0, 20.0]
     assert seen == [((2, 3, rows, rows), rows), ((1, 3, rows, rows), rows)]
 
+    assert embed(np.array([4, 0, 2]), 14)[:, 0].tolist() == [40.0, 0.0, 20.0]
+    assert len(seen) == 4, "nothing is kept unless it is asked for"
     del seen[:]
     cut = {"crop": lambda pixels: pixels[..., 1:-1] + 3, "size": (112, 96)}
     embed = idn.native_embedder(embedder, images.__getitem__, upsample=upsample, **cut)
@@ -242,3 +250,40 @@ def test_native_embedder_resizes_once(upsample: bool, rows: int) -> None:
     assert torch.equal(once(np.array([4, 0, 2]), 14), first)
     assert len(seen) == calls
     assert once(np.array([0, 4, 2]), 14)[:, 0].tolist() == [0.0, 40.0, 20.0]
+
+
+def test_native_faces_of_many_batches_by_the_given_kernel() -> None:
+    faces = torch.randint(0, 256, (7, 3, 9, 9), generator=torch.Generator().manual_seed(0))
+    seen: list[int] = []
+
+    def embedder(pixels: torch.Tensor, r: int) -> torch.Tensor:
+        seen.append(len(pixels))
+        return pixels.flatten(1)
+
+    how = Resize(kernel="nearest")
+    embed = idn.native_embedder(embedder, faces.byte().__getitem__, how=how, batch_size=2)
+    assert torch.equal(embed(np.arange(7), 5), resize(faces, 5, how).flatten(1))
+    assert seen == [2, 2, 2, 1]
+
+
+def test_who_is_in_the_gallery_may_be_told_by_numbers() -> None:
+    """0 and 1 as a file has them, not indices."""
+    z, options = torch.eye(4), {"fpir": (0.5,), "strategies": [("max", "ceil")]}
+    by = [
+        idn.evaluate_strategies(lambda rows, r: z[torch.from_numpy(rows)], [(28, 28)] * 4,
+                                [5, 6, 5, -1], told, **options)
+        for told in ([1, 1, 0, 0], [True, True, False, False])
+    ]  # fmt: skip
+    assert by[0] == by[1]
+
+
+def test_the_authors_grid_begins_at_the_lowest_score() -> None:
+    """Of an unmated probe where that is lower than any mated probe's N-th best."""
+    found = idn.Search(
+        mate=np.array([0.9, 0.1]), rank=np.array([1, 1]), unmated=np.array([-0.5, 0.2, 0.5]),
+        lowest=0.0,
+    )  # fmt: skip
+    grid = np.linspace(-0.5, 0.5, 1000)
+    assert idn.open_set(found, (1.0, 0.0), authors=True)["thresholds"]["0.0"] == 0.5
+    least = idn.open_set(found, (0.6,), authors=True)["thresholds"]["0.6"]
+    assert least == grid[0]  # all points down to -0.5 have FPIR 2/3, the first of them is taken

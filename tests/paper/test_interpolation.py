@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -220,7 +221,43 @@ def test_knee_of_a_hyperbola_is_the_geometric_mean_of_the_range():
     assert knee(r, bent) == 40
 
 
+def test_each_curve_is_of_the_given_kernel(blobs):
+    for how in (Resize(antialias=False), Resize()):
+        small, curves = resize(blobs, 12, how), error_curves(blobs, [12], how)
+        torch.testing.assert_close(curves["paper"][0], paper_bound(small).mean((1, 2, 3)))
+        shown = error_map(blobs, 12, how)
+        expected = (degrade(blobs, 12, how) - blobs).abs()
+        torch.testing.assert_close(shown, expected.sum(1) / 3)
+
+
+def test_a_bound_of_0_holds_where_there_is_no_error():
+    curves = error_curves(torch.full((1, 3, 16, 16), 40.0), [4])  # the smallest there is
+    assert (curves["paper_holds"].item(), curves["complete_holds"].item()) == (1, 1)
+
+
+def test_knee_of_three_points():
+    assert knee([7, 14, 28], [4, 1, 0]) == 14
+
+
+@pytest.mark.parametrize(("resolutions", "values"), [
+    ([7, 14], [2, 1]), ([7, 14, 28], [2, 1]), ([[7, 14], [28, 56]], [[4, 2], [1, 0]]),
+    ([7, 14, 28, 56], [[4, 2], [1, 0]]), ([[7], [14], [28]], [[4], [2], [0]]),
+    ([7, 14, 28], [4, math.nan, 0]), ([7, 14, 28], [4, math.inf, 0]),
+])  # fmt: skip
+def test_no_knee(resolutions, values):
+    shapes = rf"{np.shape(resolutions)} resolutions, {np.shape(values)} values"
+    with pytest.raises(ConfigError, match=re.escape(shapes)):
+        knee(resolutions, values)
+
+
 def test_refuses_what_it_cannot_answer(blobs):
+    for wrong in (blobs[0], blobs[..., :100], blobs[..., :100, :]):
+        with pytest.raises(ConfigError, match=re.escape(f"got shape {tuple(wrong.shape)}")):
+            error_curves(wrong, [28])
+    with pytest.raises(ConfigError, match=r"got \[28, 113\], expected values from 4 to 112"):
+        error_curves(blobs, [28, 113])
+    with pytest.raises(ConfigError, match=r"got \[\], expected"):
+        error_curves(blobs, [])
     with pytest.raises(ConfigError, match="from 4 to 112"):
         error_curves(blobs, [3])
     with pytest.raises(ConfigError, match="bicubic"):

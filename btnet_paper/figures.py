@@ -74,12 +74,13 @@ def publish(
     and results to ``out/results/<scale>_*``. Returns the names of those made and not recorded.
     """
     run_dir, out = Path(run_dir), Path(out)
-    shown = get_scale(scale).pictures
-    folder, prefix = (out, "") if shown else (out / scale, f"{scale}_")
+    page = get_scale(scale)
+    shown = page.pictures
+    folder, prefix = (out, "") if shown else (out / page.name, f"{page.name}_")
     found = records.collect([run_dir])
     made, missing = [], []
     for name, (notebook, _) in FIGURES.items():
-        record = found.get((scale, notebook))
+        record = found.get((page.name, notebook))
         if record is None:
             missing.append(name)
         elif shown or notebook[:2] in FACELESS:

@@ -65,33 +65,37 @@ class Need:
 
 def needs(scale: Scale) -> list[Need]:
     """Returns everything that the notebooks of a scale read, with those that read it."""
-    training, testing = ("03", "04", "06", "07", "09", "12"), ("03", "04", "05", "07", "12")
+    testing = ("03", "04", "05", "07", "12")
     found = [
-        Need(what="training faces", kind="faces", spec=scale.faces, notebooks=training),
+        _need_of_faces("training faces", scale.faces, "01", "03", "04", "07", "12"),
         *(Need(what="pairs", kind="pairs", spec=one, notebooks=testing) for one in scale.pairs),
     ]
-    others = ["10"]
+    if "data" in scale.ablation:
+        found.append(_need_of_faces("faces of Section 5", scale.ablation["data"], "07", "12"))
+    others = ["09", "10"]
+    tuned = scale.survface_faces or scale.faces
     if scale.survface:
-        root, readers = scale.survface, ("06", "12")
-        part = f"{root}/training_set"
-        found += [
-            Need(what="SurvFace's test", kind="open set", spec=root, notebooks=readers),
-            Need(what="SurvFace's training part", kind="faces", spec=part, notebooks=readers),
-        ]
+        root, tuned = scale.survface, f"{scale.survface}/training_set"
+        readers = ("06", "12")
+        found.append(Need(what="SurvFace's test", kind="open set", spec=root, notebooks=readers))
     else:
         others += ["06", "12"]
+    found.append(_need_of_faces("SurvFace's training part", tuned, "06"))
     if scale.ijbc:
         readers = ("08", "12")
         found.append(Need(what="IJB-C", kind="templates", spec=scale.ijbc, notebooks=readers))
     else:
         others += ["08", "12"]
-    named = {"what": "faces of other people", "kind": "faces", "spec": scale.others}
-    found.append(Need(**named, notebooks=tuple(others)))
+    found.append(_need_of_faces("faces of other people", scale.others, *others))
     if scale.pretrained:
-        everywhere = tuple(f"{number:02}" for number in range(13) if number not in (1, 11))
+        everywhere = tuple(f"{number:02}" for number in range(13))  # Study takes it
         trunk = {"what": "phi_hr trained by others", "kind": "weights", "spec": scale.pretrained}
         found.append(Need(**trunk, notebooks=everywhere))
     return found
+
+
+def _need_of_faces(what: str, spec: Spec, *notebooks: str) -> Need:
+    return Need(what=what, kind="faces", spec=spec, notebooks=notebooks)
 
 
 def require(scale: Scale, numbers: Sequence[str]) -> None:

@@ -55,7 +55,8 @@ def report(
         ReproduceError: nothing has been run.
         DataError: a result, notebook or figure is damaged, or lacks although the state lists it.
     """
-    run_dir = (Path(runs) / scale).resolve()
+    page = get_scale(scale)
+    run_dir = (Path(runs) / page.name).resolve()
     state = State(run_dir).notebooks
     executed = {path.stem: _read(path) for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
     if not executed:
@@ -64,12 +65,12 @@ def report(
     _check_outputs(run_dir, state)
     ran = _ran(scale, executed, notebooks)
     resources = {
-        "metadata": {"path": str(run_dir), "name": f"BTNet, reproduced: scale {scale}"},
-        "scale": scale,
-        "claim": get_scale(scale).claim,
+        "metadata": {"path": str(run_dir), "name": f"BTNet, reproduced: scale {page.name}"},
+        "scale": page.name,
+        "claim": page.claim,
         "about": results.environment(),
         "highlight": HtmlFormatter().get_style_defs(".highlight"),
-        "front": _front(scale, run_dir, ran),
+        "front": _front(page.name, run_dir, ran),
         "figures": _figures(run_dir, state),
         "ran": list(ran),
         "toc": [],  # filled by Renderer

@@ -1,7 +1,8 @@
 """The scales of the experiment, each a page under ``configs/``: what is trained, on what, and how.
 
 Every result names the scale that made it. A page lists fields of :class:`Scale`; one with
-``base: lfw`` takes the page of that name and changes what it lists.
+``base: lfw`` takes the page of that name (beside it, else among the scales) and changes what it
+lists.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ def _read(path: Path) -> dict[str, Any]:
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     if base is None:
         return values
-    below = _read(path.with_name(f"{base}.yaml"))
+    beside = path.with_name(f"{base}.yaml")
+    below = _read(beside if beside.is_file() else pages().get(base, beside))
     merged = {
         key: {**below.get(key, {}), **values[key]}
         for key in (*RUNS, *BY_RESOLUTION)

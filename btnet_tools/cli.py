@@ -84,7 +84,19 @@ def assignments(*names: str, help: str) -> Callable[..., Any]:
     return option(*names, multiple=True, callback=pairs_of, metavar="NAME=VALUE", help=help)
 
 
-scale_option = option("--scale", type=click.Choice(SCALES), default="demo", help="Whose run.")
+def scale_of(context: click.Context, parameter: click.Parameter, given: str) -> str:
+    """A scale's name, or the whole path of a page: notebooks run in another folder."""
+    if given in SCALES:
+        return given
+    if given.endswith(".yaml"):
+        return str(Path(given).resolve())
+    known = ", ".join(SCALES)
+    raise click.BadParameter(f"expected one of {known}, or a page (.yaml), got {given!r}")
+
+
+scale_option = option(
+    "--scale", default="demo", callback=scale_of, metavar="NAME", help="Whose run, or a .yaml."
+)
 runs_option = option("--runs", default="runs", metavar="DIR", help="Where runs are kept.")
 fresh_option = option("--fresh", is_flag=True, help="Start over, whatever the folder holds.")
 device_option = option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
@@ -174,8 +186,10 @@ def reproduce(
 def check(scale: str, runs: str) -> int:
     """Hold every number of a run against the committed record; 1 if any is off."""
     from btnet_paper import check as rerun
+    from btnet_paper.scales import get_scale
 
-    checked = rerun.check(scale, Path(runs) / scale)
+    name = get_scale(scale).name
+    checked = rerun.check(name, Path(runs) / name)
     click.echo(rerun.told(checked))
     return int(rerun.is_off(checked))
 
@@ -187,8 +201,10 @@ def check(scale: str, runs: str) -> int:
 def figures(scale: str, runs: str, out: str) -> None:
     """Draw every figure of the paper again from recorded results, without training."""
     from btnet_paper.figures import publish
+    from btnet_paper.scales import get_scale
 
-    folder = Path(runs) if (Path(runs) / "results").is_dir() else Path(runs) / scale
+    own = Path(runs) / get_scale(scale).name
+    folder = Path(runs) if (Path(runs) / "results").is_dir() else own
     made, missing = publish(folder, out, scale=scale)
     if not made:
         raise ReproduceError(

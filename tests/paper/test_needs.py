@@ -15,6 +15,7 @@ from btnet_core.images import encode
 from btnet_core.models.backbone import BackboneConfig
 from btnet_paper import needs
 from btnet_paper.layouts import write_survface, write_survface_training
+from btnet_paper.notebooks import load_notebooks
 from btnet_paper.scales import get_scale
 
 PAGE = """
@@ -119,3 +120,37 @@ def test_costs_follow_from_operations_faces_and_passes() -> None:
     assert table["memory, GB"]["Table 1: phi_hr"] == pytest.approx(weights, rel=1e-6)
     small = replace(paper, backbone=BackboneConfig(name="iresnet18", width=0.25, embedding=128))
     assert needs.costs(small)["GPU hours"].sum() < 0.05 * hours.sum()
+
+
+# What in a notebook's source opens which data (Study's names, plans, people of the explorer)
+OPENS = {
+    "training faces": ("study.faces", "plans.plan(", "plans.ablations("),
+    "pairs": ("study.pairs", "study.verify(", "plans.plan("),
+    "SurvFace's test": ("study.survface(",),
+    "SurvFace's training part": ("study.survface_training(",),
+    "IJB-C": ("study.templates(",),
+    "faces of other people": ("study.scale.others", "Explorer("),
+    "phi_hr trained by others": ("Study(",),
+}
+
+
+def test_each_notebook_needs_what_its_source_opens() -> None:
+    paper = replace(get_scale("paper"), pretrained="hr.pth")
+    found = needs.needs(paper)
+    told = {one.what: set(one.notebooks) for one in found}
+    assert told.keys() == OPENS.keys()
+    for what, names in OPENS.items():
+        opened = set()
+        for notebook in load_notebooks():
+            code = "\n".join(text for kind, text in notebook.cells if kind == "code")
+            if any(name in code for name in names):
+                opened.add(notebook.number)
+        assert told[what] == opened, what
+
+
+def test_stand_ins_are_of_other_people_and_of_the_faces_to_tune_on() -> None:
+    own = replace(get_scale("paper"), survface="", ijbc="", survface_faces="tuned")
+    own = replace(own, ablation={"data": "ablated"})
+    found = {str(one.spec): set(one.notebooks) for one in needs.needs(own)}
+    assert found["lfw"] == {"06", "08", "09", "10", "12"}
+    assert (found["tuned"], found["ablated"]) == ({"06"}, {"07", "12"})

@@ -61,6 +61,10 @@ def test_a_page_of_ones_own(page: Path) -> None:
     more = get_scale(str(page.with_name("more.yaml")))
     assert more.trunk == {"epochs": 3, "batch": 16}
     assert scale.trunk == {"epochs": 3, "batch": 8}
+    page.with_name("mine.yaml").write_text("base: paper\nbackbone: {name: iresnet18}\n")
+    mine, paper = get_scale(str(page.with_name("mine.yaml"))), get_scale("paper")
+    assert (mine.faces, mine.pairs) == (paper.faces, paper.pairs)
+    assert mine.backbone.name == "iresnet18"
 
 
 def test_real_faces_are_shown_in_no_figure() -> None:

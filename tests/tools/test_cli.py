@@ -58,7 +58,7 @@ def test_python_dash_m() -> None:
     [
         ("train --config none.json --out .", 1, "btnet train: none.json"),
         ("reproduce --only 77", 1, "77"),
-        ("reproduce --scale huge", 2, "btnet reproduce: Invalid value for '--scale': 'huge'"),
+        ("reproduce --scale huge", 2, "Invalid value for '--scale': expected one of demo"),
         ("reproduce -p seed", 2, "expected NAME=VALUE, got 'seed'"),
         ("adapt --trunk . --faces . --out . --resolutions a", 2, "got 'a'"),
         ("train", 2, "Missing option '--config'"),
@@ -128,6 +128,22 @@ def test_an_interrupt_says_what_goes_on(
 
 def test_the_scales_offered_are_those_there_are() -> None:
     assert set(cli.SCALES) == set(scales.pages())
+
+
+def test_a_scale_is_a_page_given_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The notebooks, which run in another folder, are given the whole path."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("base: demo\nclaim: A page of one's own.\n")
+    seen = []
+    monkeypatch.setattr(runner, "reproduce", lambda scale, **options: seen.append(scale))
+    main(["reproduce", "--scale", "mine.yaml"])
+    assert seen == [str(tmp_path / "mine.yaml")]
+    capsys.readouterr()
+    for name in ("report", "check", "figures"):  # none has been run
+        assert main([name, "--scale", "mine.yaml", "--runs", "here"]) == 1
+        assert "mine" in capsys.readouterr().err
 
 
 def test_a_variant_of_lfw_runs_the_headline_notebooks(

@@ -151,7 +151,7 @@ def _wide(name: str, long: pd.DataFrame) -> pd.DataFrame:
 
 def _ahead(names: Iterable[str], better: str, others: Iterable[str], long: pd.DataFrame) -> Leads:
     """Points by which ``better`` leads the best of ``others``, where a face is below 112."""
-    leads = {}
+    leads: Leads = {}
     for name in names:
         wide = _wide(name, long)
         if {better, *others} <= set(wide.index):

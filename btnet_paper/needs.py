@@ -152,9 +152,9 @@ def costs(scale: Scale) -> pd.DataFrame:
         runs[f"Table 2: {run.name}"] = run
     for rows in plans.ablations(scale, models, network=network).values():
         runs |= {f"Section 5: {run.name}": run for run in rows.values()}
-    rows = {run.resolution for run in runs.values()} - {0}
+    resolutions = {run.resolution for run in runs.values()} - {0}
     with torch.device("meta"):
-        btnet = BTNet(network, rows)
+        btnet = BTNet(network, sorted(resolutions))
     routes = {r: (route_cost(btnet, r), _features(btnet, r)) for r in btnet.resolutions}
     sizes = {spec_text(run.data): _size(run.data, scale) for run in runs.values()}
     lines = {

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +36,7 @@ def record(
     seconds: float | None = None,
     scale: str = "",
     device: str = "auto",
-    arrays: dict[str, Any] | None = None,
+    arrays: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes ``run_dir/results/NAME.json`` with the environment, and returns its path.
 

@@ -142,7 +142,11 @@ def _run_one(
         message = f"{explain(error, notebook, executed)}\n  log: {log}\n  once mended, {again}"
         raise ReproduceError(message) from error
     made = sorted(name for name, stamp in _outputs(run_dir).items() if before.get(name) != stamp)
-    about = {"notebook": notebook.name, "parameters": values, "commit": results.commit()}
+    about: dict[str, Any] = {
+        "notebook": notebook.name,
+        "parameters": values,
+        "commit": results.commit(),
+    }
     about["seconds"] = round(time.time() - began, 1)
     figures = [Path(name).stem for name in made if re.fullmatch(r"figures/[^/]+\.png", name)]
     results.update_manifest(run_dir, dict.fromkeys(figures, about))

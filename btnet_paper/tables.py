@@ -13,7 +13,7 @@ import hashlib
 import html
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 from pandas.io.formats.style import Styler
@@ -22,7 +22,7 @@ from btnet_core.errors import ConfigError
 from btnet_paper import published
 from btnet_paper.records import PAPER, SCALES
 
-Rows = pd.DataFrame | Mapping[str, Mapping[str, Any]]  # row -> column -> value
+Rows: TypeAlias = pd.DataFrame | Mapping[str, Mapping[str, Any]]  # row -> column -> value
 STYLE = [
     {"selector": "td", "props": "text-align: right"},
     {"selector": "th.row_heading", "props": "text-align: left; vertical-align: top"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def browser() -> Iterator[Any]:
         started = playwright.chromium.launch(**options)
         yield started
         started.close()
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is heard, also where the shell started the tests in the background and had it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -125,7 +125,7 @@ class StoredFaces(FaceSet):
     ) -> None:
         self.name, self.labels, self.num_identities = name, labels, num_identities
         self.files, self.encoded = files, encoded
-        self.where = where  # type: ignore[method-assign]
+        self.where = where  # type: ignore[method-assign, assignment]
 
     @cached_property
     def checksum(self) -> str:  # type: ignore[override]

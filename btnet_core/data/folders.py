@@ -37,7 +37,8 @@ def is_image(path: Path) -> bool:
 
 def entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """(folders, files) directly in ``folder``, sorted by name. Raises DataError if it is none."""
-    folders, files = [], []
+    folders: list[Path] = []
+    files: list[Path] = []
     try:
         with os.scandir(folder) as found:
             for entry in found:

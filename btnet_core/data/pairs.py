@@ -134,7 +134,7 @@ class _Unpickler(pickle.Unpickler):
 def _unpickle(data: bytes) -> Any:
     """The content, in memory that the size of ``data`` bounds."""
     for opcode, argument, _ in pickletools.genops(data):  # refuses what is longer than the data
-        if opcode.name.endswith("PUT") and int(argument) > len(data):
+        if opcode.name.endswith("PUT") and int(str(argument)) > len(data):
             raise _Refused(f"place {argument} of the memo in {len(data)} bytes")
     return _Unpickler(data).load()
 

@@ -127,7 +127,11 @@ class RecordFile:
             raise DataError(
                 f"{self.where(position)}: {flag} labels in a record of {len(payload)} bytes"
             )
-        labels = np.frombuffer(payload, "<f4", flag, HEADER.size) if flag else np.float32([label])
+        labels = (
+            np.frombuffer(payload, "<f4", flag, HEADER.size)
+            if flag
+            else np.array([label], np.float32)
+        )
         return Record(flag, labels, payload[end:])
 
 

@@ -205,7 +205,12 @@ def score_templates(
     scores = pair_scores(templates, first, second, device=device)
     point = tar_at_far(scores, data.same, far, authors=authors)
     result = {"tar": 100 * point.rate, "far": 100 * point.false_rate, "threshold": point.threshold}
-    lists = {"galleries": data.galleries, "probes": data.probes, "fpir": fpir, "device": device}
+    lists: dict[str, Any] = {
+        "galleries": data.galleries,
+        "probes": data.probes,
+        "fpir": fpir,
+        "device": device,
+    }
     if authors:
         merged = identify_merged(templates, ids, **lists)
         return {**result, "tpir": 100 * merged.rate, "identification": merged._asdict()}

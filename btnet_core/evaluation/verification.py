@@ -228,7 +228,11 @@ def unit_embeddings(
                 unit[r] = read_safetensors(path)[0]["unit"]
                 continue
         faces = faces if faces is not None else pairs.images(np.arange(pairs.num_images))  # once
-        options = {"mirror": r if flip else None, "how": how, "batch_size": batch_size}
+        options: dict[str, Any] = {
+            "mirror": r if flip else None,
+            "how": how,
+            "batch_size": batch_size,
+        }
         unit[r] = F.normalize(embed_images(embedder, faces.__getitem__, len(faces), r, **options))
         if path is not None:
             write_safetensors(path, {"unit": unit[r]}, {"r": str(r)})

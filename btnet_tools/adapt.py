@@ -21,7 +21,7 @@ from btnet_core.models.btnet import BTNet, coupling_layer, weights_digest
 from btnet_core.models.costs import Cost, route_cost
 from btnet_core.models.weights import load_backbone, read_config
 from btnet_core.training import checkpoint, methods
-from btnet_core.training.batches import open_pixels
+from btnet_core.training.batches import Sampler, open_pixels
 from btnet_core.training.classifier import save_classifier
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.loop import train
@@ -93,10 +93,12 @@ def adapt(
     faces, left_out = readable(parse_spec(faces), options.skip_bad, say)
     data, held = parts(faces, options)
     training = open_faces(data)
-    if options.labels and len(training) == training.num_identities:
+    if options.labels and len(training) == len(training.labels.unique()):
         raise DataError(f"{spec_text(faces)}: nobody has two images; use --no-labels")
     kappa = out / "train" / f"kappa-{training.checksum[-12:]}.safetensors"
     runs = plan(btnet, data, out, kappa, options)
+    for run in runs:
+        Sampler(training.labels, run)  # raises for a batch that cannot be drawn
     store_trunk(out, backbone)
     if not options.fresh:
         check_unchanged(runs, out, training)
@@ -220,13 +222,17 @@ def check_unchanged(runs: Sequence[TrainConfig], out: Path, faces: FaceSet) -> N
         ConfigError: naming what differs, before any branch is trained.
     """
     for run in runs:
-        place, free = place_of(out, run), checkpoint.MACHINE
-        old = checkpoint.read_record(place)
-        if old is None and (state := checkpoint.load_state(place)):
-            old, free = checkpoint.identity_in(state), free | checkpoint.SHOWN
-        if old is not None:  # files in ``inputs`` are of ``out`` itself
-            new = {"config": run.to_dict(), "inputs": {**old["inputs"], "data": faces.checksum}}
-            checkpoint.check_same(old, new, place, free)
+        place = place_of(out, run)
+        record = checkpoint.read_record(place)
+        state = None if record else checkpoint.load_state(place)
+        if old := record or (state and checkpoint.identity_in(state)):
+            files = checkpoint.contents(old)  # they are of ``out`` itself
+            inputs = {run.init: files["init"], run.classifier: files["classifier"]}
+            new = {"config": run.to_dict(), "inputs": {**inputs, "data": faces.checksum}}
+            if record:
+                checkpoint.check_finished(record, new, place)
+            else:
+                checkpoint.check_same(old, new, place, checkpoint.RESUMED)
 
 
 def forecast(

@@ -24,6 +24,7 @@ RECORD = "run.json"
 # Fields that change no weight: free to differ when a run goes on, and in part when it is finished.
 MACHINE = frozenset({"workers", "threads", "checkpoint_seconds", "cache", "cache_dir"})
 SHOWN = frozenset({"name", "validation", "validation_resolutions", "validate_epochs"})
+RESUMED = MACHINE | SHOWN | {"btnet"}
 
 
 # ---- a run in progress --------------------------------------------------------------------------
@@ -58,11 +59,16 @@ def state_of(run: Run) -> dict[str, Any]:
     }
 
 
+def identity_in(state: dict[str, Any]) -> dict[str, Any]:
+    """What ``identity_of`` gave when the state was saved."""
+    return json.loads(state["identity"])
+
+
 def resumable(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The state to go on from, if there is one; raises as ``load_state`` and ``check_same``."""
     state = load_state(out)
     if state is not None:
-        check_same(json.loads(state["identity"]), identity, out, MACHINE | SHOWN)
+        check_same(identity_in(state), identity, out, RESUMED)
     return state
 
 
@@ -177,24 +183,47 @@ def fingerprint(path: str | Path) -> str:
         raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
 
 
+def contents(identity: dict[str, Any]) -> dict[str, str | None]:
+    """Digests of what a run reads, by the field that names it; None for what is no file."""
+    config, inputs = identity["config"], identity["inputs"]
+    files = {field: inputs.get(config.get(field)) for field in ("init", "classifier")}
+    return {"data": inputs.get("data"), **files}
+
+
 def check_same(old: dict[str, Any], new: dict[str, Any], out: Path, free: frozenset[str]) -> None:
     """What ``out`` holds is only gone on with, or returned, for the same recipe and inputs.
+
+    A file or set of faces with the same content counts as the same, wherever it lies.
 
     Raises:
         ConfigError: naming every field and input that differs.
     """
-    config = _complete(old["config"])
-    pairs = [(key, config.get(key), new["config"].get(key)) for key in config | new["config"]]
-    pairs += [
-        (f"content of {key}", old["inputs"].get(key), new["inputs"].get(key))
-        for key in old["inputs"] | new["inputs"]
+    was, now = _complete(old["config"]), new["config"]
+    read, given = contents(old), contents(new)
+    same = {field for field in read if read[field] == given[field] is not None}
+    changed = [
+        f"{field} {was.get(field)!r} -> {now.get(field)!r}"
+        for field in was | now
+        if was.get(field) != now.get(field) and field not in free | same
     ]
-    changed = [f"{key} {a!r} -> {b!r}" for key, a, b in pairs if a != b and key not in free]
+    changed += [
+        f"content of {now[field] if field != 'data' else field} {read[field]} -> {given[field]}"
+        for field in read
+        if read[field] != given[field]
+    ]
     if changed:
         raise ConfigError(
             f"{out}: holds a run of another recipe ({'; '.join(sorted(changed))}); "
             "choose another folder, or start over with fresh=True (--fresh)"
         )
+
+
+def check_finished(record: dict[str, Any], identity: dict[str, Any], out: Path) -> None:
+    """As ``check_same`` of a finished run: its branch may have moved with the BTNet's folder."""
+    r, folder = identity["config"]["resolution"], identity["config"]["btnet"]
+    branch = Path(folder) / f"branch_{r}.safetensors"
+    moved = folder and branch.is_file() and fingerprint(branch) == record.get("branch")
+    check_same(record, identity, out, MACHINE | ({"btnet"} if moved else set()))
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:

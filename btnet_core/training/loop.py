@@ -235,7 +235,7 @@ def train(
     identity = checkpoint.identity_of(config, open_faces(config.data).checksum)
     record = None if fresh else checkpoint.read_record(out)
     if record:
-        checkpoint.check_same(record, identity, out, checkpoint.MACHINE)
+        checkpoint.check_finished(record, identity, out)
         return record["metrics"]
     checkpoint.check_room(out, 0)
     with lock(out) if distributed.rank() == 0 else nullcontext():
@@ -410,5 +410,8 @@ def _finish(run: Run, progress: Progress) -> dict[str, Any]:
     if distributed.rank() == 0:
         shutil.rmtree(run.out / "cache", ignore_errors=True)
         record = {**run.identity, "versions": checkpoint.versions(), "metrics": metrics}
+        branch = Path(run.config.btnet) / f"branch_{run.config.resolution}.safetensors"
+        if run.config.btnet and branch.is_file():
+            record["branch"] = checkpoint.fingerprint(branch)
         checkpoint.write_record(run.out, record)
     return metrics

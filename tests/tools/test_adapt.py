@@ -21,6 +21,7 @@ from btnet_core.models.btnet import BTNet, weights_digest
 from btnet_core.models.costs import route_cost
 from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training import checkpoint
+from btnet_core.training.loop import train
 from btnet_tools import adapt as module
 from btnet_tools.adapt import AdaptOptions, adapt, forecast, parts, plan
 from btnet_tools.adapter import Adapter, find_adapter
@@ -89,6 +90,19 @@ def test_adapt_trains_branches_and_compares(
     with pytest.raises(ConfigError, match=r"data .*'seed': 1"):
         adapt(trunk, {**FACES, "seed": 1}, tmp_path / "net", options, said.append)
     assert (tmp_path / "net" / "branch_7.safetensors").read_bytes() == before
+
+    # moved, and called from another folder: the same files by their content are the same
+    (tmp_path / "net").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "train", train)
+    said.clear()
+    adapt(trunk, FACES, "moved", options, said.append)
+    assert said[0].count("100 % done, about 0 s") == 2
+    branch = tmp_path / "moved" / "branch_7.safetensors"
+    branch.write_bytes(branch.read_bytes()[:-1])  # no longer the one that was trained
+    with pytest.raises(ConfigError, match=r"btnet .*net' -> 'moved'"):
+        adapt(trunk, FACES, "moved", options, said.append)
+    (tmp_path / "moved").rename(tmp_path / "net")
 
     other = tmp_path / "other.safetensors"
     save_backbone(build_backbone(TINY), other)
@@ -164,10 +178,15 @@ def test_a_checkpoint_of_another_recipe_is_refused(
 ) -> None:
     net, faces = BTNet(build_backbone(TINY), (14,)), open_faces(FACES)
     (run,) = plan(net, FACES, tmp_path, tmp_path, AdaptOptions(changes=SMALL))
-    identity = {"config": run.to_dict(), "inputs": {"data": faces.checksum, "trunk": "sha"}}
+    identity = {
+        "config": run.to_dict(),
+        "inputs": {"data": faces.checksum, run.init: "a", run.classifier: "b"},
+    }
     monkeypatch.setattr(checkpoint, "load_state", lambda out: {"identity": json.dumps(identity)})
     module.check_unchanged([run], tmp_path, faces)
     module.check_unchanged([run.replace(workers=7)], tmp_path, faces)  # changes no result
+    (moved,) = plan(net, "elsewhere", tmp_path / "x", tmp_path / "y", AdaptOptions(changes=SMALL))
+    module.check_unchanged([moved], tmp_path, faces)  # the same contents
     with pytest.raises(ConfigError, match=r"lr 0\.5 -> 0.1"):
         module.check_unchanged([run.replace(lr=0.1)], tmp_path, faces)
     with pytest.raises(ConfigError, match="content of data"):
@@ -237,6 +256,8 @@ def test_bad_images_are_told_before_the_training(trunk: Path, tmp_path: Path, ca
         (["--faces", "nowhere"], "nowhere"),
         (["--resolutions", "13"], r"[56, 28, 14, 7]"),
         (["--set", "epochs=0"], "epochs"),
+        (["--set", "batch=500"], "set batch to 88 or less"),
+        (["--set", "batch=1"], "set batch to 2 or more"),
         (["--set", "colour=1"], "colour"),
         (["--set", "epochs"], "NAME=VALUE"),
         (["--adapter", "none.py"], "none.py"),

@@ -17,7 +17,12 @@ from torch.nn import functional as F
 from btnet_core.data.faces import FaceSet
 from btnet_core.data.pairs import PairSet
 from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
-from btnet_core.evaluation.verification import pair_similarities, tar_at_far, ten_fold_accuracy
+from btnet_core.evaluation.verification import (
+    check_pairs,
+    pair_similarities,
+    tar_at_far,
+    ten_fold_accuracy,
+)
 from btnet_core.models.btnet import BTNet
 from btnet_paper import results
 from btnet_tools.embed import Reader, embed_files
@@ -38,10 +43,15 @@ def compare(
     Returns:
         ``sets`` (what it was measured on), and for each of ``ways`` {"112&14":
         :func:`operating_points`, …}; of a face set instead of pairs :func:`fidelity`.
+
+    Raises:
+        DataError: too few pairs for ten folds, or all of one kind.
     """
     found: dict[str, Any] = {"sets": [one.name for one in sets]}
     pairs = [one for one in sets if isinstance(one, PairSet)]
     faces = [one for one in sets if isinstance(one, FaceSet)]
+    for one in pairs:
+        check_pairs(one)
     for way in ways:
         embedder: Any = BranchEmbedder(btnet, device=device)
         if way == "before":
@@ -127,6 +137,7 @@ def table(found: dict[str, Any]) -> str:
     first = next(iter(found["after"].values()))
     lines = [f"on {', '.join(found['sets'])}"]
     if "cosine" in first:
+        lines[0] += ": no pairs can be drawn (--hold-out more people, or give --pairs)"
         lines.append("size       way         cosine to the face at full size")
     else:
         lines[0] += f": {first['pairs']:,} pairs; [95 % interval, Wilson] > threshold"

@@ -175,7 +175,10 @@ class Part(FaceSet):
 
 
 def hold_out(faces: Spec | FaceSet, held: bool, percent: int = 10, seed: int = 0) -> Part:
-    """``percent`` of the identities that have images (``held``), or all images of the others."""
+    """``percent`` of the identities that have images (``held``), or all images of the others.
+
+    At least one identity is in each part.
+    """
     faces = faces if isinstance(faces, FaceSet) else open_faces(faces)
     present = torch.unique(faces.labels)
     if not 0 < percent < 100:
@@ -185,7 +188,8 @@ def hold_out(faces: Spec | FaceSet, held: bool, percent: int = 10, seed: int = 0
             f"{faces.name}: images of {len(present)} identity; two are needed to hold one out"
         )
     order = present[torch.randperm(len(present), generator=torch.Generator().manual_seed(seed))]
-    chosen = torch.isin(faces.labels, order[: max(1, round(len(present) * percent / 100))])
+    count = min(max(1, round(len(present) * percent / 100)), len(present) - 1)
+    chosen = torch.isin(faces.labels, order[:count])
     which = "held" if held else "without"
     name = f"{faces.name}, {which} {percent} % of the identities, seed {seed}"
     return Part(faces, torch.nonzero(chosen if held else ~chosen).flatten(), name)

@@ -175,6 +175,16 @@ def check_scores(similarity: Any, same: Any, both: bool = False) -> tuple[np.nda
     return similarity, same
 
 
+def check_pairs(pairs: Any, folds: int = 10) -> None:
+    """Raise DataError for a PairSet of too few pairs for ``folds``, or of one kind alone."""
+    same, count = int(torch.as_tensor(pairs.same).sum()), len(pairs.same)
+    if count < folds or not 0 < same < count:
+        raise DataError(
+            f"{pairs.name}: {same} pairs of one person and {count - same} of two; "
+            f"expected both kinds, and {folds} pairs or more"
+        )
+
+
 @torch.inference_mode()
 def embed_images(
     embedder: Embedder,

@@ -17,6 +17,7 @@ from btnet_core import losses
 from btnet_core.data.pairs import PairSet, open_pairs
 from btnet_core.device import autocast, resolve_precision
 from btnet_core.errors import ConfigError
+from btnet_core.evaluation.verification import check_pairs
 from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
 from btnet_core.models.btnet import Route, weights_digest
 from btnet_core.models.weights import load_backbone
@@ -124,8 +125,8 @@ def prepare(config: TrainConfig, out: Path, device: torch.device) -> Run:
     pixels = open_pixels(config.data, config.workers)
     sampler = Sampler(pixels.faces.labels, config)
     pairs = [open_pairs(spec) for spec in config.validation]
-    if empty := [one.name for one in pairs if not len(one)]:
-        raise ConfigError(f"validation: no pairs in {', '.join(empty)}")
+    for one in pairs:
+        check_pairs(one)
     precision = resolve_precision(config.precision, device)
     trunk = load_trunk(config)
     network = _network(config, trunk)

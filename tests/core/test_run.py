@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,15 +134,19 @@ def test_what_lacks_is_found_before_the_first_step(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_an_empty_comparison_is_found_before_the_first_step(
-    trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("same", "told"),
+    [
+        ([], "0 pairs of one person and 0 of two"),
+        ([True] * 8 + [False], "8 pairs of one person and 1 of two; .* 10 pairs or more"),
+        ([True] * 20, "20 pairs of one person and 0 of two"),
+        ([False] * 20, "0 pairs of one person and 20 of two"),
+    ],
+)
+def test_a_comparison_without_an_answer_is_found_before_the_first_step(
+    same: list[bool], told: str, trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Empty:
-        name = "nobody.bin"
-
-        def __len__(self) -> int:
-            return 0
-
-    monkeypatch.setattr(run, "open_pairs", lambda spec: Empty())
-    with pytest.raises(ConfigError, match=r"no pairs in nobody\.bin"):
+    pairs = SimpleNamespace(name="nobody.bin", same=torch.tensor(same))
+    monkeypatch.setattr(run, "open_pairs", lambda spec: pairs)
+    with pytest.raises(DataError, match=rf"nobody\.bin: {told}"):
         prepare(branch(trunk, validation=("x",)), tmp_path, torch.device("cpu"))

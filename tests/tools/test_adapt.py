@@ -53,6 +53,9 @@ def test_held_out_identities_are_not_learnt_from() -> None:
     assert held.checksum != rest.checksum
     with pytest.raises(ConfigError, match="percent"):
         open_faces({**part, "held": True, "percent": 100})
+    for percent, people in ((99, 23), (1, 1)):  # at least one in each part
+        held = open_faces({**part, "held": True, "percent": percent})
+        assert held.num_identities == people
 
 
 def test_adapt_trains_branches_and_compares(

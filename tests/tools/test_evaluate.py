@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from btnet_core.data.pairs import PairSet
+from btnet_core.errors import DataError
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet
 from btnet_tools import evaluate as module
@@ -87,6 +89,26 @@ def test_thresholds_are_those_of_the_way_they_stand_at(monkeypatch: pytest.Monke
         *("branch", "100.00", "[99.0,", "100.0]", ">", "1.500"),
         *("100.00", "[98.1,", "100.0]", ">", "1.100"),
     ]
+
+
+@pytest.mark.parametrize("same", [[True, False] * 4, [True] * 12])
+def test_pairs_without_an_answer_are_refused(
+    same: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = torch.zeros(len(same), dtype=torch.int64)
+    pairs = PairSet(
+        name="a set",
+        checksum="",
+        first=index,
+        second=index,
+        same=torch.tensor(same),
+        images=lambda indices: pytest.fail("embedded"),
+        num_images=1,
+    )
+    monkeypatch.setattr(module, "BranchEmbedder", lambda *args, **options: pytest.fail("too late"))
+    net = SimpleNamespace(resolutions=(14, 112), trunk=None)
+    with pytest.raises(DataError, match=r"a set: .* expected both kinds, and 10 pairs or more"):
+        compare(net, [pairs])
 
 
 def test_both_directions_count(monkeypatch: pytest.MonkeyPatch) -> None:

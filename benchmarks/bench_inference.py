@@ -52,7 +52,7 @@ def onnx_file(btnet: BTNet, r: int, folder: Path) -> Path:
     path = folder / f"btnet_{r}.onnx"
     names = {"input_names": ["pixels"], "output_names": ["embedding", "norm"]}
     one = program(PixelRoute(btnet, r))
-    torch.onnx.export(one, path, dynamo=True, optimize=True, verbose=False, **names)
+    torch.onnx.export(one, f=path, dynamo=True, optimize=True, verbose=False, **names)
     return path
 
 

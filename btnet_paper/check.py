@@ -56,7 +56,7 @@ def check(scale: str, run_dir: Path) -> pd.DataFrame:
 
 
 def told(checked: pd.DataFrame) -> str:
-    """Returns the verdicts in words: how many of each, then those that are neither same nor within."""
+    """Returns how many there are of each verdict, then the numbers not the same nor within."""
     counts = checked["verdict"].value_counts()
     text = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS)
     lines = [f"{len(checked)} recorded numbers: {text}"]

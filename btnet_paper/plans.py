@@ -65,6 +65,12 @@ SWITCHES: dict[str, dict[str, Any]] = {  # one each away from phi_bt
     "no antialiasing": {"name": "no_antialias", "resize": Resize(antialias=False)},
     "batch norms of T_r fixed": {"name": "frozen_bn", "bn": "frozen_bn"},
 }
+STEPS = {  # Table 3's rows but the last, which is phi_bt
+    "Scratch": "scratch",
+    "Pretraining": "pretraining",
+    "Pretraining + BCT": "bct",
+    "Pretraining + BCT + Fix Trunk": "fix_trunk",
+}
 Runs = dict[str, TrainConfig]  # by name, which is the folder that a run is trained in
 
 
@@ -172,12 +178,10 @@ def finetuning(scale: Scale, models: Path, data: Spec, *, seed: int = 0) -> Runs
 def ablations(
     scale: Scale, models: Path, *, seed: int = 0, network: Backbone | None = None
 ) -> dict[str, Runs]:
-    """Returns the runs of Section 5 at ``scale.ablated`` px, by table and row, as the paper has them.
+    """Returns the runs of Section 5 at ``scale.ablated`` px, by table and row.
 
-    "table3", "table4", "figure7" (rows are units) and "beyond": what the paper leaves open, each
-    one switch away from phi_bt. Rows of the same configuration share a run (its ``name``). All
-    start from phi_bt's trunk, which must be there unless its ``network`` is given, and share the
-    teacher's features.
+    "beyond" is what the paper leaves open; rows of "figure7" are units. Equal configurations share
+    a run (its ``name``), all the teacher's features. ``network`` is phi_bt's trunk, else loaded.
     """
     trunk, kappa = kept(scale, models, scale.teacher)
     network, r = network or load_backbone(trunk), scale.ablated
@@ -187,33 +191,28 @@ def ablations(
     def bt(**switch: Any) -> TrainConfig:
         return phi_bt(data, r, trunk, kappa, **{**changes, **switch})
 
-    def step(name: str, **switch: Any) -> TrainConfig:
-        return table3(data, name, trunk, kappa, r, **{**changes, **switch})
-
+    own = {"scratch": {"backbone": network.config, "seed": seed + r}}
+    steps = {
+        row: table3(data, name, trunk, kappa, r, **{**changes, **own.get(name, {})})
+        for row, name in STEPS.items()
+    }
     standard = bt(name="phi_bt")
+    whole = full_finetuning(data, r, trunk, kappa, **changes)
     return {
-        "table3": {
-            "Scratch": step("scratch", backbone=network.config, seed=seed + r),
-            "Pretraining": step("pretraining"),
-            "Pretraining + BCT": step("bct"),
-            "Pretraining + BCT + Fix Trunk": step("fix_trunk"),
-            "Pretraining + BCT + Fix Trunk + Branch Distillation": standard,
-        },
+        "table3": {**steps, "Pretraining + BCT + Fix Trunk + Branch Distillation": standard},
         "table4": {
             "CosFace": bt(name="cosface", loss="cosface"),
             "ArcFace": bt(name="arcface", loss="arcface"),
             "CurricularFace": standard,
         },
         "figure7": {
-            unit: standard if whole else figure7(data, r, unit, trunk, kappa, **changes)
-            for unit, whole in allocations(network, r).items()
+            unit: standard if usual else figure7(data, r, unit, trunk, kappa, **changes)
+            for unit, usual in allocations(network, r).items()
         },
         "beyond": {
             "Eq. 3 alone": standard,
             **{row: bt(**switch) for row, switch in SWITCHES.items()},
-            "all of the trunk fine-tuned (Section 3.4)": full_finetuning(
-                data, r, trunk, kappa, **changes
-            ),
+            "all of the trunk fine-tuned (Section 3.4)": whole,
         },
     }
 
@@ -253,7 +252,7 @@ def measured(
 
 
 def load_methods(models: Path | str, **options: Any) -> dict[str, Embedder]:
-    """Returns the trained methods found under ``models``, by row of Table 1; absent ones are left out.
+    """Returns the trained methods found under ``models``, by row of Table 1.
 
     phi_mm's network for 112 px is phi_hr, as in the paper. ``options`` are those of Embedder.
     """

@@ -1,7 +1,8 @@
-"""One HTML file of a run: summary, figures, tables beside the paper's, then every executed notebook.
+"""One HTML file of a run: summary, figures, tables beside the paper's, every executed notebook.
 
-nbconvert makes it with the template in `templates/report`. Nothing is loaded from anywhere: pictures are embedded,
-equations become MathML, there is no script, and a content security policy forbids the rest.
+nbconvert makes it with the template in `templates/report`. Nothing is loaded from anywhere:
+pictures are embedded, equations become MathML, there is no script, and a content security policy
+forbids the rest.
 """
 
 from __future__ import annotations
@@ -28,15 +29,11 @@ from btnet_paper.notebooks import load_notebooks
 from btnet_paper.scales import get_scale
 from btnet_paper.state import State
 
+NUMBERED = re.compile(r"^(figure|table)(\d)")
+COMMITTED = re.compile(r"!\[[^]]*\]\(\.\./figures/")  # a picture of the repository
 WIDGET = "application/vnd.jupyter.widget-view+json"
-SHOWN = [
-    "text/html",
-    "text/markdown",
-    "image/svg+xml",
-    "image/png",
-    "image/jpeg",
-    "text/plain",
-]  # no script, no widget
+IMAGES = ["image/svg+xml", "image/png", "image/jpeg"]
+SHOWN = ["text/html", "text/markdown", *IMAGES, "text/plain"]  # no script, no widget
 
 
 def report(
@@ -58,11 +55,11 @@ def report(
     page = get_scale(scale)
     run_dir = (Path(runs) / page.name).resolve()
     state = State(run_dir).notebooks
+    _check_outputs(run_dir, state)
     executed = {path.stem: _read(path) for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
     if not executed:
         place = run_dir / "notebooks"
         raise ReproduceError(f"no notebooks in {place}: run btnet reproduce --scale {scale} first")
-    _check_outputs(run_dir, state)
     ran = _ran(scale, executed, notebooks)
     resources = {
         "metadata": {"path": str(run_dir), "name": f"BTNet, reproduced: scale {page.name}"},
@@ -76,11 +73,16 @@ def report(
         "toc": [],  # filled by Renderer
     }
     body, _ = Exporter().from_notebook_node(_document(executed, ran), resources)
-    for folder in (results.ROOT, run_dir.parent.parent):  # no path of one machine
-        body = body.replace(f"{folder}{os.sep}", "")
     path = Path(out) if out else run_dir / "report.html"
-    write_atomically(path, body)
+    write_atomically(path, _without_paths(body, run_dir))
     return path
+
+
+def _without_paths(body: str, run_dir: Path) -> str:
+    """The page without paths of one machine."""
+    for folder in (results.ROOT, run_dir.parent.parent):
+        body = body.replace(f"{folder}{os.sep}", "")
+    return body
 
 
 def report_or_reason(scale: str, *, runs: str | Path = "runs") -> str:
@@ -111,7 +113,7 @@ def _document(executed: dict[str, Any], ran: dict[str, dict[str, Any]]) -> Any:
 
 
 class Renderer(IPythonRenderer):
-    """Markdown with equations as MathML, anchors unique in the report, and links that stay inside it."""
+    """Markdown with equations as MathML, anchors unique in the report, and links inside it."""
 
     def __init__(self, resources: Any, section: str, **options: Any) -> None:
         super().__init__(
@@ -120,7 +122,7 @@ class Renderer(IPythonRenderer):
         self.toc, self.ran, self.section = resources["toc"], resources["ran"], section
 
     def heading(self, text: str, level: int, **attrs: Any) -> str:
-        """One level down, since the report's title is above them; a notebook's title has its name as the anchor."""
+        """One level down, under the report's title; a notebook's title has its name as anchor."""
         slug = re.sub(r"\W+", "-", re.sub("<[^>]+>", "", text)).strip("-").lower()
         anchor = self.section if level == 1 else f"{self.section}-{slug}"
         taken = sum(entry["slug"] == anchor for entry in self.toc)
@@ -130,7 +132,7 @@ class Renderer(IPythonRenderer):
         return f'<h{level + 1} id="{anchor}">{text} {link}</h{level + 1}>\n'
 
     def block_math(self, body: str) -> str:
-        """An equation of its own, its number at the right; where \\qquad stands between two, a narrow page may break."""
+        """An equation and its number at the right; at \\qquad a narrow page may break the line."""
         tag = re.search(r"\\tag\{([^}]*)\}", body)
         number = f'<span class="tag">({html.escape(tag[1])})</span>' if tag else ""
         body = body.replace(tag[0], "") if tag else body
@@ -150,14 +152,12 @@ class Renderer(IPythonRenderer):
     def image(self, text: str, url: str, title: str | None = None) -> str:
         """Embedded, or where that cannot be (another place, no file) told."""
         picture = super().image(text, url, title)
-        return (
-            picture
-            if 'src="data:' in picture
-            else f"<em>[picture not here: {text or html.escape(url)}]</em>"
-        )
+        if 'src="data:' in picture:
+            return picture
+        return f"<em>[picture not here: {text or html.escape(url)}]</em>"
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
-        """A link to a notebook leads to its section; one to another file of the repository is only named."""
+        """A link to a notebook leads to its section; of other files only the name stays."""
         stem = Path(url.partition("#")[0]).stem
         url = f"#{stem}" if stem in self.ran else url
         return super().link(text, url, title) if re.match("https?:|#", url) else text
@@ -201,16 +201,14 @@ def _read(path: Path) -> Any:
 
 
 def _cells(stem: str, notebook: Any, state: str) -> list[Any]:
-    """A notebook's cells, made fit to stand beside others': ids and sections of their own, pictures described."""
+    """A notebook's cells fit to stand beside others': own ids and sections, pictures described."""
     missing = nbformat.v4.new_markdown_cell(
         f"# {stem[:2]} · {stem[3:].replace('_', ' ')}\n\n{state}", id="missing"
     )
     cells, heading = [], stem
     for cell in notebook.cells if notebook else [missing]:
         if cell.cell_type == "markdown":
-            if re.search(
-                r"!\[[^]]*\]\(\.\./figures/", cell.source
-            ):  # the committed figures; this run's own are above
+            if COMMITTED.search(cell.source):  # this run's own figures are above
                 continue
             heading = next(iter(re.findall(r"^#+ (.+)$", cell.source, re.M)), heading)
         cell.id = f"{stem}-{cell.id}"[:64]
@@ -287,17 +285,15 @@ def _checked(scale: str, run_dir: Path) -> dict[str, Any]:
 def _figures(run_dir: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
     """The run's figures, the paper's first, each with the notebook that made it."""
     made_by = {name: stem for stem, entry in state.items() for name in entry.get("outputs", ())}
+    paths = (run_dir / "figures").glob("*.png")
     found = []
-    for path in sorted(
-        (run_dir / "figures").glob("*.png"), key=lambda path: (path.name[:6] != "figure", path.name)
-    ):
-        if re.fullmatch(r"table\d", path.stem):  # shown as a table of its own
-            continue
-        data, name = (
-            path.read_bytes(),
-            re.sub(r"^(figure|table)(\d)", r"\1 \2:", path.stem.replace("_", " ")),
-        )
-        found.append({"name": name.capitalize(), "notebook": made_by.get(f"figures/{path.name}"),
-                      "wide": int.from_bytes(data[16:20], "big") > 1000,  # where a PNG has its width
-                      "data": base64.b64encode(data).decode()})  # fmt: skip
+    for path in sorted(paths, key=lambda path: (not path.name.startswith("figure"), path.name)):
+        data = path.read_bytes()
+        figure = {
+            "name": NUMBERED.sub(r"\1 \2:", path.stem.replace("_", " ")).capitalize(),
+            "notebook": made_by.get(f"figures/{path.name}"),
+            "wide": int.from_bytes(data[16:20], "big") > 1000,  # where a PNG has its width
+            "data": base64.b64encode(data).decode(),
+        }
+        found.append(figure)
     return found

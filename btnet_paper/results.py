@@ -1,4 +1,4 @@
-"""What a run leaves behind: numbers as JSON and figures as PNG + PDF, with what each is made from."""
+"""What a run leaves behind: numbers as JSON with their origin, arrays, manifests of figures."""
 
 from __future__ import annotations
 

@@ -58,13 +58,12 @@ def reproduce(
     notebooks: str | Path | None = None,
     data: str | None = None,
 ) -> Path:
-    """Runs the notebooks of a folder (default: the repository's) in order; returns ``runs/<scale>``.
+    """Runs a folder's notebooks (default: the repository's) in order; returns ``runs/<scale>``.
 
     Args:
         only: numbers or names; default all.
         parameters: values, or text as on a command line, for the notebooks that know them.
-        resume: False repeats unchanged ones, too, training included.
-        processes: how many train together; "auto": one for each GPU. Default: the notebooks'.
+        resume: False repeats unchanged ones, too.
         data: checksum of the data; by default of what the scale uses.
 
     Raises:
@@ -72,43 +71,61 @@ def reproduce(
             run folder in use; later a notebook that failed.
         KeyboardInterrupt: it leaves a state from which the same command goes on.
     """
-    chosen = select(load_notebooks(notebooks), only)
-    if wrong := set(OWN) & set(parameters or {}):
+    chosen, began = select(load_notebooks(notebooks), only), time.time()
+    own = {"scale": scale, "device": device, "processes": processes}
+    given = {name: value for name, value in own.items() if value}
+    _check_options(given, parameters or {})
+    values = assign(chosen, given | (parameters or {}), optional=OWN)
+    if data is None:
+        require(get_scale(scale), [notebook.number for notebook in chosen])
+        data = data_checksum(scale)
+    run_dir = (Path(runs) / get_scale(scale).name).resolve()
+    with _hold(run_dir):
+        ran = _run_all(chosen, values, [code_checksum(), data], State(run_dir), scale, resume)
+    took = clock(time.time() - began)
+    print(f"Scale {scale}: {ran} run, {len(chosen) - ran} unchanged, in {took}: {run_dir}")
+    return run_dir
+
+
+def _check_options(given: dict[str, Any], parameters: dict[str, Any]) -> None:
+    """Raises ReproduceError where an option has a wrong value, or is given as a parameter."""
+    if wrong := set(OWN) & set(parameters):
         names = ", ".join(sorted(wrong))
         options = "--scale, --runs, --device, --processes"
         raise ReproduceError(f"{names} cannot be a -p parameter: use {options}")
-    if device and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    device, processes = given.get("device", "auto"), given.get("processes", "auto")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ReproduceError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")
-    if processes and not re.fullmatch(r"auto|[1-9]\d*", processes):
+    if not re.fullmatch(r"auto|[1-9]\d*", processes):
         raise ReproduceError(f"processes is {processes!r}, expected auto or a number from 1 on")
-    own = {"scale": scale, "device": device, "processes": processes}
-    given = {name: value for name, value in own.items() if value} | (parameters or {})
-    values = assign(chosen, given, optional=OWN)
-    if data is None:
-        require(get_scale(scale), [notebook.number for notebook in chosen])
-    depends_on = [code_checksum(), data_checksum(scale) if data is None else data]
-    run_dir, began, ran = (Path(runs) / get_scale(scale).name).resolve(), time.time(), 0
-    with _hold(run_dir):
-        state = State(run_dir)
-        for number, notebook in enumerate(chosen, 1):
-            inputs = [notebook.source_checksum, values[notebook.name], *depends_on]
-            inputs.append(state.fingerprints(notebook.depends))
-            fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-            took = state.seconds(notebook.name) or notebook.expected.get(scale)
-            title = f"[{number}/{len(chosen)}] {notebook.name}"
-            if resume and not notebook.always and state.is_current(notebook.name, fingerprint):
-                print(f"{title}: unchanged, not run again (it took {clock(took or 0)})")
-                continue
-            print(f"{title}: of about {clock(took)}" if took else title, flush=True)
-            entry = _run_one(notebook, values[notebook.name], state, fresh=not resume)
-            state.finish(notebook.name, entry | {"fingerprint": fingerprint})
-            print(f"{title}: done in {clock(entry['seconds'])}", flush=True)
-            ran += 1
-    unchanged = len(chosen) - ran
-    print(f"Scale {scale}: {ran} run, {unchanged} unchanged, in {clock(time.time() - began)}.")
-    for folder in ("results", "figures", "notebooks", "logs"):
-        print(f"  {folder:<10}{run_dir / folder}")
-    return run_dir
+
+
+def _run_all(
+    chosen: Sequence[Notebook],
+    values: dict[str, dict[str, Any]],
+    depends_on: list[str],
+    state: State,
+    scale: str,
+    resume: bool,
+) -> int:
+    """Runs those whose inputs have changed since ``state`` was written; returns how many."""
+    ran = 0
+    for number, notebook in enumerate(chosen, 1):
+        name = notebook.name
+        inputs = [notebook.source_checksum, values[name], *depends_on]
+        inputs.append(state.fingerprints(notebook.depends))
+        fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        took = state.seconds(name) or notebook.expected.get(scale)
+        title = f"[{number}/{len(chosen)}] {name}"
+        if resume and not notebook.always and state.is_current(name, fingerprint):
+            print(f"{title}: unchanged, not run again (it took {clock(took or 0)})")
+            continue
+        print(f"{title}: of about {clock(took)}" if took else title, flush=True)
+        entry = _run_one(notebook, values[name], state, fresh=not resume)
+        state.finish(name, entry | {"fingerprint": fingerprint})
+        print(f"{title}: done in {clock(entry['seconds'])}", flush=True)
+        ran += 1
+    return ran
 
 
 @contextmanager

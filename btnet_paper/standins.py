@@ -1,4 +1,4 @@
-"""Stand-ins for QMUL-SurvFace and IJB-C, from any identity-labelled set: every protocol runs anywhere.
+"""Stand-ins for QMUL-SurvFace and IJB-C from any identity-labelled set.
 
 They are written in the real sets' layouts and read back by the same readers. Each says so in its
 name and in ``STAND-IN.txt``: numbers measured on them are not numbers on the real sets.

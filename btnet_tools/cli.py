@@ -176,7 +176,7 @@ def reproduce(
         numbers = [entry.zfill(2) for entry in chosen]
         return int(not needs.check(scales.get_scale(scale), numbers))
     runner.reproduce(scale, only=chosen, parameters=parameters, resume=not fresh, **given)
-    click.echo(f"  report    {page.report_or_reason(scale, runs=given['runs'])}")
+    click.echo(f"report: {page.report_or_reason(scale, runs=given['runs'])}")
     return 0
 
 
@@ -292,40 +292,37 @@ def align(photos: str, out: str, largest: bool) -> int:
 # ---- a recogniser of your own ----------------------------------------------------------------
 
 
-def numbers(context: click.Context, parameter: click.Parameter, given: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas; those after blanks are the argument ``more``."""
-    try:
-        return tuple(int(text) for text in given.split(",") if text)
-    except ValueError:
-        raise click.BadParameter(f"expected numbers as in 28,14,7, got {given!r}") from None
-
-
 @command(
-    "btnet adapt --trunk backbone.pth --faces my_faces/ --resolutions 28,14,7 --out my_btnet/",
+    "btnet adapt --trunk backbone.pth --faces my_faces/ --resolutions 28 14 7 --out my_btnet/",
     resumes=True,
 )
 @option("--trunk", required=True, metavar="FILE", help="IResNet, MobileFaceNet, … (docs).")
 @option("--faces", required=True, metavar="PATH", help="A folder a person, RecordIO, a list.")
 @option("--bgr", is_flag=True, help="The trunk was trained on blue, green, red.")
 @option("--labels/--no-labels", default=True, help="Without: learn from the trunk alone.")
-@option("--resolutions", default="28,14,7", callback=numbers, metavar="R,R", help="Of branches.")
+@option("--resolutions", type=int, metavar="R R R", help="Of branches (default: 28 14 7).")
 @option("--out", required=True, metavar="DIR", help="Folder of the BTNet.")
 @option("--pairs", multiple=True, metavar="SET", help="Compare on it; repeatable.")
 @option(
     "--hold-out", "percent", default=10, metavar="PERCENT", help="Of the people, to compare on."
 )
 @assignments("--set", "changes", help="A field of the recipe, e.g. epochs=4; repeatable.")
-@click.argument("more", nargs=-1, type=int, metavar="")  # "--resolutions 28 14 7"
+@click.argument("more", nargs=-1, type=int, metavar="")  # resolutions after the first
 @skip_option
 @fresh_option
 @adapter_option
 @device_option
-def adapt(trunk: str, faces: str, out: str, **given: Any) -> None:
+def adapt(
+    trunk: str, faces: str, out: str, resolutions: int | None, more: tuple[int, ...], **given: Any
+) -> None:
     """Give a trained face recogniser its branches for small faces."""
     from btnet_tools import adapt as work
     from btnet_tools.adapter import find_adapter
 
-    given["resolutions"] += given.pop("more")
+    if more and not resolutions:
+        raise click.UsageError(f"got {more[0]}, which belongs behind --resolutions")
+    if resolutions:
+        given["resolutions"] = (resolutions, *more)
     given["changes"] = {name: value_of(text) for name, text in given["changes"].items()}
     given["adapter"] = find_adapter(given["adapter"]) if given["adapter"] else None
     work.adapt(trunk, faces, out, work.AdaptOptions(**given))

@@ -60,7 +60,7 @@ def test_python_dash_m() -> None:
         ("reproduce --only 77", 1, "77"),
         ("reproduce --scale huge", 2, "Invalid value for '--scale': expected one of demo"),
         ("reproduce -p seed", 2, "expected NAME=VALUE, got 'seed'"),
-        ("adapt --trunk . --faces . --out . --resolutions a", 2, "got 'a'"),
+        ("adapt --trunk . --faces . --out . --resolutions a", 2, "'a' is not a valid integer"),
         ("train", 2, "Missing option '--config'"),
         ("fly", 2, "No such command 'fly'"),
         ("", 2, "Missing command"),

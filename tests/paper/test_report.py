@@ -92,8 +92,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (place / "demo/figures").mkdir()
     (place / "demo/figures/figure1_x.png").write_bytes(png(1200))
-    for name in ("loss",):
-        (place / f"demo/figures/{name}.png").write_bytes(png())
+    (place / "demo/figures/loss.png").write_bytes(png())
     outputs_of = {
         "05_verification": {"outputs": ["figures/loss.png", "results/05_verification.json"]}
     }

@@ -78,7 +78,7 @@ def test_order_outputs_and_skipping_what_is_unchanged(
     assert (place / "runs/demo/logs/01_first.log").is_file()
     told = capsys.readouterr().out
     assert "[1/2] 01_first" in told
-    assert str(place / "runs/demo/results") in told
+    assert str(place / "runs/demo") in told
     write(place / "nb", "03_sums_up", always=True)
     assert run(place)[2:] == ["03_sums_up 1 demo"]
     assert "unchanged" in capsys.readouterr().out

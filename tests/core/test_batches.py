@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 
 from btnet_core.errors import ConfigError
-from btnet_core.images import degrade
+from btnet_core.images import Resize, degrade, resize
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.training import batches, distributed, methods
 from btnet_core.training.batches import Batch, Pixels, Sampler, moved, trunk_input
@@ -49,6 +51,34 @@ def test_images_of_one_identity_follow_each_other(per_identity: int) -> None:
     if per_identity == 1:
         together = torch.cat([sampler.batch(k).labels for k in range(3)])
         assert (together[::2] == together[1::2]).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("per_identity", [1, 2])
+def test_the_draws_of_an_epoch_by_hand(per_identity: int) -> None:
+    """All from (seed, epoch): the order, runs of identities of 5, 4 and 3 images, flip, size, shift."""
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 0])
+    options = {"sizes": (112, 28, 7), "size_weights": (0.2, 0.3, 0.5), "shift": 4.0}
+    branch = {"resolution": 14, "seed": 3, "per_identity": per_identity}
+    sampler = Sampler(labels, TrainConfig(data=FACES, batch=12, **options, **branch))
+    for epoch in (0, 1):
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + epoch)
+        order = torch.randperm(12, generator=generator).tolist()
+        if per_identity == 2:
+            runs: list[list[int]] = []
+            for identity in range(3):
+                own = [record for record in order if labels[record] == identity]
+                runs += [own[k : k + 2] for k in range(0, len(own), 2)]
+            places = torch.randperm(len(runs), generator=generator).tolist()
+            order = [record for _, run in sorted(zip(places, runs, strict=True)) for record in run]
+        flip = torch.rand(12, generator=generator) < 0.5
+        weights = torch.tensor(options["size_weights"])
+        size = torch.multinomial(weights, 12, replacement=True, generator=generator)
+        shift = 4 * (2 * torch.rand(12, 2, generator=generator) - 1)
+        found = sampler.batch(epoch)
+        assert found.records.tolist() == order
+        assert torch.equal(found.flip, flip)
+        assert torch.equal(found.size, torch.tensor(options["sizes"])[size])
+        assert torch.equal(found.shift, shift)
 
 
 def test_parts_of_a_batch() -> None:
@@ -141,3 +171,47 @@ def test_memory_is_shared_by_the_processes_and_never_held_twice(
     for wanted, (asked, image) in zip(several, got, strict=True):
         assert torch.equal(asked, wanted.records)
         assert image[:, 0, 0, 0].tolist() == (asked % 256).tolist()
+
+
+def test_mirrored_faces_and_what_a_branch_is_given() -> None:
+    torch.manual_seed(0)
+    trunk = build_backbone(BackboneConfig(name="mobilefacenet", size=(112, 96)))
+    faces = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
+    turned = batches.mirrored(
+        batches.transfer(faces, torch.device("cpu")), torch.tensor([0, 1]).bool()
+    )
+    assert torch.equal(turned, torch.stack([faces[0], faces[1].flip(-1)]))
+    how = Resize(kernel="nearest")
+    expected = (resize(faces[..., 8:-8], (14, 12), how) - 127.5) / 127.5
+    x = batches.branch_input(trunk, faces, 14, how)
+    torch.testing.assert_close(x, expected)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        trunk_input(trunk, faces, torch.tensor([14, 14]), how),
+        (degrade(faces[..., 8:-8], 14, how) - 127.5) / 127.5,
+    )
+
+
+def test_faces_are_kept_for_the_next_run_on_the_same_data() -> None:
+    first = batches.open_pixels(FACES, 2)
+    assert batches.open_pixels(dict(FACES), 2) is first
+    assert (len(first.faces), first.workers) == (36, 2)
+    other = batches.open_pixels({**FACES, "identities": 2}, 1)
+    assert (len(other.faces), other.workers) == (12, 1)
+    assert torch.equal(other.get(torch.tensor([5, 0])), other.faces.images([5, 0]))
+
+
+def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "MemTotal:        9000 kB\nMemAvailable:    1000 kB\nHugePages_Total:       0\n"
+    monkeypatch.setattr(batches, "open", lambda path: io.StringIO(text), raising=False)
+    assert batches.free_memory() == 1_024_000
+
+    def lacks(path: str) -> io.StringIO:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(batches, "open", lacks, raising=False)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 100}
+    monkeypatch.setattr(batches.os, "sysconf", pages.__getitem__)
+    assert batches.free_memory() == 4096 * 100 / 2
+    monkeypatch.delattr(batches.os, "sysconf")
+    assert batches.free_memory() == 4e9

@@ -9,7 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from btnet_core.errors import CheckpointError, ConfigError
+from btnet_core.files import read_safetensors, write_safetensors
 from btnet_core.losses import build_margin
+from btnet_core.training import distributed
 from btnet_core.training.classifier import (
     Classifier,
     check_labels,
@@ -39,6 +41,52 @@ def test_the_loss_is_the_cross_entropy_of_scaled_cosines() -> None:
     torch.testing.assert_close(kappa(z, labels), expected)
 
 
+def test_margins_get_the_targets_and_norms_of_the_batch() -> None:
+    """Class 0 and lengths on both sides of the mean; t and the statistics move as by the margin alone."""
+    torch.manual_seed(1)
+    z, weight = 9 * torch.randn(5, 4), torch.randn(3, 4)
+    labels = torch.tensor([0, 2, 1, 0, 0])
+    cosine = F.normalize(z) @ F.normalize(weight).T
+    for name in ("curricularface", "adaface"):
+        kappa, margin = Classifier(weight, build_margin(name, s=4.0)), build_margin(name, s=4.0)
+        logits = margin(cosine, labels, cosine[torch.arange(5), labels], z.norm(dim=1))
+        torch.testing.assert_close(kappa(z, labels), F.cross_entropy(logits, labels))
+        for key, value in margin.state_dict().items():
+            torch.testing.assert_close(kappa.margin.state_dict()[key], value)
+
+
+def test_cosines_are_computed_in_float32_at_least() -> None:
+    torch.manual_seed(2)
+    z, weight, labels = torch.randn(5, 64), torch.randn(7, 64), torch.tensor([0, 6, 3, 3, 1])
+    kappa = Classifier(weight, build_margin("normface"))
+    exact = kappa(z, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(kappa(z, labels), exact)
+    half = z.bfloat16()
+    assert torch.equal(kappa(half, labels), kappa(half.float(), labels))
+    assert kappa(z.double(), labels).dtype == torch.float64
+
+
+def test_each_process_holds_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, parts, places = fresh_weight(7, 4, seed=0), [], []
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(distributed, "all_sum", lambda value: value)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        kappa = Classifier(weight, build_margin("normface"))
+        assert torch.equal(kappa.weight, weight[kappa.first : kappa.first + len(kappa.weight)])
+        assert torch.equal(kappa.part(weight), kappa.weight)
+        parts.append(kappa.whole())
+        places.append(kappa._rows(torch.arange(7))[1])
+        assert torch.equal(kappa.whole(2 * kappa.weight.detach()), 2 * parts[-1])
+        assert not parts[-1].requires_grad
+    assert torch.equal(sum(parts), weight)
+    assert torch.stack(places).amax(0).tolist() == [0, 1, 0, 1, 0, 1, 2]
+    assert ((torch.stack(places) >= 0).sum(0) == 1).all()
+    with pytest.raises(ConfigError, match="identities: got 2 for 3 processes, expected one each"):
+        Classifier(weight[:2], build_margin("normface"))
+
+
 def test_partial_fc_keeps_the_classes_of_the_batch_and_draws_the_rest() -> None:
     weight, labels = fresh_weight(100, 4, 0), torch.tensor([3, 97, 3, 50])
     kappa = Classifier(weight, build_margin("normface"), sample_rate=0.2, seed=5).train()
@@ -57,6 +105,10 @@ def test_files_and_labels(tmp_path: Path) -> None:
     weight = fresh_weight(6, 4, seed=1)
     save_classifier(tmp_path / "k.safetensors", weight)
     assert torch.equal(load_classifier(tmp_path / "k.safetensors", 6, 4), weight)
+    assert read_safetensors(tmp_path / "k.safetensors")[1]["kind"] == "btnet_classifier"
+    write_safetensors(tmp_path / "other.safetensors", {"w": weight}, {})
+    with pytest.raises(CheckpointError, match=r"other.safetensors: got no tensor 'weight', the"):
+        load_classifier(tmp_path / "other.safetensors", 6, 4)
     with pytest.raises(CheckpointError, match=r"\(6, 4\).*\(7, 4\)"):
         load_classifier(tmp_path / "k.safetensors", 7, 4)
     check_labels(torch.tensor([0, 5]), 6)

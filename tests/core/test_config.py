@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from btnet_core.errors import ConfigError
+from btnet_core.images import Resize
+from btnet_core.models.backbone import BackboneConfig
 from btnet_core.training import methods
 from btnet_core.training.config import TrainConfig
 
@@ -100,3 +102,87 @@ def test_pages_of_json_and_yaml(tmp_path: Path) -> None:
             TrainConfig.read(tmp_path / "wrong.yaml")
     with pytest.raises(ConfigError, match=r"nothing.json"):
         TrainConfig.read(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize(("wrong", "told"), [
+    ({"loss": "l2"}, "loss: got 'l2', expected one of normface, sphereface, .*center, circle$"),
+    ({"epochs": 0}, "epochs: got 0, expected > 0"),
+    ({"epochs": "ten"}, "epochs: got 'ten', expected a number > 0"),
+    ({"shift": -1}, "shift: got -1, expected >= 0"),
+    ({"shift": None}, "shift: got None, expected a number >= 0"),
+    ({"sizes": (112, 0)}, r"^sizes: got \(112, 0\), expected one or more, each >= 1"),
+    ({"size_weights": (1.0, 1.0)}, r"^size_weights: got \(1.0, 1.0\), expected 1 numbers >= 0, not all 0"),
+    ({"sizes": (112, 7), "size_weights": (2.0, -1.0)}, "^size_weights"),
+    ({"sizes": (112, 7), "size_weights": (0.0, 0.0)}, "^size_weights"),
+    ({"sample_rate": 1.1}, "^expected sample_rate <= 1"), ({"momentum": 1.0}, "momentum < 1"),
+    ({"warmup_epochs": 25}, "warmup_epochs < epochs"),
+    ({"stop_epoch": 26}, "^stop_epoch: got 26, expected at most 25"),
+    ({"branch_weight": 0.5, "resolution": 14}, "^branch_weight > 0: distillation needs a pretrained"),
+    ({"branch_weight": 0.5, "init": "t"}, "^branch_weight > 0: set `resolution`, only a branch"),
+    ({"influence_weight": 0.0}, "are both 0: nothing to learn"),
+    ({"fix_classifier": True}, "^fix_classifier: a fresh classifier is nothing"),
+    ({"shift": 1.0}, "^couple_at, shift: of a branch alone"),
+    ({"couple_at": "S3U1"}, "^couple_at, shift: of a branch alone"),
+    ({"accumulate": 2, "loss": "triplet"}, "^accumulate: triplet needs the pairs"),
+])  # fmt: skip
+def test_what_is_told(wrong: dict, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        TrainConfig(data=FACES, **wrong)
+
+
+def test_the_ends_of_what_is_allowed() -> None:
+    """Each beside a limit, on the side that works."""
+    for fine in ({"sample_rate": 1.0}, {"stop_epoch": 25}, {"momentum": 0.0}, {"sizes": (1,)},
+                 {"sizes": (112, 7), "size_weights": (1.0, 0.0)}, {"warmup_epochs": 0.0},
+                 {"accumulate": 2}, {"loss": "triplet"}, {"lr": 1e-9},
+                 {"branch_weight": 0.5, "resolution": 14, "init": "t", "influence_weight": 0.0},
+                 {"fix_classifier": True, "classifier": "class_means"},
+                 {"resolution": 14, "couple_at": "S3U1", "shift": 1.0}):  # fmt: skip
+        assert (
+            TrainConfig(data=FACES, **fine) != TrainConfig(data=FACES) or fine["sample_rate"] == 1
+        )
+    lists = TrainConfig(data=FACES, sizes=[112, 7], validation=["a"], validation_resolutions=[7])
+    assert (lists.sizes, lists.validation, lists.validation_resolutions) == ((112, 7), ("a",), (7,))
+
+
+def test_which_losses_have_a_classifier() -> None:
+    uses = {
+        loss: TrainConfig(data=FACES, loss=loss).uses_classes
+        for loss in ("curricularface", "center", "triplet", "circle")
+    }
+    assert uses == {"curricularface": True, "center": True, "triplet": False, "circle": False}
+    alone = TrainConfig(
+        data=FACES, init="t", resolution=14, branch_weight=0.5, influence_weight=0.0
+    )
+    assert not alone.uses_classes
+
+
+def test_fields_that_cannot_be_read(tmp_path: Path) -> None:
+    for values, told in (
+        ([1], "^training configuration: got list, not fields"),
+        ({"data": "x", "b": 1, 2: 3}, r"^unknown fields \['2', 'b'\]; known: \['name', 'data',"),
+        ({}, "^training configuration: .*data"),
+        ({"data": "x", "backbone": 3}, "^training configuration: "),
+        ({"data": "x", "resize": {"kernel": "lanczos"}}, "kernel"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            TrainConfig.from_dict(values)
+    with pytest.raises(ConfigError, match=r"^training configuration: no JSON \("):
+        TrainConfig.from_json("{")
+    with pytest.raises(ConfigError, match="^.*none.yml: cannot be read"):
+        TrainConfig.read(tmp_path / "none.yml")
+    (tmp_path / "page.yml").write_text("data: [")
+    with pytest.raises(ConfigError, match=r"^.*page.yml: no YAML \(while parsing"):
+        TrainConfig.read(str(tmp_path / "page.yml"))
+    (tmp_path / "page.yml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ConfigError, match="^.*page.yml: cannot be read"):
+        TrainConfig.read(tmp_path / "page.yml")
+
+
+def test_a_whole_configuration_comes_back() -> None:
+    config = TrainConfig(
+        data=FACES, backbone=BackboneConfig(name="iresnet18"), resize=Resize(kernel="area")
+    )
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert config.to_dict()["backbone"]["name"] == "iresnet18"
+    assert "\n" in config.to_json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -185,6 +186,8 @@ def test_evaluate_templates_end_to_end() -> None:
     distance = np.abs(fpr - 0.05)
     assert theirs["tar"] == pytest.approx(100 * tpr[distance == distance.min()].max())
     assert set(theirs["identification"]) == {"rate", "false_rate", "threshold"}
+    assert theirs["tpir"] == 100 * theirs["identification"]["rate"] > 0
+    assert report["identification"]["G1"]["tpir"] == pytest.approx(expected["G1"]["tpir"])
     far = (7 + 0.7) / len(strangers)  # nearest to it: the point where 8 strangers pass, not 7
     for authors, passing in ((False, 7), (True, 8)):
         options = {"far": far, "fpir": 0.2, "authors": authors}
@@ -206,3 +209,50 @@ def test_unit_features_weigh_the_two_images_alike() -> None:
     )
     assert unit["112&28"]["threshold"] == pytest.approx(same["112&28"]["threshold"], abs=1e-5)
     assert unit["112&28"]["threshold"] != pytest.approx(plain["112&28"]["threshold"], abs=1e-3)
+
+
+def test_each_image_is_embedded_once_for_a_resolution_and_a_side() -> None:
+    sets, seen = template_set(), []
+
+    def counting(pixels: torch.Tensor, r: int) -> torch.Tensor:
+        seen.append((r, torch.equal(pixels, sets.images(np.arange(72)).float())))
+        return embedder(pixels, r)
+
+    settings = [(112, 7), (112, 28), (28, 28), (7, 7), (112, 112)]
+    report = tp.evaluate_templates(counting, sets, settings, far=0.05)
+    assert list(report) == ["112&7", "112&28", "28&28", "7&7", "112&112"]
+    assert len(seen) == len(set(seen)) == 6  # upright and mirrored
+    alone = [
+        tp.evaluate_templates(embedder, sets, [pair], far=0.05)[f"{pair[0]}&{pair[1]}"]
+        for pair in settings
+    ]
+    assert list(report.values()) == alone
+
+
+def test_the_operating_points_are_those_of_the_paper() -> None:
+    """A.4: TAR at FAR 1e-4, TPIR at FPIR 0.1, the mate among the first 20."""
+    sets = template_set()
+    noise = 60 * torch.randn(72, 6, generator=torch.Generator().manual_seed(0))
+    features = embedder(sets.images(np.arange(72)), 112) + noise
+    plain = tp.score_templates(features, sets)
+    assert plain == tp.score_templates(features, sets, far=1e-4, fpir=0.1, rank=20)
+    ids, templates = tp.aggregate(features, sets.template, sets.media, sets.score)
+    lists = (templates, ids, sets.galleries, sets.probes)
+    assert tp.identify_templates(*lists) == plain["identification"]
+    assert tp.identify_merged(*lists) == tp.identify_merged(*lists, fpir=0.1)
+    first, any_rank = (tp.score_templates(features, sets, fpir=0.9, rank=r) for r in (1, 6))
+    assert first["tpir"] == first["identification"]["tpir"] < any_rank["tpir"]
+
+
+@pytest.mark.parametrize("lost", ["probes", "gallery G2", "pairs"])
+def test_what_has_no_images_is_named(lost: str) -> None:
+    sets = template_set()
+    ids, who = sets.galleries["G2"]
+    changes = {
+        "probes": {"probes": (sets.probes[0] + 1000, sets.probes[1])},
+        "gallery G2": {"galleries": {**sets.galleries, "G2": (ids + 1000, who)}},
+        "pairs": {"first": sets.first + 1000},
+    }
+    features = embedder(sets.images(np.arange(72)), 112)
+    with pytest.raises(DataError, match=f"^{lost}: template 1"):
+        tp.score_templates(features, dataclasses.replace(sets, **changes[lost]), far=0.05)

@@ -169,13 +169,13 @@ def test_fields_that_cannot_be_read(tmp_path: Path) -> None:
             TrainConfig.from_dict(values)
     with pytest.raises(ConfigError, match=r"^training configuration: no JSON \("):
         TrainConfig.from_json("{")
-    with pytest.raises(ConfigError, match="^.*none.yml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"none.yml: cannot be read"):
         TrainConfig.read(tmp_path / "none.yml")
     (tmp_path / "page.yml").write_text("data: [")
     with pytest.raises(ConfigError, match=r"^.*page.yml: no YAML \(while parsing"):
         TrainConfig.read(str(tmp_path / "page.yml"))
     (tmp_path / "page.yml").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ConfigError, match="^.*page.yml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"page.yml: cannot be read"):
         TrainConfig.read(tmp_path / "page.yml")
 
 

@@ -205,25 +205,20 @@ def native_embedder(
     crop: Callable[[Tensor], Tensor] = lambda pixels: pixels,
     size: tuple[int, int] = (CANONICAL, CANONICAL),
     batch_size: int = 256,
-    keep: dict[Any, Tensor] | None = None,
 ) -> Callable[[np.ndarray, int], Tensor]:
     """embed(indices, r) -> (n, D) of native faces ``image(i)`` (3, h, w), each resized once to r.
 
     ``upsample`` makes a baseline's: every face goes to S and r is not used. ``crop`` and ``size``
-    are the trunk's. ``keep`` holds what it has answered, for when it is asked the same again.
+    are the trunk's.
     """
-    kept = {} if keep is None else keep
 
     def embed(indices: np.ndarray, r: int) -> Tensor:
         rows = size[0] if upsample else r
-        key = (rows, indices.tobytes())
-        if key not in kept:
-            target, parts = (rows, round(rows * size[1] / size[0])), []
-            for block in np.split(indices, range(batch_size, len(indices), batch_size)):
-                faces = [resize(crop(image(int(i))), target, how) for i in block]
-                parts.append(embedder(torch.stack(faces), rows).float().cpu())
-            kept[key] = torch.cat(parts)
-        return kept[key] if keep is not None else kept.pop(key)
+        target, parts = (rows, round(rows * size[1] / size[0])), []
+        for block in np.split(indices, range(batch_size, len(indices), batch_size)):
+            faces = [resize(crop(image(int(i))), target, how) for i in block]
+            parts.append(embedder(torch.stack(faces), rows).float().cpu())
+        return torch.cat(parts)
 
     return embed
 

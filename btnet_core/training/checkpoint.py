@@ -102,11 +102,8 @@ def save(run: Run) -> None:
 
 
 def save_state(out: Path, state: dict[str, Any]) -> None:
-    """Write a state of tensors, numbers and texts to ``out/checkpoint/state.pt``."""
-    try:
-        write_atomically(out / STATE, lambda file: torch.save({"format": FORMAT, **state}, file))
-    except WriteError as error:
-        raise unwritten(out, error) from error
+    """Write a state of tensors, numbers and texts to ``out/checkpoint/state.pt``; or WriteError."""
+    write_atomically(out / STATE, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def load_state(out: Path) -> dict[str, Any] | None:
@@ -129,14 +126,11 @@ def load_state(out: Path) -> dict[str, Any] | None:
     return state
 
 
-def unwritten(out: Path, error: Exception) -> TrainingError:
+def unwritten(out: Path, error: OSError) -> TrainingError:
     """What to tell when something in ``out`` could not be written: why, and what is left."""
-    good = out / STATE
-    kept = f"; the last good one is kept in {good}" if good.exists() else ""
-    if isinstance(error, WriteError):
-        return TrainingError(f"{error}{kept}")
-    why = reason(error) if isinstance(error, OSError) else error
-    return TrainingError(f"{out}: cannot be written ({why}){kept}")
+    good, told = out / STATE, f"{out}: cannot be written ({reason(error)})"
+    told = str(error) if isinstance(error, WriteError) else told  # it names the file
+    return TrainingError(f"{told}; the last good one is kept in {good}" if good.exists() else told)
 
 
 def check_room(out: Path, needed: int) -> None:

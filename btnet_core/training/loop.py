@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from btnet_core.data.faces import open_faces
@@ -246,7 +245,7 @@ def train(
         try:
             with _machine(config, place, state):
                 return _train(config, out, place, identity, state, show)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise checkpoint.unwritten(out, error) from error
 
 

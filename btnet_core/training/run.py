@@ -95,14 +95,10 @@ class Run:
                 norm.eval()
 
     def describe(self) -> str:
-        """Which parameters learn, listed by unit and counted; on what."""
-        groups: dict[str, int] = {}
-        for name, parameter in self.trainable.items():
-            group = ".".join(name.split(".")[:2])
-            groups[group] = groups.get(group, 0) + parameter.numel()
+        """How many parameters learn; on what, where, and in which precision."""
+        learn = sum(p.numel() for p in self.trainable.values())
         whole = sum(p.numel() for p in self.network.parameters())
-        text = f"{self.config.name}: {sum(groups.values()):,} of {whole:,} parameters learn: "
-        text += ", ".join(f"{name} {count:,}" for name, count in groups.items())
+        text = f"{self.config.name}: {learn:,} of {whole:,} parameters learn"
         if self.kappa is not None:
             learns = "learns" if self.kappa.weight.requires_grad else "fixed"
             text += f"; kappa {self.kappa.num_classes} x {self.trunk.config.embedding} {learns}"

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from btnet_core import device
-from btnet_core.errors import CheckpointError, ConfigError, TrainingError
+from btnet_core.errors import CheckpointError, ConfigError, TrainingError, WriteError
 from btnet_core.files import read_safetensors
 from btnet_core.models.backbone import BackboneConfig
 from btnet_core.training import checkpoint, loop, methods
@@ -228,8 +228,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingError, match=r"disk is full.*last good one is kept"):
+    with pytest.raises(WriteError, match="disk is full") as refused:
         checkpoint.save_state(tmp_path, {"step": 2})
+    told = str(checkpoint.unwritten(tmp_path, refused.value))
+    assert told == f"{refused.value}; the last good one is kept in {tmp_path / checkpoint.STATE}"
     monkeypatch.undo()
     assert checkpoint.load_state(tmp_path)["step"] == 1
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["state.pt"]

@@ -273,3 +273,15 @@ def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
     assert [node.returncode for node in nodes] == [0, 0], said
     assert sum("parameters learn" in text for text in said) == 1  # the first process alone speaks
     assert (tmp_path / "out" / "trunk.safetensors").is_file()
+
+
+def test_running_statistics_become_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes, the other with 3 where this one has 0 and 1: means, not sums; nothing else moves."""
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "all_sum", lambda value: value + 3)
+    norm = nn.BatchNorm2d(2)
+    distributed.average_statistics(norm)
+    assert norm.running_mean.tolist() == [1.5, 1.5]
+    assert norm.running_var.tolist() == [2.0, 2.0]
+    assert norm.num_batches_tracked.item() == 0
+    assert norm.weight.tolist() == [1.0, 1.0]

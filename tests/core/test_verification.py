@@ -301,3 +301,26 @@ def test_a_branch_sees_the_trunks_columns_of_the_face() -> None:
     for r in (112, 14):
         assert torch.equal(embedder(faces, r), embedder(other, r))
         assert not torch.equal(embedder(faces, r), embedder(faces.flip(-1), r))
+
+
+def test_centred_cosines_by_hand() -> None:
+    """Unit embeddings less the centre of their resolution, made unit again."""
+    pairs, centre = pair_set(), {112: torch.full((6,), 0.1), 7: torch.arange(6) / 10}
+    found = v.pair_similarities(Counting(), pairs, [(112, 7)], centre=centre, flip=False)
+    pixels, sides = pairs.images(np.arange(pairs.num_images)), []
+    for r, index in ((112, pairs.first), (7, pairs.second)):
+        z = Counting()(pixels, r).double()
+        z = z / z.norm(dim=1, keepdim=True) - centre[r]
+        sides.append((z / z.norm(dim=1, keepdim=True))[index])
+    np.testing.assert_allclose(found[112, 7], (sides[0] * sides[1]).sum(1), atol=1e-6)
+    with pytest.raises(ConfigError, match=r"^centre: has resolutions \[112\], needs \[7\], too"):
+        v.pair_similarities(Counting(), pairs, [(112, 7)], centre={112: centre[112]})
+
+
+def test_images_are_read_once_for_all_resolutions() -> None:
+    pairs, read = pair_set(), []
+    images = pairs.images
+    pairs.images = lambda i: (read.append(len(i)), images(i))[1]
+    unit = v.unit_embeddings(Counting(), pairs, [7, 112, 14, 7])
+    assert read == [30]
+    assert sorted(unit) == [7, 14, 112]

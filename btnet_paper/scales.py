@@ -15,7 +15,8 @@ import yaml
 
 from btnet_core.data.sources import Spec
 from btnet_core.errors import ConfigError
-from btnet_core.files import find
+from btnet_core.files import find, reason
+from btnet_core.kinds import what_is
 from btnet_core.models.backbone import BackboneConfig
 from btnet_core.training.config import TrainConfig
 
@@ -117,8 +118,12 @@ def _read(path: Path) -> dict[str, Any]:
     """Returns the fields of a page, those of its base under its own."""
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: no page in YAML, but {what_is(path)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: no YAML ({place_in(error)})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: got {type(values).__name__}, expected `field: value` lines")
     _check(path, values)
@@ -134,6 +139,12 @@ def _read(path: Path) -> dict[str, Any]:
         if key in values
     }
     return below | values | merged
+
+
+def place_in(error: yaml.YAMLError) -> str:
+    """Returns where a page stops being YAML."""
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}" if mark else "a sign it does not admit"
 
 
 def _check(path: Path, values: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from btnet_core.data.ijbc import moved
 from btnet_core.errors import DataError
 from btnet_core.images import MAX_BYTES, decode, encode, read
+from btnet_core.kinds import what_is
 
 SIZE = 112  # rows and columns of a crop
 # RuntimeError: a .zip with a password, or of a compression that this Python has not.
@@ -73,7 +74,7 @@ def members(
                 yield key, b"" if wanted is None else content()
     except _DAMAGED as error:
         raise DataError(
-            f"{source}: no folder, .zip, .tar or .tgz, or damaged after {count} pictures ({error})"
+            f"{source}: no folder, .zip, .tar or .tgz, or damaged after {count} pictures: {what_is(source)}"
         ) from error
 
 

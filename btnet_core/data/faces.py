@@ -28,6 +28,7 @@ from btnet_core.data.recordio import MAX_LABEL, FaceRecords
 from btnet_core.data.sources import FACES, Spec, open_kind, parse_spec, register
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.files import checksum, find
+from btnet_core.kinds import what_is
 
 
 @lru_cache(maxsize=1)
@@ -222,7 +223,8 @@ def marked(path: str, faces: FaceSet) -> list[int]:
     try:
         left_out = np.load(find(path))["left_out"] != 0
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read as a list of images left out ({error})") from error
+        kind = what_is(find(path))
+        raise DataError(f"{path}: no .npz with `left_out` of each image, but {kind}") from error
     stay = len(left_out) - int(left_out.sum())
     if len(faces) not in (len(left_out), stay):
         raise DataError(

@@ -25,7 +25,7 @@ from btnet_core.data.faces import decode_each
 from btnet_core.data.folders import read_lines
 from btnet_core.data.survface import stand_in_note
 from btnet_core.errors import DataError
-from btnet_core.files import checksum, integer_table
+from btnet_core.files import checksum, integer_table, reason
 
 # Where ArcFace puts eyes, nose tip and mouth corners in a 112x112 crop: x, y in pixels.
 ARCFACE = np.array(
@@ -129,7 +129,7 @@ def _pairs(path: Path) -> np.ndarray:
     try:
         table = integer_table(path.read_bytes(), 3, where=str(path))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from error
     if (table[:, 2] > 1).any():
         raise DataError(f"{path}: labels must be 0 or 1")
     return table

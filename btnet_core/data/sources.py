@@ -43,8 +43,8 @@ def parse_spec(spec: Spec) -> Spec:
         return spec
     try:
         return json.loads(spec)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{spec!r}: neither a path nor a mapping in JSON ({error})") from None
+    except json.JSONDecodeError:
+        raise ConfigError(f"{spec!r}: neither a path nor a mapping in JSON") from None
 
 
 def paths_of(spec: Spec) -> list[str]:

@@ -24,6 +24,7 @@ from btnet_core.data.faces import StoredFaces, image_folder, in_parallel
 from btnet_core.data.folders import entries, split_images, warn_of
 from btnet_core.errors import DataError
 from btnet_core.files import checksum
+from btnet_core.kinds import what_is
 
 TEST_FOLDER = "Face_Identification_Test_Set"
 NOTE = "STAND-IN.txt"  # its first line names the stand-in that a folder holds
@@ -87,8 +88,8 @@ def read_mat(path: Path) -> dict[str, list[Any]]:
             name, values = _array(body)
             lists[name] = values
     except (ValueError, IndexError, KeyError, struct.error, zlib.error, RecursionError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise DataError(f"{path}: cannot be read as a MATLAB list ({reason})") from None
+        kind = "damaged or of another version" if data[:6] == b"MATLAB" else what_is(bytes(data))
+        raise DataError(f"{path}: no list in MATLAB 5, but {kind}") from error
     return lists
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from btnet_core.data.sources import Spec
 from btnet_core.errors import ConfigError
+from btnet_core.files import reason
 from btnet_core.images import Resize
+from btnet_core.kinds import what_is
 from btnet_core.losses import MARGINS, METRICS
 from btnet_core.models.backbone import BackboneConfig
 from btnet_core.models.btnet import BN_MODES
@@ -215,8 +217,11 @@ class TrainConfig:
         """Inverse of ``to_json``; raises as ``from_dict``."""
         try:
             return cls.from_dict(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"training configuration: no JSON ({error})") from error
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno}, column {error.colno}"
+            raise ConfigError(f"training configuration: no JSON ({place})") from error
+        except RecursionError as error:
+            raise ConfigError("training configuration: no JSON (too deep)") from error
 
     @classmethod
     def read(cls, path: Path | str) -> TrainConfig:
@@ -225,7 +230,8 @@ class TrainConfig:
         try:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error})") from error
+            why = reason(error) if isinstance(error, OSError) else what_is(path)
+            raise ConfigError(f"{path}: cannot be read as a page ({why})") from error
         if path.suffix not in (".yaml", ".yml"):
             return cls.from_json(text)
         if yaml is None:
@@ -233,4 +239,6 @@ class TrainConfig:
         try:
             return cls.from_dict(yaml.safe_load(text))
         except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: no YAML ({str(error).splitlines()[0]})") from error
+            mark = getattr(error, "problem_mark", None)
+            place = f"line {mark.line + 1}" if mark else "a sign it does not admit"
+            raise ConfigError(f"{path}: no YAML ({place})") from error

@@ -79,7 +79,7 @@ def test_a_committed_list_leaves_images_out_once(folder: Path, tmp_path: Path) -
     ):
         open_faces(spec)
     (tmp_path / "list.npz").write_bytes(b"PK\3\4 no list")
-    with pytest.raises(DataError, match=r"list\.npz: cannot be read"):
+    with pytest.raises(DataError, match=r"list\.npz: no \.npz with `left_out` of each image, but "):
         open_faces(spec)
 
 

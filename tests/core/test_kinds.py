@@ -20,8 +20,10 @@ from safetensors.torch import save
 
 from btnet_core.data.faces import open_faces
 from btnet_core.data.pairs import open_pairs
-from btnet_core.errors import DataError
+from btnet_core.data.survface import read_mat
+from btnet_core.errors import ConfigError, DataError
 from btnet_core.kinds import what_is
+from btnet_core.training.config import TrainConfig
 
 
 def written(write: object) -> bytes:
@@ -108,3 +110,21 @@ def test_readers_of_faces_and_pairs_say_what_a_file_is(tmp_path: Path) -> None:
         open_faces(str(tmp_path))
     with pytest.raises(DataError, match=r"pairs\.bin: not a verification set: an HTML page"):
         open_pairs(str(tmp_path / "pairs.bin"))
+
+
+def test_refused_lists_and_pages_are_told_in_words_of_our_own(tmp_path: Path) -> None:
+    (tmp_path / "a.mat").write_bytes(b"<html>Quota exceeded</html>" + bytes(200))
+    (tmp_path / "b.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(range(256)))
+    (tmp_path / "c.yaml").write_bytes(b"name: x\na: [")
+    (tmp_path / "c.json").write_bytes(b'{"name": 1,\n "batch" 2}')
+    (tmp_path / "d.json").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    for call, told in (
+        (lambda: read_mat(tmp_path / "a.mat"), r"a\.mat: no list in MATLAB 5, but "),
+        (lambda: read_mat(tmp_path / "b.mat"), r"b\.mat: no list in MATLAB 5, but damaged or of"),
+        (lambda: TrainConfig.read(tmp_path / "c.yaml"), r"c\.yaml: no YAML \(line 2\)"),
+        (lambda: TrainConfig.read(tmp_path / "c.json"), r"no JSON \(line 2, column 10\)"),
+        (lambda: TrainConfig.read(tmp_path / "d.json"), r"as a page \(a PNG picture\)"),
+        (lambda: TrainConfig.read(tmp_path / "e.json"), r"as a page \(No such file"),
+    ):
+        with pytest.raises((DataError, ConfigError), match=told):
+            call()

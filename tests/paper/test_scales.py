@@ -82,7 +82,7 @@ def test_real_faces_are_shown_in_no_figure() -> None:
         ("specialists: {best: {}}", r"unknown \['best'\], expected some of \['native'"),
         ("specialists: {native: {epoch: 3}}", r"native: unknown \['epoch'\]"),
         ("base: nowhere", "nowhere"),
-        ("a: [", "cannot be read"),
+        ("a: [", r"no YAML \(line \d+, column \d+\)"),
     ],
 )
 def test_what_no_scale_has_is_refused(page: Path, line: str, message: str) -> None:

@@ -97,8 +97,7 @@ def adapt(
         raise DataError(f"{spec_text(faces)}: nobody has two images; use --no-labels")
     kappa = out / "train" / f"kappa-{training.checksum[-12:]}.safetensors"
     runs = plan(btnet, data, out, kappa, options)
-    for run in runs:
-        Sampler(training.labels, run)  # raises for a batch that cannot be drawn
+    check_batches(runs, training)
     store_trunk(out, backbone)
     if not options.fresh:
         check_unchanged(runs, out, training)
@@ -191,6 +190,12 @@ def check_routes(btnet: BTNet) -> None:
                 f"after {route.couple_at}; a unit down-samples in its own code: override "
                 "abandon_stride in the adapter's unit"
             )
+
+
+def check_batches(runs: Sequence[TrainConfig], faces: FaceSet) -> None:
+    """Raise ConfigError for a batch that cannot be drawn from ``faces``."""
+    for run in runs:
+        Sampler(faces.labels, run)
 
 
 def store_trunk(out: Path, backbone: Backbone) -> None:

@@ -151,6 +151,16 @@ def some_faces(text: str) -> Any:
     return faces.images(range(0, len(faces), step)[:64])
 
 
+def say_where(*texts: str) -> None:
+    """Say which file a relative path is, where it was found under the data root instead of here."""
+    from btnet_core.data.sources import parse_spec, paths_of
+    from btnet_core.files import find
+
+    for path in (path for text in texts for path in paths_of(parse_spec(text))):
+        if (place := find(path)) != Path(path).expanduser():
+            click.echo(f"{path}: not in this folder, taken from {place}", err=True)
+
+
 # ---- the reproduction ------------------------------------------------------------------------
 
 
@@ -325,6 +335,7 @@ def adapt(
         given["resolutions"] = (resolutions, *more)
     given["changes"] = {name: value_of(text) for name, text in given["changes"].items()}
     given["adapter"] = find_adapter(given["adapter"]) if given["adapter"] else None
+    say_where(faces, *given["pairs"])
     work.adapt(trunk, faces, out, work.AdaptOptions(**given))
 
 
@@ -375,6 +386,7 @@ def evaluate(pairs: tuple[str, ...], baseline: bool, **model: Any) -> None:
     from btnet_core.data.pairs import open_pairs
     from btnet_tools import evaluate as work
 
+    say_where(*pairs)
     net, sets = open_model(**model), [open_pairs(spec) for spec in pairs]
     ways = ("before", "after") if baseline else ("after",)
     found = work.compare(net, sets, ways, model["device"])

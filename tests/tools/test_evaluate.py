@@ -128,7 +128,9 @@ def test_both_directions_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["112&14"]["pairs"] == 800
 
 
-def test_the_command_prints_every_pair_of_resolutions(model: Path, tmp_path: Path, capsys) -> None:
+def test_the_command_prints_every_pair_of_resolutions(
+    model: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(24):
         (tmp_path / f"p{i // 2}").mkdir(exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 256, (112, 112, 3), dtype=np.uint8)
@@ -144,6 +146,14 @@ def test_the_command_prints_every_pair_of_resolutions(model: Path, tmp_path: Pat
     assert "TAR" not in out[1]  # 12 different pairs allow none
     assert main([*command, "--baseline"]) == 0
     assert capsys.readouterr().out.count("scaled up") == 6
+    # a name that is not in the current folder, but under the data root: said so
+    monkeypatch.setenv("BTNET_DATA", str(tmp_path))
+    assert main([*command[:-1], "pairs.txt"]) == 0
+    told = f"pairs.txt: not in this folder, taken from {tmp_path / 'pairs.txt'}\n"
+    assert capsys.readouterr().err == told
+    monkeypatch.chdir(tmp_path)
+    assert main([*command[:-1], "pairs.txt"]) == 0
+    assert capsys.readouterr().err == ""
     if find_spec("openvino"):
         assert main([*command, "--precision", "fp32"]) == 0
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == keys

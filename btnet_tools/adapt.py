@@ -78,10 +78,8 @@ def adapt(
 ) -> dict[str, Any]:
     """Train a branch for each resolution on ``faces`` (a spec); write the BTNet into ``out``.
 
-    Goes on where an earlier call stopped.
-
-    Returns:
-        What ``compare`` measured, ``left_out`` (why each such image was), ``seconds`` of this call.
+    Goes on where an earlier call stopped. Returns what ``compare`` measured, ``left_out`` (why each
+    such image was) and ``seconds`` of this call.
 
     Raises:
         ConfigError, DataError, CheckpointError: before the first step. TrainingError: as ``train``.

@@ -247,11 +247,8 @@ class BTNet(nn.Module):
             normalise: to unit length, so that a dot product is the cosine.
             return_info: also return for each image a dict, see ``entrance``.
 
-        Returns:
-            ``(len(images), D)`` float32 on the CPU [, list of dicts].
-
-        Raises:
-            DataError: an image is not a face image; the message gives its place in the list.
+        Returns ``(len(images), D)`` float32 on the CPU [, list of dicts]. Raises DataError if an
+        image is not a face image, with its place in the list.
         """
         faces, info = [], []
         for index, image in enumerate(images):
@@ -265,18 +262,16 @@ class BTNet(nn.Module):
             members = [i for i, facts in enumerate(info) if facts["r"] == r]
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
-                embeddings[batch] = self._embed(
-                    torch.stack([faces[i] for i in batch]), r, precision
-                )
+                embeddings[batch] = self._embed([faces[i] for i in batch], r, precision)
         self.train(was_training)
         if normalise:
             embeddings = nn.functional.normalize(embeddings)
         return (embeddings, info) if return_info else embeddings
 
-    def _embed(self, pixels: Tensor, r: int, precision: str) -> Tensor:
-        """Pixels of one branch ``(B, 3, r, r')`` -> embeddings ``(B, D)`` on the CPU."""
+    def _embed(self, faces: Sequence[Tensor], r: int, precision: str) -> Tensor:
+        """Faces of one branch, each ``(3, r, r')`` -> embeddings ``(B, D)`` on the CPU."""
         device = next(self.parameters()).device
-        x = self.trunk.normalise(pixels.to(device))
+        x = self.trunk.normalise(torch.stack(list(faces)).to(device))
         with autocast(device, precision):
             z = self(x.contiguous(memory_format=torch.channels_last), r)
         return z.float().cpu()

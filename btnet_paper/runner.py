@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ from btnet_paper.scales import get_scale
 from btnet_paper.state import State
 
 GRACE = 30.0  # seconds that an interrupted cell has to stop by itself, e.g. to write a checkpoint
+START = 300  # seconds that a kernel has to start: a busy machine imports slowly
+LONGEST_SOCKET = 80  # characters of the folder of a socket, whose whole path may have 107
 KEPT = ("results", "figures", "models")  # folders of a run whose files are a notebook's outputs
 LOG = logging.getLogger("btnet.kernel")
 LOG.setLevel(logging.ERROR)  # its warnings are of no use to a reader
@@ -180,16 +183,8 @@ def execute(
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     os.environ |= {"PYTHONPATH": path, "BTNET_REPRODUCE": "1", "BTNET_FRESH": str(int(fresh))}
     os.environ |= {"TQDM_MININTERVAL": "30"}
-    # without folders of specs "python3" is ipykernel's own, whose command is sys.executable
-    kernel = AsyncKernelManager(
-        kernel_name="python3",
-        kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
-        transport="ipc" if os.name == "posix" else "tcp",
-        log=LOG,
-        shutdown_wait_time=2 * GRACE,  # half of it before the kernel is terminated
-    )
-    try:
-        with open(log, "w", encoding="utf-8") as sink:
+    with _kernel() as kernel, open(log, "w", encoding="utf-8") as sink:
+        try:
             papermill.execute_notebook(
                 notebook.path,
                 output,
@@ -198,16 +193,36 @@ def execute(
                 language="python",
                 km=kernel,
                 cwd=notebook.path.parent,
+                start_timeout=START,
                 stdout_file=sink,
                 stderr_file=sink,
             )
-    except KeyboardInterrupt:
-        if kernel.has_kernel:
-            run_sync(kernel.interrupt_kernel)()
-        raise
-    finally:
-        if kernel.has_kernel:
-            run_sync(kernel.shutdown_kernel)()
+        except KeyboardInterrupt:
+            if kernel.has_kernel:
+                run_sync(kernel.interrupt_kernel)()
+            raise
+        finally:
+            if kernel.has_kernel:
+                run_sync(kernel.shutdown_kernel)()
+
+
+@contextmanager
+def _kernel() -> Iterator[AsyncKernelManager]:
+    """A kernel to be, of this very Python; its sockets lie in a folder of their own.
+
+    By default they lie in the folder of the notebooks, where those of two runs would meet.
+    """
+    with tempfile.TemporaryDirectory(prefix="btnet-") as folder:
+        short = os.name == "posix" and len(folder) < LONGEST_SOCKET
+        # without folders of specs "python3" is ipykernel's own, whose command is sys.executable
+        yield AsyncKernelManager(
+            kernel_name="python3",
+            kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
+            connection_file=str(Path(folder) / "kernel.json"),
+            transport="ipc" if short else "tcp",
+            log=LOG,
+            shutdown_wait_time=2 * GRACE,  # half of it before the kernel is terminated
+        )
 
 
 def explain(error: Exception, notebook: Notebook, executed: Path) -> str:

@@ -106,7 +106,8 @@ class Run:
             text += f" ({empty} identities have no image)" if empty else ""
         text += f"; {self.total} steps of {self.config.batch} images, {self.precision}"
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        return f"{text}, {self.device}{threads}"
+        together = distributed.world()
+        return f"{text}, {self.device}{threads}" + f", {together} processes" * (together > 1)
 
 
 def prepare(config: TrainConfig, out: Path, device: torch.device) -> Run:

@@ -77,6 +77,8 @@ def test_order_outputs_and_skipping_what_is_unchanged(
     assert any("injected-parameters" in cell.metadata.get("tags", []) for cell in executed.cells)
     assert (place / "runs/demo/logs/01_first.log").is_file()
     told = capsys.readouterr().out
+    left = {path.name for path in (place / "nb").iterdir()}  # a kernel's sockets are not there
+    assert left == {"01_first.ipynb", "02_second.ipynb"}
     assert "[1/2] 01_first" in told
     assert str(place / "runs/demo") in told
     write(place / "nb", "03_sums_up", always=True)

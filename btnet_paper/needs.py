@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
 from btnet_core.data.faces import open_faces
-from btnet_core.data.ijbc import read_templates
-from btnet_core.data.pairs import open_pairs
 from btnet_core.data.sources import Spec, paths_of, spec_text
-from btnet_core.data.survface import read_open_set
 from btnet_core.errors import BTNetError, ReproduceError
 from btnet_core.files import checksum, data_root, find
 from btnet_core.models.backbone import build_backbone
@@ -24,22 +20,13 @@ from btnet_core.models.btnet import BTNet, Route
 from btnet_core.models.costs import Cost, route_cost
 from btnet_core.training.config import TrainConfig
 from btnet_paper import plans, published
+from btnet_paper.openers import OPENERS
 from btnet_paper.scales import Scale, get_scale
 
 # Assumed, not measured: a fifth of what an RTX 2080 Ti, the paper's card, can do in fp16.
 GPU, MACS_PER_SECOND = "RTX 2080 Ti, fp16, a fifth of its peak", 11e12
 GB = 1e9
 SURVFACE = (220_890, 5_319)  # images and people of QMUL-SurvFace's training part
-# How each kind is opened -> what is counted
-OPENERS: dict[str, Callable[[Any], str]] = {
-    "faces": lambda spec: _faces(open_faces(spec)),
-    "pairs": lambda spec: f"{len(open_pairs(spec)):,} pairs",
-    "open set": lambda spec: f"{len(read_open_set(find(spec)).labels):,} images",
-    "templates": lambda spec: (
-        f"{len(set(read_templates(find(spec)).template.tolist())):,} templates"
-    ),
-    "weights": lambda spec: f"{find(spec).stat().st_size:,} bytes",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +119,6 @@ def _files(place: Path) -> list[Path]:
     """Returns the file, or those of a folder, in order."""
     found = sorted(place.rglob("*")) if place.is_dir() else [place]
     return [file for file in found if file.is_file()]
-
-
-def _faces(faces: Any) -> str:
-    return f"{len(faces):,} images of {faces.num_identities:,} people"
 
 
 def costs(scale: Scale) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from btnet_core.data.sources import spec_text
 from btnet_core.errors import DataError
 from btnet_core.files import data_root, find
 from btnet_core.images import decode, encode, is_plain, read, resize
-from btnet_paper.needs import OPENERS
+from btnet_paper.openers import OPENERS
 from btnet_paper.scales import get_scale, pages
 from btnet_tools.catalogue import Entry, entries
 

@@ -114,3 +114,22 @@ def test_files_and_labels(tmp_path: Path) -> None:
     check_labels(torch.tensor([0, 5]), 6)
     with pytest.raises(ConfigError, match=r"2 labels outside 0..5, the first is 6 of record 1"):
         check_labels(torch.tensor([0, 6, -1]), 6)
+
+
+def test_a_fresh_classifier_by_hand() -> None:
+    generator = torch.Generator().manual_seed(7)
+    assert torch.equal(fresh_weight(6, 4, 7), 0.01 * torch.randn(6, 4, generator=generator))
+
+
+def test_partial_fc_draws_from_seed_and_step() -> None:
+    """Class 0 takes part, too; labels of another shard have no place; the same draw each time."""
+    weight, labels = fresh_weight(50, 4, 0), torch.tensor([0, 49, -1, 60])
+    one, two, other = (
+        Classifier(weight, build_margin("normface"), sample_rate=0.2, seed=seed)
+        for seed in (5, 5, 6)
+    )
+    rows, place = one._rows(labels)
+    assert torch.equal(rows[place[:2]], weight[[0, 49]])
+    assert place[2:].tolist() == [-1, -1]
+    assert torch.equal(two._rows(labels)[0], rows)
+    assert not torch.equal(other._rows(labels)[0], rows)

@@ -53,7 +53,7 @@ def test_images_of_one_identity_follow_each_other(per_identity: int) -> None:
         assert (together[::2] == together[1::2]).float().mean() < 0.6
 
 
-@pytest.mark.parametrize("per_identity", [1, 2])
+@pytest.mark.parametrize("per_identity", [1, 2, 3])
 def test_the_draws_of_an_epoch_by_hand(per_identity: int) -> None:
     """All from (seed, epoch): the order, runs of identities of 5, 4 and 3 images, flip, size, shift."""
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 0])
@@ -63,11 +63,11 @@ def test_the_draws_of_an_epoch_by_hand(per_identity: int) -> None:
     for epoch in (0, 1):
         generator = torch.Generator().manual_seed(3 * 1_000_003 + epoch)
         order = torch.randperm(12, generator=generator).tolist()
-        if per_identity == 2:
+        if per_identity > 1:
             runs: list[list[int]] = []
             for identity in range(3):
                 own = [record for record in order if labels[record] == identity]
-                runs += [own[k : k + 2] for k in range(0, len(own), 2)]
+                runs += [own[k : k + per_identity] for k in range(0, len(own), per_identity)]
             places = torch.randperm(len(runs), generator=generator).tolist()
             order = [record for _, run in sorted(zip(places, runs, strict=True)) for record in run]
         flip = torch.rand(12, generator=generator) < 0.5

@@ -1,0 +1,182 @@
+"""The paper's scale from its files to its report, on fake data in the paper's own layouts.
+
+MS1Mv3 as RecordIO with identity records, the six ``.bin`` sets in its folder, QMUL-SurvFace and
+IJB-C, a small trunk, two steps a run, two gloo processes. No number means anything: what is tested
+is that every table and figure of the paper comes out, so that days of GPUs find nothing missing.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from btnet_core.data.faces import FaceSet, open_faces
+from btnet_core.data.recordio import write_face_records
+from btnet_core.images import encode, resize
+from btnet_paper import claims, figures, plans, published, records
+from btnet_paper.layouts import write_survface, write_survface_training
+from btnet_paper.scales import get_scale
+from btnet_paper.standins import ijbc_standin, native_sizes
+from btnet_tools.cli import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.notebook]
+PAGE = """
+base: paper
+claim: Fake data in the paper's layouts and two steps a run; no number means anything.
+backbone: {name: iresnet18, width: 0.125, embedding: 32}
+hr: &few {epochs: 1, batch: 36, warmup_epochs: 0, threads: 1}
+trunk: *few
+specialists: {native: *few}
+branch: *few
+ablation: *few
+survface_trunk: &fewer {epochs: 1, batch: 16, warmup_epochs: 0, threads: 1}
+survface_branch: *fewer
+"""
+TOGETHER = ("03", "04")  # notebooks whose runs have two processes each
+APART = ("00", "01", "02", "05", "06", "07", "08", "09", "10", "11", "12")
+LITTLE = ("repeats=1", "batch_size=1", "images=16", "count=24", "known=4", "strangers=8")
+FACES, SURVFACE = "ms1m-retinaface-t1", "QMUL-SurvFace"  # as configs/paper.yaml has them
+SETS = ("lfw", "cfp_ff", "cfp_fp", "agedb_30", "calfw", "cplfw")  # in the folder of FACES
+
+
+def synthetic(identities: int, images: int, first: int) -> FaceSet:
+    kind = {"kind": "synthetic", "seed": 0, "first": first}
+    return open_faces({**kind, "identities": identities, "images": images})
+
+
+def encoded(faces: FaceSet) -> list[bytes]:
+    return [encode(face, "JPEG") for face in faces.images(range(len(faces)))]
+
+
+def write_ms1mv3(folder: Path) -> None:
+    """RecordIO with identity records, and the six sets of 20 pairs beside it, as InsightFace's.
+
+    The sets have pickle protocol 2 (arrays, as of Python 2) and 4 (bytes) by turns.
+    """
+    faces = synthetic(12, 6, first=0)
+    write_face_records(folder, zip(encoded(faces), faces.labels.tolist(), strict=True), (112, 112))
+    people = np.array(encoded(synthetic(10, 4, first=1000)), object).reshape(10, 4)
+    for k, name in enumerate(SETS):
+        pairs = [(people[p, 0], people[p, 1 + k % 3]) for p in range(10)]
+        pairs += [(people[p, 0], people[p - 1, k % 4]) for p in range(10)]
+        images = [image for pair in pairs for image in pair]
+        same = [True] * 10 + [False] * 10
+        if k % 2:
+            images = [np.frombuffer(image, np.uint8) for image in images]
+        content = pickle.dumps((images, same), protocol=2 if k % 2 else 4)
+        (folder / f"{name}.bin").write_bytes(content)
+
+
+def surveillance(faces: FaceSet, rows: range) -> list[tuple[int, Tensor]]:
+    """(identity, image of a native size) of the images at these places."""
+    sizes = native_sizes(len(faces), np.random.default_rng(0)).tolist()
+    small = [resize(faces.native(i), tuple(sizes[i])).round().to(torch.uint8) for i in rows]
+    return [(int(faces.labels[i]), face) for i, face in zip(rows, small, strict=True)]
+
+
+def write_all(root: Path) -> None:
+    """The data of configs/paper.yaml under its names."""
+    write_ms1mv3(root / FACES)
+    faces = synthetic(10, 4, first=2000)  # six people are known, four are strangers
+    parts = (range(0, 24, 2), range(1, 24, 2), range(24, 40))
+    write_survface(root / SURVFACE, *(surveillance(faces, part) for part in parts))
+    write_survface_training(root / SURVFACE, surveillance(synthetic(8, 4, 3000), range(32)))
+    ijbc_standin(synthetic(8, 5, first=4000), root, impostors=200)
+    [built] = root.glob("ijb-c-standin-*")
+    (built / "STAND-IN.txt").unlink()
+    built.rename(root / "IJBC")
+    for i, face in enumerate(encoded(synthetic(14, 2, first=5000))):
+        path = root / "lfw" / f"person_{i // 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(face)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working folder, with the data root and the page in it."""
+    folder = tmp_path_factory.mktemp("paper")
+    write_all(folder / "data")
+    (folder / "fake.yaml").write_text(PAGE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BTNET_DATA", str(folder / "data"))
+        patch.chdir(folder)
+        yield folder
+
+
+def reproduce(*arguments: str) -> None:
+    command = [sys.executable, "-m", "btnet_tools", "reproduce", "--scale", "fake.yaml"]
+    done = subprocess.run(
+        [*command, "--device", "cpu", *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    """The folder of the run: all thirteen notebooks."""
+    reproduce("--only", ",".join(TOGETHER), "--processes", "2")
+    little = [argument for value in LITTLE for argument in ("-p", value)]
+    reproduce("--only", ",".join(APART), *little)
+    return place / "runs" / "fake"
+
+
+def test_nothing_lacks(place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["reproduce", "--scale", "fake.yaml", "--check"]) == 0
+    told = capsys.readouterr().out
+    assert "LACKS" not in told
+    assert "72 images of 12 people" in told
+    for name in SETS:
+        assert f"{FACES}/{name}.bin: 20 pairs" in told
+
+
+def test_every_notebook_records_its_result(run: Path) -> None:
+    found = {path.stem[:2] for path in (run / "results").glob("*.json")}
+    assert found == {*TOGETHER, *APART}
+    assert {scale for scale, _ in records.collect([run])} == {"fake"}
+
+
+def test_trunks_and_branches_had_two_processes(run: Path) -> None:
+    runs = plans.plan(get_scale("fake.yaml"), run / "models")
+    assert len(runs) == 10
+    for name in runs.keys() - {"phi_hr"}:  # trained once, called twice: its log is of the second
+        log = (run / "models" / name / "train.log").read_text()
+        assert ", 2 processes" in log, name
+        assert "step 2/2" in log, name
+
+
+def test_every_table_and_figure_of_the_paper_comes_out(run: Path) -> None:
+    found = records.collect([run])
+    covered = claims.coverage(found)["scale fake"]
+    for item, told in covered.items():
+        assert re.fullmatch(r"seed 0|(\d+) of \1 numbers", str(told)), (item, told)
+    long = records.all_numbers(found).query("source == 'scale fake' and table == 'table2'")
+    strategies = {row for row in published.table("table2") if row.startswith("BTNet")}
+    assert {row + records.FINETUNED for row in strategies} <= set(long["row"])
+    for name in figures.FIGURES:
+        for kind in ("png", "pdf"):
+            assert (run / "figures" / f"{name}.{kind}").stat().st_size > 1000, name
+
+
+def test_report_check_and_figures(run: Path, capsys: pytest.CaptureFixture) -> None:
+    given = ["--scale", "fake.yaml"]
+    assert main(["report", *given]) == 0
+    page = (run / "report.html").read_text()
+    assert "NOT FINISHED" not in page
+    assert "MISSING" not in page
+    for table in published.TABLES:
+        assert published.title(table) in page
+    assert main(["figures", *given, "--out", "drawn"]) == 0
+    assert "figures in drawn" in capsys.readouterr().out
+    assert main(["check", *given]) == 1  # against what the repository has recorded
+    assert "no committed record of the scale fake" in capsys.readouterr().err

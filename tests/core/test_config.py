@@ -172,7 +172,7 @@ def test_fields_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none.yml: cannot be read"):
         TrainConfig.read(tmp_path / "none.yml")
     (tmp_path / "page.yml").write_text("data: [")
-    with pytest.raises(ConfigError, match=r"^.*page.yml: no YAML \(while parsing"):
+    with pytest.raises(ConfigError, match=r"^.*page.yml: no YAML \(line 1\)$"):
         TrainConfig.read(str(tmp_path / "page.yml"))
     (tmp_path / "page.yml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ConfigError, match=r"page.yml: cannot be read"):

@@ -73,8 +73,10 @@ def members(
             if wanted is None or key in wanted:
                 yield key, b"" if wanted is None else content()
     except _DAMAGED as error:
+        locked = isinstance(error, RuntimeError) and "password" in str(error)
+        why = "it needs a password" if locked else what_is(source)
         raise DataError(
-            f"{source}: no folder, .zip, .tar or .tgz, or damaged after {count} pictures: {what_is(source)}"
+            f"{source}: no folder, .zip, .tar or .tgz, or damaged after {count} pictures: {why}"
         ) from error
 
 

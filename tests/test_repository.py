@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -70,7 +71,12 @@ def test_gpu_tests_skip_without_a_gpu_and_are_an_error_when_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
-    from conftest import pytest_collection_modifyitems
+
+    path = ROOT / "tests" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("conftest_of_all", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pytest_collection_modifyitems = module.pytest_collection_modifyitems
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     marks: list[pytest.MarkDecorator] = []

@@ -85,11 +85,11 @@ def read_mat(path: Path) -> dict[str, list[Any]]:
             if kind == COMPRESSED:
                 unpacked = zlib.decompressobj().decompress(body, LARGEST)
                 (_, body), *_ = _elements(memoryview(unpacked))
-            name, values = _array(body)
-            lists[name] = values
+            title, values = _array(body)
+            lists[title] = values
     except (ValueError, IndexError, KeyError, struct.error, zlib.error, RecursionError) as error:
-        kind = "damaged or of another version" if data[:6] == b"MATLAB" else what_is(bytes(data))
-        raise DataError(f"{path}: no list in MATLAB 5, but {kind}") from error
+        found = "damaged or of another version" if data[:6] == b"MATLAB" else what_is(bytes(data))
+        raise DataError(f"{path}: no list in MATLAB 5, but {found}") from error
     return lists
 
 

@@ -241,11 +241,13 @@ def test_bad_images_are_told_before_the_training(trunk: Path, tmp_path: Path, ca
     assert "14.png" in left_out
 
     # pairs that cannot be read are told before the training, too
-    (tmp_path / "pairs.txt").write_text("\n".join(f"3 {i} 3 {i}" for i in range(20)))
-    for i in range(20):
-        content = b"" if i == 19 else encode(faces[i][0])
-        (tmp_path / "3").mkdir(exist_ok=True)
-        (tmp_path / "3" / f"3_{i:04d}.png").write_bytes(content)
+    pairs = [f"3 {i} {other} {i}" for other in (3, 4) for i in range(20)]
+    (tmp_path / "pairs.txt").write_text("\n".join(pairs))
+    for person in ("3", "4"):
+        (tmp_path / person).mkdir()
+        for i in range(20):
+            content = b"" if (person, i) == ("3", 19) else encode(faces[i][0])
+            (tmp_path / person / f"{person}_{i:04d}.png").write_bytes(content)
     line[line.index("--out") + 1] = str(tmp_path / "other")
     assert main([*line, "--skip-bad", "--pairs", str(tmp_path / "pairs.txt")]) == 1
     assert "3_0019.png" in capsys.readouterr().err

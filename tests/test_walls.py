@@ -30,7 +30,7 @@ LAYERS = (  # each may import from its own layer and from those before it
 LONG: dict[str, str] = {}  # functions over 40 lines: the reason, at most five
 FOREIGN = ("jupyterlab", "papermill", "matplotlib", "seaborn", "sklearn", "pandas", "IPython")
 # What was there when the walls were drawn; these numbers go down to zero.
-LEFT = {"upward": 0, "circles": 0, "inside": 0, "private": 0, "long": 1, "wide": 8}
+LEFT = {"upward": 0, "circles": 0, "inside": 0, "private": 0, "long": 0, "wide": 8}
 
 
 def layer(module: str) -> int:

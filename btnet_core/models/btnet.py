@@ -250,11 +250,7 @@ class BTNet(nn.Module):
         Returns ``(len(images), D)`` float32 on the CPU [, list of dicts]. Raises DataError if an
         image is not a face image, with its place in the list.
         """
-        faces, info = [], []
-        for index, image in enumerate(images):
-            face, facts = self.entrance(to_pixels(image, f"images[{index}]"), select, how)
-            faces.append(face)
-            info.append(facts)
+        faces, info = self._read(images, select, how)
         was_training = self.training
         self.eval()
         embeddings = torch.empty(len(faces), self.trunk.config.embedding)
@@ -267,6 +263,15 @@ class BTNet(nn.Module):
         if normalise:
             embeddings = nn.functional.normalize(embeddings)
         return (embeddings, info) if return_info else embeddings
+
+    def _read(self, images: Sequence, select: Any, how: Resize | None) -> tuple[list, list[dict]]:
+        """Each image at the size of its branch, and what `entrance` says of it."""
+        faces, info = [], []
+        for index, image in enumerate(images):
+            face, facts = self.entrance(to_pixels(image, f"images[{index}]"), select, how)
+            faces.append(face)
+            info.append(facts)
+        return faces, info
 
     def _embed(self, faces: Sequence[Tensor], r: int, precision: str) -> Tensor:
         """Faces of one branch, each ``(3, r, r')`` -> embeddings ``(B, D)`` on the CPU."""

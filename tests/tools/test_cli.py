@@ -81,7 +81,7 @@ def test_an_error_is_one_line(
     ("error", "said"),
     [
         (OSError(28, "No space left on device"), "here: No space left on device"),
-        (PermissionError(13, "Permission denied", "/root/x"), "/root/x: Permission denied"),
+        (PermissionError(13, "Permission denied", "/mnt/x"), "/mnt/x: Permission denied"),
         (WriteError("page.html: cannot be written"), "page.html: cannot be written"),
     ],
 )

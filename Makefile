@@ -25,15 +25,9 @@ STAMP := $(VENV)/.ready-$(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 reproduce: $(STAMP)
 	@$(RUN) -m btnet_tools reproduce --scale $(SCALE) $(ARGS)
 
-# A process for each file: one of all has ended with SIGSEGV after 700 tests, in a training (cause not found).
+# A process for each core, each with one thread.
 test: $(STAMP)
-ifneq ($(ARGS),)
-	@$(RUN) -m pytest $(ARGS)
-else
-	@status=0; for file in tests/*/test_*.py tests/test_*.py; do \
-	  echo "$$file"; $(RUN) -m pytest -q $$file || status=1; \
-	done; exit $$status
-endif
+	@$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lab: $(STAMP)
 	@$(RUN) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)

@@ -141,7 +141,7 @@ def threads(wanted: int = 0, processes: int = 1) -> Iterator[int]:
     ``processes`` on this machine share the idle cores. Yields the number; restores it at the end.
     """
     before = torch.get_num_threads()
-    chosen = wanted or max(1, min(before, idle_cores() // processes))
+    chosen = wanted or (before if before == 1 else max(1, min(before, idle_cores() // processes)))
     torch.set_num_threads(chosen)
     try:
         yield chosen

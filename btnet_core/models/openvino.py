@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -28,6 +29,16 @@ with suppress(ImportError):
 PRECISIONS = ("fp32", "bf16", "int8")
 BATCHES = (32, 8, 1)  # fixed shapes run up to twice as fast as free ones: x is cut into these
 LOWEST_COSINE = 0.99  # of int8 to fp32, mean over the faces
+
+
+@cache
+def _core() -> Any:
+    """The one OpenVINO of the process, never released.
+
+    Its CPU plugin gives the main thread a stack for signals and unmaps it when it goes: the next
+    signal, such as Ctrl-C or a worker's end, would then be a segmentation fault.
+    """
+    return openvino.Core()
 
 
 class OpenVinoBTNet(BTNet):
@@ -93,7 +104,7 @@ class OpenVinoBTNet(BTNet):
         fixed.reshape([batch, *list(model.input(0).partial_shape)[1:]])
         threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
         how = {"INFERENCE_PRECISION_HINT": self.hint, "PERFORMANCE_HINT": "LATENCY", **threads}
-        return openvino.Core().compile_model(fixed, "CPU", how).create_infer_request()
+        return _core().compile_model(fixed, "CPU", how).create_infer_request()
 
     def _quantise(self, r: int, x: Tensor) -> None:
         """int8 for the route of r, by faces ``(B, 3, r, r')``; ConfigError if it does not pay."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,3 +141,27 @@ def test_a_trained_model_in_bf16(btnet_data: Path) -> None:
     images = [F.interpolate(face[None].float(), side)[0] for face in faces for side in (112, 14)]
     quick = OpenVinoBTNet(btnet, "bf16").embed(images)
     assert F.cosine_similarity(quick, btnet.embed(images)).min() > 0.999
+
+
+SIGNALLED = """
+import gc, os, signal, torch
+from btnet_core.models.backbone import BackboneConfig, build_backbone
+from btnet_core.models.btnet import BTNet
+from btnet_core.models.openvino import OpenVinoBTNet
+config = BackboneConfig(name="iresnet18", width=0.125, embedding=8, size=(32, 32))
+quick = OpenVinoBTNet(BTNet(build_backbone(config), (2,)).eval(), "fp32")
+for side in (32, 2):
+    quick.embed([torch.zeros(3, side, side, dtype=torch.uint8)] * 9)
+del quick
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signals on this system")
+def test_signals_are_handled_after_a_model_has_gone() -> None:
+    """A plugin that was unloaded left a stack for signals that was no longer there."""
+    run = [sys.executable, "-c", SIGNALLED]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

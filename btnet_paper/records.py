@@ -2,12 +2,12 @@
 
 A *long* frame has a line for each number and the columns ``COLUMNS``. Its tables are the paper's
 ("table1" … "table8", "figure7", "text" for numbers of the running text) and what goes beyond
-it ("second_half", "centred", "beyond"). Only recorded JSON is read.
+it ("second_half", "by_set", "centred", "beyond"). Only recorded JSON is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,7 @@ def _verification(values: Mapping[str, Any]) -> Iterator[Number]:
         for setting, cell in row.items():
             yield "table1", name, setting, cell["accuracy"]
             yield "second_half", name, setting, cell.get("second_half")
+            yield from _by_set(name, setting, cell, values["pairs"])
     printed = {name: {s: cell["accuracy"] for s, cell in row.items() if s in published.SETTINGS}
                for name, row in accuracy.items()}  # fmt: skip
     best = gains(printed).get("phi_bt", {}) if "phi_hr" in printed else {}
@@ -175,6 +176,15 @@ def _verification(values: Mapping[str, Any]) -> Iterator[Number]:
         some = [v for s, v in best.items() if v is not None and published.same(s) is same]
         for end in (min, max) if some else ():
             yield "text", f"{kind}_gain_{end.__name__}", "value", round(end(some), 2)
+
+
+def _by_set(
+    name: str, setting: str, cell: Mapping[str, Any], sets: Sequence[str]
+) -> Iterator[Number]:
+    """Each of several verification sets by itself, and the later folds of those."""
+    for i, one in enumerate(sets if len(sets) > 1 else ()):
+        yield "by_set", f"{one}: {name}", setting, cell["sets"][i]
+        yield "by_set", f"{one}, folds 6 to 10: {name}", setting, cell["second_halves"][i]
 
 
 def _survface(values: Mapping[str, Any]) -> Iterator[Number]:

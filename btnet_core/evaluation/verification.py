@@ -331,20 +331,21 @@ def _one_way(scores: np.ndarray, same: Any, folds: int) -> dict[str, Any]:
 
 def summarise(results: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """The mean over pair sets of what ``evaluate_pairs`` gives: {"112&7": {accuracy, std, sets,
-    second_half}, …} in %.
+    second_half, second_halves}, …} in %.
 
     ``std`` is the mean over the sets of the standard deviation between folds; ``sets`` holds each
     accuracy; ``second_half`` is the accuracy on the later half of the folds, for settings that were
-    chosen on the first.
+    chosen on the first, and ``second_halves`` that of each set.
     """
     summary = {}
     for setting in results[0]:
         sets = [result[setting] for result in results]
-        later = [np.mean(row["folds"][len(row["folds"]) // 2 :]) for row in sets]
+        later = [float(np.mean(row["folds"][len(row["folds"]) // 2 :])) for row in sets]
         summary[setting] = {
             "accuracy": float(np.mean([row["accuracy"] for row in sets])),
             "std": float(np.mean([row["std"] for row in sets])),
             "sets": [row["accuracy"] for row in sets],
             "second_half": float(np.mean(later)),
+            "second_halves": later,
         }
     return summary

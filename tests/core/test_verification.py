@@ -286,7 +286,13 @@ def test_summary_over_sets_and_the_later_folds() -> None:
         {"112&7": {"accuracy": 80.0, "std": 0.0, "folds": [80.0, 80.0]}},
     ]
     assert v.summarise(sets) == {
-        "112&7": {"accuracy": 67.5, "std": 2.0, "sets": [55.0, 80.0], "second_half": 65.0}
+        "112&7": {
+            "accuracy": 67.5,
+            "std": 2.0,
+            "sets": [55.0, 80.0],
+            "second_half": 65.0,
+            "second_halves": [50.0, 80.0],
+        }
     }
 
 

@@ -56,16 +56,31 @@ def test_of_two_records_the_runs_own_wins_and_benchmarks_are_passed_over(tmp_pat
 def test_table1_has_each_accuracy_in_its_cell_and_gains_by_the_equations():
     plain = distinct((*METHODS, "phi_mr_v2"), SETTINGS, 50.0)
     accuracy = {
-        name: {s: {"accuracy": v, "second_half": v + 100, "std": 7.0} for s, v in row.items()}
+        name: {
+            s: {
+                "accuracy": v,
+                "second_half": v + 100,
+                "sets": [v - 1, v + 1],
+                "second_halves": [v + 90, v + 110],
+                "std": 7.0,
+            }
+            for s, v in row.items()
+        }
         for name, row in plain.items()
     }
     centred = {"own": {"phi_bt": {"7&7": {"accuracy": 1.5}}}}
-    long = numbers("05_verification", {"accuracy": accuracy, "centred": centred})
+    values = {"accuracy": accuracy, "centred": centred, "pairs": ["lfw", "cfp"]}
+    long = numbers("05_verification", values)
+    alone = numbers("05_verification", values | {"pairs": ["lfw"]})
+    assert not (alone["table"] == "by_set").any()
     for name, row in plain.items():
         for setting, value in row.items():
             shown = name.replace("_v2", "(v2)")
             assert at(long, "table1", shown, setting) == value
             assert at(long, "second_half", shown, setting) == value + 100
+            assert at(long, "by_set", f"lfw: {shown}", setting) == value - 1
+            assert at(long, "by_set", f"cfp: {shown}", setting) == value + 1
+            assert at(long, "by_set", f"cfp, folds 6 to 10: {shown}", setting) == value + 110
     assert at(long, "centred", "phi_bt, mean at own", "7&7") == 1.5
     hr, mm, mr, bt = (plain[name] for name in METHODS)
     across = (bt["112&14"] - hr["112&14"]) / abs(mr["112&14"] - hr["112&14"])  # Eq. 4

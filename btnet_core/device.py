@@ -120,18 +120,18 @@ def cores() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def idle_cores(seconds: float = 0.2) -> int:
-    """How many of its cores nobody else works on, watched for so long; at least 1.
+def idle_cores(seconds: float = 0.2, least: int = 1) -> int:
+    """How many of its cores nobody else works on, watched for so long; at least ``least``.
 
     Two threads on one idle and one busy core are slower than one: they wait for each other.
     """
     before = _busy_ticks()
     if not before:  # no Linux
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        return max(1, len(cores()) - round(load))
+        return max(least, len(cores()) - round(load))
     time.sleep(seconds)
     after, ticks = _busy_ticks(), seconds * os.sysconf("SC_CLK_TCK")
-    return max(1, sum(after[core] - before[core] < 0.5 * ticks for core in before))
+    return max(least, sum(after[core] - before[core] < 0.5 * ticks for core in before))
 
 
 @contextmanager

@@ -163,8 +163,8 @@ HOLDER = ".holder"  # beside the lock: the number of the process that has it
 
 
 @contextmanager
-def lock(folder: Path | str) -> Iterator[None]:
-    """Hold ``folder`` for one process; the system lets go of it when that process ends.
+def lock(folder: Path | str, *, wait: bool = False) -> Iterator[None]:
+    """Hold ``folder`` for one process, which may ``wait``; the system lets go when that ends.
 
     Raises:
         BusyError: another process holds it; the message says which, and since when.
@@ -174,7 +174,7 @@ def lock(folder: Path | str) -> Iterator[None]:
     file_lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file_lock.acquire(timeout=0)
+        file_lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise BusyError(f"{folder}: {_who(folder)} works there; wait for it or stop it") from None
     except OSError as error:

@@ -115,8 +115,8 @@ def specialists(scale: Scale, models: Path, seed: int) -> list[TrainConfig]:
             start = {"backbone": scale.backbone, "seed": seed + r}
             if kind == "from_hr":
                 start = _from_hr(scale, models, seed)
-            start["name"] = f"{SPECIALISTS[kind][1]}{r}"
-            runs.append(method(scale.faces, r, **{**start, **changes}))
+            own = {"data": scale.faces, **start, **changes, "name": f"{SPECIALISTS[kind][1]}{r}"}
+            runs.append(method(own.pop("data"), r, **own))
     return runs
 
 

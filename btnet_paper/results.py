@@ -18,7 +18,7 @@ import numpy as np
 
 from btnet_core.device import describe_precision, machine, resolve_device
 from btnet_core.errors import DataError
-from btnet_core.files import write_atomically
+from btnet_core.files import lock, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "scipy", "btnet-core")  # whose versions are recorded
@@ -90,10 +90,11 @@ def update_manifest(
 ) -> None:
     """Merges what is known about figures into ``run_dir/FOLDER/manifest.json``."""
     path = Path(run_dir) / folder / "manifest.json"
-    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for name, entry in entries.items():
-        manifest[name] = manifest.get(name, {}) | plain(entry, name)
-    write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    with lock(path.parent, wait=True):
+        manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        for name, entry in entries.items():
+            manifest[name] = manifest.get(name, {}) | plain(entry, name)
+        write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Scale:
     backbone: BackboneConfig  # of a trunk that is trained from random weights
     pretrained: str = ""  # file of phi_hr trained by others; "": it is trained here
     resolutions: tuple[int, ...] = (28, 14, 7)  # of the branches, rows in pixels
+    threads: int = 0  # of the CPU, of a training and of what is evaluated; 0: as cores are idle
     pictures: bool = False  # whether its faces may be shown in committed figures
     from_hr: bool = False  # Deviation where True: phi_mr starts from phi_hr
     authors: bool = False  # train and evaluate as the authors' code does, where it differs

@@ -21,6 +21,7 @@ from btnet_core.data import ijbc, survface
 from btnet_core.data.faces import FaceSet
 from btnet_core.data.ijbc import TemplateSet
 from btnet_core.errors import DataError
+from btnet_core.files import lock
 from btnet_paper import layouts
 
 VERSION = 1  # of what the builders write
@@ -127,14 +128,15 @@ def _build(
     note = f"{kind} stand-in built from {faces.name} ({options})"
     digest = hashlib.sha256(f"{note} {faces.checksum} {VERSION}".encode()).hexdigest()[:10]
     root = Path(parent) / f"{kind.lower()}-standin-{digest}"
-    if not root.is_dir():
-        part = root.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        write(part)
-        warning = f"Not {kind}: results on it are not results on {kind}."
-        (part / survface.NOTE).write_text(f"{note}\n{warning}\n", "utf-8")
-        part.rename(root)
+    with lock(parent, wait=True):  # two notebooks may want it at once
+        if not root.is_dir():
+            part = root.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            write(part)
+            warning = f"Not {kind}: results on it are not results on {kind}."
+            (part / survface.NOTE).write_text(f"{note}\n{warning}\n", "utf-8")
+            part.rename(root)
     return root
 
 

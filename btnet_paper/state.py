@@ -10,6 +10,10 @@ from typing import Any
 from btnet_core.errors import ReproduceError
 from btnet_core.files import write_atomically
 
+MADE = (
+    "logs/{}.made"  # file in which Study lists what a notebook has made, a path of the run a line
+)
+
 
 class State:
     """For each notebook its fingerprint (of everything that it depends on), seconds and outputs.

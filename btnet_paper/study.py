@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from btnet_core.device import resolve_device
 from btnet_core.evaluation.embedders import Embedder
 from btnet_core.evaluation.templates import TemplateSet
 from btnet_core.evaluation.verification import evaluate_pairs, summarise
-from btnet_core.files import checksum, find
+from btnet_core.files import checksum, find, write_atomically
 from btnet_core.images import Resize
 from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.config import TrainConfig
-from btnet_core.training.launch import train_in_subprocess
+from btnet_core.training.launch import train_all
 from btnet_core.training.progress import read_metrics
 from btnet_paper import claims, figures, published, records, results, tables
 from btnet_paper.scales import Scale, get_scale
 from btnet_paper.standins import ijbc_standin, survface_standin, survface_training_standin
+from btnet_paper.state import MADE
 
 
 class Study:
@@ -57,7 +59,7 @@ class Study:
         self.name, self.seed = name, seed
         self.scale = get_scale(scale) if isinstance(scale, str) else scale
         self.run_dir = self.scale.run_dir(run_dir)
-        self.models = self.run_dir / "models"
+        self.models, self.embeddings = self.run_dir / "models", self.run_dir / "embeddings"
         self.device = str(resolve_device(device))
         number = str(processes)  # a notebook's parameter is a text: "1", "auto"
         self.processes: int | str = int(number) if number.isdecimal() else number
@@ -65,8 +67,11 @@ class Study:
         self.configs: dict[str, TrainConfig] = {}  # of the runs that `train` was given
         self.trained: dict[str, dict[str, Any]] = {}  # what they measured
         self.folders: dict[str, Path] = {}
+        self.made: set[str] = set()
         self._began = time.monotonic()
         torch.manual_seed(seed)
+        if self.scale.threads:
+            torch.set_num_threads(self.scale.threads)
         if self.scale.pretrained:
             self._take_pretrained(find(self.scale.pretrained))
 
@@ -77,6 +82,11 @@ class Study:
         if not (kept.is_file() and stamp.is_file() and stamp.read_text() == note):
             save_backbone(load_backbone(source), kept)
             stamp.write_text(note)
+
+    def keep(self, *made: Path | str) -> None:
+        """Tells `btnet reproduce` of files and folders that this notebook has made."""
+        self.made |= {os.path.relpath(path, self.run_dir) for path in made}
+        write_atomically(self.run_dir / MADE.format(self.name), "\n".join(sorted(self.made)))
 
     def _repr_markdown_(self) -> str:
         return self.claim
@@ -113,7 +123,9 @@ class Study:
         if self.scale.ijbc:
             return read_templates(find(self.scale.ijbc))
         others = open_faces(self.scale.others)
-        return ijbc_standin(others, self.run_dir / "data", seed=self.seed)
+        data = ijbc_standin(others, self.run_dir / "data", seed=self.seed)
+        images = data.images(range(len(data.template)))  # few enough to be aligned once
+        return replace(data, images=lambda rows: images[torch.as_tensor(rows)])
 
     @property
     def settings(self) -> list[tuple[int, int]]:
@@ -125,14 +137,19 @@ class Study:
         """Trains each run in ``models/FOLDER/NAME``, in a process of its own, and returns metrics.
 
         A run that is finished is not repeated; an interrupted one goes on from its checkpoint.
+        Where the scale gives ``threads`` they train side by side: see `train_all`.
         """
+        threads = {"threads": self.scale.threads} if self.scale.threads else {}
+        runs = {name: config.replace(**threads) for name, config in runs.items()}
         options: dict[str, Any] = {"device": self.device}
         if self.processes != 1:
             options["processes"] = self.processes
-        for name, config in runs.items():
-            self.folders[name] = self.models / folder / name
-            self.configs[name] = config
-            measured = train_in_subprocess(config, self.folders[name], **options)
+        folders = {name: self.models / folder / name for name in runs}
+        self.folders |= folders
+        self.configs |= runs
+        self.keep(*folders.values(), *(run.btnet for run in runs.values() if run.btnet))
+        found = train_all({folders[name]: config for name, config in runs.items()}, **options)
+        for name, measured in zip(runs, found, strict=True):
             self.trained[name] = {key: measured[key] for key in measured if key != "config"}
         return {name: self.trained[name] for name in runs}
 
@@ -145,7 +162,7 @@ class Study:
         are kept in ``RUN_DIR/embeddings``, where every notebook finds them.
         """
         covered = embedder.covered(settings or self.settings)
-        options = {"keep": self.run_dir / "embeddings", **options}
+        options = {"keep": self.embeddings, **options}
         return summarise([evaluate_pairs(embedder, one, covered, **options) for one in self.pairs])
 
     def history(self, *keys: str) -> dict[str, dict[str, list[float]]]:
@@ -176,7 +193,7 @@ class Study:
             show: whether the figures are shown here.
         """
         config = {**(config or {}), **{name: asdict(run) for name, run in self.configs.items()}}
-        results.record(
+        written = results.record(
             self.run_dir,
             self.name,
             dict(values),
@@ -189,9 +206,12 @@ class Study:
             device=self.device,
             arrays=arrays,
         )
-        made = figures.save(self.run_dir, self.name)
-        for name in made if show else ():
-            display(Image(self.run_dir / "figures" / f"{name}.png", width=900, alt=name))
+        made = [
+            self.run_dir / f"figures/{name}.png" for name in figures.save(self.run_dir, self.name)
+        ]
+        self.keep(written, written.with_suffix(".npz"), *made)
+        for path in made if show else ():
+            display(Image(path, width=900, alt=path.stem))
         return self.load()
 
     def table(self, name: str, values: Mapping[str, Any], measured_on: str = "") -> tables.Table:

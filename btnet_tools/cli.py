@@ -171,6 +171,7 @@ def say_where(*texts: str) -> None:
 @option("--fresh", is_flag=True, help="Run also those notebooks whose inputs are unchanged.")
 @option("--device", help="auto, cpu, cuda or cuda:N (default: the notebooks').")
 @option("--processes", metavar="N", help="That train together; auto: one for each GPU.")
+@option("--jobs", metavar="N", help="Notebooks at once (auto: idle cores, at the scale demo).")
 @option("--check", is_flag=True, help="Only say which data lack (then 1), and what the runs cost.")
 @runs_option
 def reproduce(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from btnet_core.evaluation.verification import (
     Embedder,
     OperatingPoint,
     embed_images,
+    kept,
     tar_at_far,
 )
 from btnet_core.images import Resize
@@ -159,26 +161,31 @@ def evaluate_templates(
     *,
     normalised: bool = False,
     how: Resize | None = None,
+    keep: Path | None = None,
+    lengths: Mapping[int, float] | None = None,
     **protocol: Any,
 ) -> dict[str, dict[str, Any]]:
     """Tables 5-8: {"112&7": what ``score_templates`` returns, …}; ``protocol`` are its options.
 
-    ``normalised``: unit f_r1 and f_r2 before they are added.
+    ``normalised``: unit f_r1 and f_r2 before they are added; ``lengths[r]``: times that. ``keep``:
+    folder of embeddings, as of ``unit_embeddings``.
     """
 
     def embed(r: int, flip: bool) -> Tensor:
         images = (lambda indices: data.images(indices).flip(-1)) if flip else data.images
-        z = embed_images(embedder, images, len(data.template), r, how=how)
-        return F.normalize(z) if normalised else z
+        options: dict[str, Any] = {"count": len(data.template), "how": how}
+        facts = (data.checksum, "templates", flip, (how or Resize()).name)
+        z = kept(keep, embedder, r, facts, lambda r: embed_images(embedder, images, r=r, **options))
+        return (F.normalize(z) if normalised else z) * (lengths[r] if lengths else 1)
 
-    results, kept = {}, dict[tuple[int, bool], Tensor]()
+    results, at_hand = {}, dict[tuple[int, bool], Tensor]()
     order = sorted(settings, key=lambda pair: pair[1])
     for place, (r1, r2) in enumerate(order):
-        needed = {(r1, False), (r2, True)} - kept.keys()
-        kept |= {key: embed(*key) for key in needed}
-        features = kept[r1, False] + kept[r2, True]
+        needed = {(r1, False), (r2, True)} - at_hand.keys()
+        at_hand |= {key: embed(*key) for key in needed}
+        features = at_hand[r1, False] + at_hand[r2, True]
         later = {key for a, b in order[place + 1 :] for key in ((a, False), (b, True))}
-        kept = {key: z for key, z in kept.items() if key in later}  # IJB-C: 1 GB each
+        at_hand = {key: z for key, z in at_hand.items() if key in later}  # IJB-C: 1 GB each
         results[f"{r1}&{r2}"] = score_templates(features, data, **protocol)
     return {f"{r1}&{r2}": results[f"{r1}&{r2}"] for r1, r2 in settings}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,26 +228,28 @@ def unit_embeddings(
     files from which they are read when the same network has embedded the same images in the same
     way before.
     """
-    faces, unit = None, {}
-    for r in sorted(set(resolutions), reverse=True):
-        path = None
-        if keep is not None and hasattr(embedder, "fingerprint"):
-            facts = embedder.fingerprint(r), pairs.checksum, flip, (how or Resize()).name
-            digest = hashlib.sha256(repr(facts).encode()).hexdigest()
-            path = Path(keep) / f"{digest[:24]}.safetensors"
-            if path.is_file():
-                unit[r] = read_safetensors(path)[0]["unit"]
-                continue
-        faces = faces if faces is not None else pairs.images(np.arange(pairs.num_images))  # once
-        options: dict[str, Any] = {
-            "mirror": r if flip else None,
-            "how": how,
-            "batch_size": batch_size,
-        }
-        unit[r] = F.normalize(embed_images(embedder, faces.__getitem__, len(faces), r, **options))
-        if path is not None:
-            write_safetensors(path, {"unit": unit[r]}, {"r": str(r)})
-    return unit
+    how, faces = how or Resize(), cache(lambda: pairs.images(np.arange(pairs.num_images)))
+
+    def embed(r: int) -> Tensor:
+        own: dict[str, Any] = {"mirror": r if flip else None, "how": how, "batch_size": batch_size}
+        return F.normalize(embed_images(embedder, lambda i: faces()[i], len(faces()), r, **own))
+
+    facts = getattr(pairs, "checksum", ""), flip, how.name
+    rows = sorted(set(resolutions), reverse=True)
+    return {r: kept(keep, embedder, r, facts, embed) for r in rows}
+
+
+def kept(
+    keep: Path | None, embedder: Embedder, r: int, facts: tuple, embed: Callable[[int], Tensor]
+) -> Tensor:
+    """``embed(r)`` of the images and in the way that ``facts`` name, or as kept in a file before."""
+    if keep is None or not hasattr(embedder, "fingerprint"):
+        return embed(r)
+    digest = hashlib.sha256(repr((embedder.fingerprint(r), *facts)).encode()).hexdigest()
+    path = Path(keep) / f"{digest[:24]}.safetensors"
+    if not path.is_file():
+        write_safetensors(path, {"unit": embed(r)}, {"r": str(r)})
+    return read_safetensors(path)[0]["unit"]
 
 
 def check_resolutions(name: str, given: Iterable[int], needed: Iterable[int]) -> None:

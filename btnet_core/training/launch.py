@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from btnet_core.data.sources import register, registered
-from btnet_core.device import resolve_device
+from btnet_core.device import cores, idle_cores, resolve_device
 from btnet_core.errors import BTNetError, ConfigError, TrainingError
 from btnet_core.files import write_atomically
 from btnet_core.training import checkpoint, distributed
@@ -28,6 +28,7 @@ MALLOC = {  # of glibc: freed memory is kept, in huge pages, not asked for anew 
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_ARENA_MAX": "1",
 }
+Runs = dict[Path, TrainConfig]  # by folder
 INTERRUPTED = 130  # status of a process that was stopped by Ctrl-C and saved a checkpoint
 
 
@@ -60,25 +61,95 @@ def train_in_subprocess(
         TrainingError: they failed; the last lines are in the message.
         KeyboardInterrupt: after the checkpoint.
     """
-    out, fresh = Path(out), fresh or os.environ.get("BTNET_FRESH") == "1"
-    page, log = out / "config.json", out / "train.log"
-    write_atomically(page, config.to_json())
-    arguments = [*command(count(processes, device)), "--config", str(page), "--out", str(out)]
-    arguments += ["--device", device, "--show", "bar" if watched() else "lines"]
-    arguments += ["--fresh"] if fresh else []
+    (metrics,) = train_all({out: config}, device=device, fresh=fresh, processes=processes)
+    return metrics
+
+
+def train_all(
+    runs: Mapping[Path | str, TrainConfig], *, device: str = "auto", fresh: bool = False,
+    processes: int | str = 1,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """As ``train_in_subprocess`` of each run, by its folder; returns their metrics.
+
+    On a CPU, runs whose ``threads`` are given start side by side as long as a core is idle; each
+    waits for those that make its files. An error of one stops all, with checkpoints.
+    """
+    fresh = fresh or os.environ.get("BTNET_FRESH") == "1"
+    together = resolve_device(device).type == "cpu" and processes == 1
+    show = "bar" if watched() and len(runs) == 1 else "lines"
+    arguments = [*command(count(processes, device)), "--device", device, "--show", show]
+    arguments += ["--fresh"] * fresh
     for kind, opener in registered().items():
         arguments += ["--source", f"{kind}={opener}"]
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            arguments, env=MALLOC | os.environ, stdout=sink, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-    _follow(process, log)
-    if process.returncode:
-        status = f"training in {out} ended with status {process.returncode}"
-        raise TrainingError(f"{status}:\n{_told(log)}")
-    record = checkpoint.read_record(out)
-    return record["metrics"] if record else {}
+    waiting: Runs = {Path(out): config for out, config in runs.items()}
+    running: dict[Path, Training] = {}
+    try:
+        while waiting or running:
+            for out in ready(waiting, running, together)[:1]:
+                running[out] = Training(waiting.pop(out), out, arguments)
+            for out in [out for out, training in running.items() if not training.goes_on()]:
+                running.pop(out).check()
+            time.sleep(0.2)
+    except BaseException:
+        _stop(running.values())
+        raise
+    return [(checkpoint.read_record(Path(out)) or {"metrics": {}})["metrics"] for out in runs]
+
+
+def ready(waiting: Runs, running: dict[Path, Training], together: bool) -> list[Path]:
+    """The folders of runs that may start now; those that others wait for come first."""
+    needs = {
+        out: {Path(path).parent for path in (one.init, one.classifier) if path} - {out}
+        for out, one in waiting.items()
+    }
+    able = [out for out, folders in needs.items() if not folders & {*waiting, *running}]
+    if running:
+        together &= all(one.config.threads for one in running.values())
+        able = [out for out in able if together and waiting[out].threads]
+        if not able or len(running) >= len(cores()) or not idle_cores(least=0):
+            return []
+    return sorted(able, key=lambda out: not any(out in folders for folders in needs.values()))
+
+
+class Training:
+    """A run in processes of its own, whose new lines ``goes_on`` prints."""
+
+    def __init__(self, config: TrainConfig, out: Path, arguments: Sequence[str]) -> None:
+        self.config, self.out, self.log = config, out, out / "train.log"
+        write_atomically(out / "config.json", config.to_json())
+        arguments = [*arguments, "--config", str(out / "config.json"), "--out", str(out)]
+        with self.log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                arguments, env=MALLOC | os.environ, stdout=sink, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        # A bar returns to the start of its line: line ends stay as they are.
+        self.lines = self.log.open(encoding="utf-8", errors="replace", newline="")
+
+    def goes_on(self) -> bool:
+        alive = self.process.poll() is None
+        print(self.lines.read(), end="", flush=True)
+        return alive
+
+    def check(self) -> None:
+        """TrainingError if it failed."""
+        self.lines.close()
+        if status := self.process.returncode:
+            text = f"training in {self.out} ended with status {status}"
+            raise TrainingError(f"{text}:\n{_told(self.log)}")
+
+
+def _stop(running: Iterable[Training]) -> None:
+    """As Ctrl-C to each; waits for their checkpoints."""
+    for training in running:
+        training.process.send_signal(signal.SIGINT)
+    for training in running:
+        while training.goes_on():
+            try:
+                time.sleep(0.2)
+            except KeyboardInterrupt:  # a second one stops at once
+                training.process.send_signal(signal.SIGINT)
+        training.lines.close()
 
 
 def count(processes: int | str, device: str) -> int:
@@ -108,23 +179,6 @@ def watched() -> bool:
     if getattr(shell, "kernel", None) is None:
         return sys.stderr.isatty()
     return "BTNET_REPRODUCE" not in os.environ
-
-
-def _follow(process: subprocess.Popen, log: Path) -> None:
-    """Print what is logged until the training ends; Ctrl-C stops it, and is raised then."""
-    stopped, alive = False, True
-    # A bar returns to the start of its line: line ends stay as they are.
-    with log.open(encoding="utf-8", errors="replace", newline="") as told:
-        while alive:
-            try:
-                alive = process.poll() is None
-                print(told.read(), end="", flush=True)
-                time.sleep(0.2 if alive else 0)
-            except KeyboardInterrupt:
-                process.send_signal(signal.SIGINT)
-                stopped = True
-    if stopped:
-        raise KeyboardInterrupt
 
 
 def _told(log: Path) -> str:

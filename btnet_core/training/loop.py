@@ -307,7 +307,9 @@ def fill_cache(run: Run, progress: Progress) -> None:
     kept, text = distributed.all_objects(found)[0]
     progress.say(f"{config.name}: {text}")
     if kept:
-        run.cache = TeacherCache(run.pixels, lambda face: to_keep(run, face), folder, run.device)
+        with lock(folder, wait=True) if distributed.rank() == 0 else nullcontext():
+            distributed.wait()  # for another run that fills it
+            run.cache = TeacherCache(run.pixels, lambda x: to_keep(run, x), folder, run.device)
 
 
 def btnet_folder(run: Run) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from btnet_core.errors import ConfigError, TrainingError
 from btnet_core.files import holder
 from btnet_core.models.backbone import BackboneConfig
 from btnet_core.training import checkpoint, launch, methods
+from btnet_core.training.config import TrainConfig
 from btnet_core.training.launch import train_in_subprocess
 from btnet_core.training.progress import read_metrics
 
@@ -110,3 +112,94 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
             launch.count(wrong, "cuda")
     assert launch.command(1)[1:] == ["-m", "btnet_core.training.launch"]
     assert "--nproc-per-node=4" in launch.command(4)
+
+
+# A training's process in their place: it begins, waits for a file `go` beside it, and ends.
+STAND_IN = """
+import pathlib, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+(out / "began").write_text(str(time.time()))
+try:
+    while not (out.parent / "go").exists():
+        if (out / "fail").exists() and (out.parent / "b/began").exists():
+            sys.exit("DataError: a face is missing")
+        time.sleep(0.02)
+except KeyboardInterrupt:
+    time.sleep(0.3)
+    (out / "saved").touch()
+    sys.exit(130)
+(out / "ended").write_text(str(time.time()))
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "command", lambda _: [sys.executable, "-c", STAND_IN])
+    monkeypatch.setattr(launch, "cores", lambda: {0, 1, 2})
+    monkeypatch.setattr(launch, "idle_cores", lambda least: 1)
+
+
+def three(root: Path, **changes) -> dict[Path | str, TrainConfig]:
+    """Two runs of their own, and one that starts from the second of them."""
+    config = methods.phi_hr(FACES, backbone=TINY, **{**QUICK, "threads": 1, **changes})
+    last = config.replace(backbone=None, init=str(root / "b" / "trunk.safetensors"))
+    return {root / "a": config, root / "c": last, root / "b": config}
+
+
+def when(path: Path) -> float:
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.02)
+    return float(path.read_text())
+
+
+def go_once(root: Path, *names: str) -> threading.Thread:
+    def wait() -> None:
+        for name in names:
+            when(root / name / "began")
+        (root / "go").touch()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_side_by_side_but_for_what_starts_from_another(tmp_path: Path, stand_in: None) -> None:
+    go_once(tmp_path, "a", "b")
+    assert launch.train_all(three(tmp_path), device="cpu") == [{}, {}, {}]
+    assert when(tmp_path / "b/began") < when(tmp_path / "a/began")  # the first that is waited for
+    assert when(tmp_path / "a/began") < when(tmp_path / "b/ended")
+    assert when(tmp_path / "b/ended") < when(tmp_path / "c/began")
+
+
+@pytest.mark.parametrize(("threads", "idle", "number"), [(0, 1, 3), (1, 0, 3), (1, 1, 1)])
+def test_one_after_another_without_threads_or_an_idle_core(
+    threads: int, idle: int, number: int, tmp_path: Path, stand_in: None, monkeypatch
+) -> None:
+    monkeypatch.setattr(launch, "cores", lambda: set(range(number)))
+    monkeypatch.setattr(launch, "idle_cores", lambda least: idle)
+    go_once(tmp_path, "b")
+    launch.train_all(three(tmp_path, threads=threads), device="cpu")
+    assert when(tmp_path / "b/ended") < when(tmp_path / "a/began")
+    assert when(tmp_path / "a/ended") < when(tmp_path / "c/began")
+
+
+def test_a_failure_is_named_and_stops_the_others(tmp_path: Path, stand_in: None) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/fail").touch()
+    with pytest.raises(TrainingError, match=r"in .*/a ended with status 1:\nDataError: a face"):
+        launch.train_all(three(tmp_path), device="cpu")
+    assert (tmp_path / "b/saved").exists()
+    assert not (tmp_path / "c").exists()
+
+
+def test_ctrl_c_stops_all_and_waits_for_them(tmp_path: Path, stand_in: None) -> None:
+    def interrupt() -> None:
+        for name in ("a", "b"):
+            when(tmp_path / name / "began")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        launch.train_all(three(tmp_path), device="cpu")
+    assert (tmp_path / "a/saved").exists()
+    assert (tmp_path / "b/saved").exists()

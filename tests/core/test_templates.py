@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +228,33 @@ def test_each_image_is_embedded_once_for_a_resolution_and_a_side() -> None:
         for pair in settings
     ]
     assert list(report.values()) == alone
+
+
+def test_embeddings_are_kept_without_their_lengths(tmp_path: Path) -> None:
+    sets, seen = template_set(), []
+
+    class Known:
+        fingerprint = staticmethod(lambda r: f"a network at {r}")
+
+        def __call__(self, pixels: torch.Tensor, r: int) -> torch.Tensor:
+            seen.append(r)
+            return embedder(pixels, r)
+
+    settings, lengths = [(112, 28), (28, 28)], {112: 1.0, 28: 5.0}
+    plain = tp.evaluate_templates(embedder, sets, settings, far=0.05)
+    longer = tp.evaluate_templates(
+        lambda pixels, r: lengths[r] * embedder(pixels, r), sets, settings, far=0.05
+    )
+    for _ in range(2):
+        kept = {"far": 0.05, "keep": tmp_path}
+        assert tp.evaluate_templates(Known(), sets, settings, **kept) == plain
+        found = tp.evaluate_templates(Known(), sets, settings, lengths=lengths, **kept)
+        assert found["112&28"]["threshold"] == longer["112&28"]["threshold"]
+    assert plain["112&28"]["threshold"] != longer["112&28"]["threshold"]
+    assert sorted(seen) == [28, 28, 112]
+    other = dataclasses.replace(sets, checksum="other")
+    tp.evaluate_templates(Known(), other, settings, far=0.05, keep=tmp_path)
+    assert len(seen) == 6
 
 
 def test_the_operating_points_are_those_of_the_paper() -> None:

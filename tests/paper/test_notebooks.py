@@ -177,12 +177,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     page["specialists"]["native"] |= quick
     (root / "tiny.yaml").write_text(yaml.safe_dump(page))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "train_in_subprocess", in_this_process)
+        patch.setattr(study, "train_all", in_this_process)
         yield {"scale": str(root / "tiny.yaml"), "run_dir": str(root / "run"), "device": "cpu"}
 
 
-def in_this_process(config: TrainConfig, out: Path, *, device: str, **_: Any) -> dict[str, Any]:
-    return train(config, out, device=device, show="none")
+def in_this_process(
+    runs: dict[Path, TrainConfig], *, device: str, **_: Any
+) -> list[dict[str, Any]]:
+    return [train(config, out, device=device, show="none") for out, config in runs.items()]
 
 
 def run(source: str, names: dict[str, Any]) -> str:

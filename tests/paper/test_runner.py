@@ -9,14 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
-from btnet_core.errors import ReproduceError
-from btnet_paper import scales
+from btnet_core.errors import BusyError, ReproduceError
+from btnet_paper import runner, scales
 from btnet_paper.needs import data_checksum
-from btnet_paper.notebooks import code_checksum, convert
+from btnet_paper.notebooks import code_checksum, convert, load_notebooks
 from btnet_paper.runner import reproduce
 
 COUNT = """
@@ -180,8 +181,10 @@ def test_interrupt_leaves_a_state_that_resumes(place: Path) -> None:
         + "import time\nflag = Path(run_dir) / 'go'\nwhile not flag.exists():\n    time.sleep(0.1)\n"
     )
     write(place / "nb", "02_second", waiting)
+    write(place / "nb", "03_third", waiting)
     code = "import sys; from btnet_tools.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "reproduce", "--runs", str(place / "runs")]
+    command += ["--jobs", "2"]
     (place / "nb").rename(place / "notebooks")
     log = place / "runs/demo/log.txt"
     process = subprocess.Popen(
@@ -193,11 +196,11 @@ def test_interrupt_leaves_a_state_that_resumes(place: Path) -> None:
             signal.SIGINT, signal.SIG_IGN
         ),  # as a shell starts a background job
     )
-    deadline = time.monotonic() + 60
-    while not (log.exists() and "02_second" in log.read_text()):
-        assert time.monotonic() < deadline, "the second notebook did not start"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and all(name in log.read_text() for name in ("second", "third"))):
+        assert time.monotonic() < deadline, "two notebooks did not start"
         time.sleep(0.2)
-    with pytest.raises(ReproduceError, match="in use"):
+    with pytest.raises(BusyError, match="works there"):
         run(place, notebooks=place / "notebooks")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
@@ -208,11 +211,66 @@ def test_interrupt_leaves_a_state_that_resumes(place: Path) -> None:
         command, cwd=place, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert log.read_text().splitlines() == [
-        "01_first 1 demo",
-        "02_second 1 demo",
-        "02_second 1 demo",
-    ]
+    runs = ["01_first", "02_second", "02_second", "03_third", "03_third"]
+    assert sorted(log.read_text().splitlines()) == [f"{name} 1 demo" for name in runs]
+
+
+MEET = """
+import time
+from pathlib import Path
+root = Path(run_dir)
+(root / f"{name} began").touch()
+deadline = time.monotonic() + 240
+while not all((root / f"{one} began").exists() for one in ("01_first", "03_third")):
+    assert time.monotonic() < deadline, "alone"
+    time.sleep(0.05)
+(root / f"figures/{name}.png").write_bytes(b"x")
+(root / f"logs/{name}.made").write_text(f"figures/{name}.png")
+"""
+
+
+def test_two_at_once_each_with_what_it_made(place: Path) -> None:
+    write(place / "nb", "01_first", MEET + COUNT)
+    write(place / "nb", "03_third", MEET + COUNT)
+    write(place / "nb", "04_last", always=True)
+    told = run(place, jobs="2")
+    assert told[0][:2] in ("01", "03")
+    assert told.index("02_second 1 demo") > told.index("01_first 1 demo")
+    assert told[-1] == "04_last 1 demo"
+    manifest = json.loads((place / "runs/demo/figures/manifest.json").read_text())
+    assert {key: entry["notebook"] for key, entry in manifest.items()} == {
+        "01_first": "01_first",
+        "03_third": "03_third",
+    }
+    state = json.loads((place / "runs/demo/state.json").read_text())
+    assert state["03_third"]["outputs"] == ["figures/03_third.png"]
+    assert len(run(place, jobs="2")) == len(told) + 1  # 04 alone
+
+
+def test_a_failure_beside_another_stops_both(place: Path, capsys: pytest.CaptureFixture) -> None:
+    write(place / "nb", "01_first", MEET + "time.sleep(60)")
+    write(place / "nb", "03_third", MEET + "1 / 0")
+    began = time.monotonic()
+    with pytest.raises(ReproduceError, match=r"03_third.*ZeroDivisionError"):
+        run(place, jobs="2")
+    assert time.monotonic() - began < 60
+    assert "01_first: interrupted after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("jobs", "idle", "names"),
+    [(1, 2, []), (2, 0, ["03_third"]), (0, 1, ["03_third"]), (0, 0, [])],
+)
+def test_what_may_start_beside_the_first(
+    jobs: int, idle: int, names: list[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(place / "nb", "03_third")
+    write(place / "nb", "04_last", always=True)
+    monkeypatch.setattr(runner, "idle_cores", lambda least: idle)
+    monkeypatch.setattr(runner, "cores", lambda: {0, 1})
+    notebooks = load_notebooks(place / "nb")
+    first = SimpleNamespace(notebook=notebooks.pop(0))
+    assert [one.name for one in runner.ready(notebooks, [first], jobs)] == names
 
 
 def test_parameters_cell_must_hold_literals(place: Path) -> None:
@@ -274,7 +332,8 @@ def test_figures_are_tied_to_their_notebook_and_lost_outputs_are_made_again(plac
     write(
         place / "nb",
         "01_first",
-        COUNT + "Path(run_dir, 'figures', 'curve.png').write_bytes(b'x')\n",
+        COUNT + "Path(run_dir, 'figures', 'curve.png').write_bytes(b'x')\n"
+        "Path(run_dir, 'logs', name + '.made').write_text('figures/curve.png')\n",
     )
     run(place, only=["01"], parameters={"value": 4})
     entry = json.loads((place / "runs/demo/figures/manifest.json").read_text())["curve"]

@@ -34,14 +34,14 @@ def faces() -> FaceSet:
 def survface_root(faces: FaceSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("survface")
     survface_standin(faces, parent, blur=1.0, noise=5.0)
-    return next(parent.iterdir())
+    return next(parent.glob("*-standin-*"))
 
 
 @pytest.fixture(scope="module")
 def ijbc_root(faces: FaceSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("ijbc")
     ijbc_standin(faces, parent, impostors=20)
-    return next(parent.iterdir())
+    return next(parent.glob("*-standin-*"))
 
 
 def test_native_sizes_are_survfaces_published_range_and_mean() -> None:
@@ -279,7 +279,7 @@ def test_ijbc_standin_is_read_back(faces: FaceSet, tmp_path: Path) -> None:
 
 def test_ijbc_damage_is_named(faces: FaceSet, tmp_path: Path) -> None:
     ijbc_standin(faces, tmp_path, impostors=20)
-    root = next(tmp_path.iterdir())
+    root = next(tmp_path.glob("*-standin-*"))
     meta = root / "meta"
     pairs = (meta / "ijbc_template_pair_label.txt").read_text()
     (meta / "ijbc_template_pair_label.txt").write_text(pairs + "1 999999 0\n")
@@ -297,7 +297,7 @@ def test_ijbc_damage_is_named(faces: FaceSet, tmp_path: Path) -> None:
 
 def test_missing_images_and_folders_are_named(faces: FaceSet, tmp_path: Path) -> None:
     ijbc_standin(faces, tmp_path, impostors=20)
-    root = next(tmp_path.iterdir())
+    root = next(tmp_path.glob("*-standin-*"))
     (root / "loose_crop" / "1.jpg").unlink()
     with pytest.raises(DataError, match=r"1\.jpg"):
         read_templates(root)

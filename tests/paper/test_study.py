@@ -135,14 +135,15 @@ def test_pairs_are_verified_as_far_as_a_method_goes_and_embeddings_kept(tmp_path
 def test_it_trains_remembers_configurations_and_history(tmp_path: Path, monkeypatch) -> None:
     asked = []
 
-    def train(config, out, **options):
-        asked.append((config.name, out, options))
-        out.mkdir(parents=True)
-        rows = ('{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.0}', '{"validation": {}}')
-        (out / "metrics.jsonl").write_text("\n".join(rows))
-        return {"seconds": 1.0}
+    def train(runs, **options):
+        for out, config in runs.items():
+            asked.append((config.name, out, options))
+            out.mkdir(parents=True)
+            rows = ('{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.0}', '{"validation": {}}')
+            (out / "metrics.jsonl").write_text("\n".join(rows))
+        return [{"seconds": 1.0}] * len(runs)
 
-    monkeypatch.setattr("btnet_paper.study.train_in_subprocess", train)
+    monkeypatch.setattr("btnet_paper.study.train_all", train)
     monkeypatch.setattr(figures, "save", lambda *_: [])
     study = Study("toy", scale=toy(), run_dir=tmp_path, device="cpu")
     runs = {name: phi_hr("faces", name=name, lr=0.3) for name in ("a", "b")}

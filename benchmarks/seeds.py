@@ -1,11 +1,12 @@
 """Does phi_bt beat phi_mr, and phi_mr phi_hr, whatever the seed? A scale's headline comparison over several seeds.
 
-    btnet reproduce && python benchmarks/seeds.py                         # the demo at 14 px: minutes a seed
+    btnet reproduce && python benchmarks/seeds.py --resolutions 28 14 7 --threads 1 2        # the demo: 5 minutes a run
     python benchmarks/seeds.py --scale lfw-quick --resolutions 28 14 7 --selection    # real faces: run that scale first
 
-Seed 0 is the scale's own run; the others train what it has trained anew (resumable, under runs/<scale>-seeds). Every
-seed is verified on the scale's pairs, with --selection also on Table 2's stand-in, whose sizes are drawn anew. Writes
-figures/results/<scale>_seeds.json: each seed, mean, standard deviation.
+Seed 0 is the scale's own run in runs/<scale>, if there; the others train what it has trained anew (resumable, under runs/<scale>-seeds). With
+--threads every seed is trained with each number of threads, whose rounding grows into another run. Every run is
+verified on the scale's pairs, with --selection also on Table 2's stand-in, whose sizes are drawn anew. Writes
+figures/results/<scale>_seeds.json: each run, mean, standard deviation.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from btnet_core.data.faces import open_faces
 from btnet_core.data.pairs import open_pairs
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--resolutions", type=int, nargs="+", default=[14], help="of the branches (default: 14)"
     )
+    parser.add_argument("--threads", type=int, nargs="+", help="default: the scale's number")
     parser.add_argument("--selection", action="store_true", help="Table 2's strategies, too")
     options = parser.parse_args()
     scale, began = get_scale(options.scale), time.monotonic()
@@ -55,8 +59,14 @@ def main() -> None:
     (spec,) = scale.pairs
     selection = {}
     pairs, rows, keep = open_pairs(spec), {}, scale.run_dir() / "embeddings"
-    for seed in options.seeds:
-        run_dir = ROOT / "runs" / (f"{scale.name}-seeds/{seed}" if seed else scale.name)
+    if scale.threads:
+        torch.set_num_threads(scale.threads)
+    for seed, threads in product(options.seeds, options.threads or [scale.threads]):
+        there = (ROOT / "runs" / scale.name / "models").is_dir()
+        own = there and not seed and threads == scale.threads
+        run = f"{seed}, {threads} threads" if threads != scale.threads else str(seed)
+        folder = f"{scale.name}-seeds/{run.replace(', ', '-').replace(' ', '-')}"
+        run_dir = ROOT / "runs" / (scale.name if own else folder)
         models = run_dir / "models"
         if scale.pretrained:
             save_backbone(
@@ -64,40 +74,38 @@ def main() -> None:
             )
         plan = plans.plan(scale, models, seed=seed)
         for name in ("phi_hr", "phi_mr", *(f"phi_bt_{r}" for r in options.resolutions)):
-            if seed and name in plan:
+            if not own and name in plan:
                 shared = (
                     ROOT / "runs" / scale.name / "models" / "teacher" if scale.pretrained else ""
                 )
-                train(plan[name].replace(validation=(), cache_dir=str(shared)), models / name)
+                machine: dict[str, Any] = {"cache_dir": str(shared), "threads": threads}
+                train(plan[name].replace(validation=(), **machine), models / name)
         found = load_methods(models)
         reports = {
             name: evaluate_pairs(found[name], pairs, settings, keep=keep) for name in METHODS
         }
-        rows[seed] = {
+        rows[run] = {
             name: {s: row["accuracy"] for s, row in report.items()}
             for name, report in reports.items()
         }
-        print(seed, rows[seed], flush=True)
+        print(run, rows[run], flush=True)
         if options.selection:
-            selection[str(seed)] = table2(scale, run_dir, found, seed, options.resolutions)
-            print(seed, selection[str(seed)], flush=True)
+            selection[run] = table2(scale, run_dir, found, seed, options.resolutions)
+            print(run, selection[run], flush=True)
     values: dict[str, Any] = {
-        "by_seed": {str(seed): row for seed, row in rows.items()},
+        "by_seed": rows,
         "mean": {},
         "std": {},
     }
     for key, take in (("mean", np.mean), ("std", lambda x: np.std(x, ddof=1))):
         values[key] = {
-            n: {
-                s: float(take([row[n][s] for row in rows.values()]))
-                for s in rows[options.seeds[0]][n]
-            }
-            for n in METHODS
+            n: {s: float(take([row[n][s] for row in rows.values()])) for s in report}
+            for n, report in reports.items()
         }
     if selection:
         values["selection"] = selection  # TPIR20 in % at FPIR 0.3
     name = f"{scale.name}_seeds"
-    results.record(ROOT / "figures", name, values, config={"seeds": options.seeds, "settings": settings},
+    results.record(ROOT / "figures", name, values, config={"seeds": options.seeds, "threads": options.threads or [scale.threads], "settings": settings},
                    data=pairs.checksum, kernel=Resize().name, seconds=time.monotonic() - began, scale=scale.name)  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def numbers(record: Mapping[str, Any]) -> pd.DataFrame:
         if "_ablations_" in name:
             return frame(_repeated(record["values"]), f"scale {scale}, {trained(record)}")
         if name.endswith("_seeds"):
-            count = len(record["values"]["by_seed"])
+            count = len({run.partition(",")[0] for run in record["values"]["by_seed"]})
             return frame(_seeds(record["values"]), f"scale {scale}, {count} seeds")
         lines: list[Number] = []
         if name in READERS:

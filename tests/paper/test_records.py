@@ -150,7 +150,7 @@ def test_rows_of_several_seeds_have_a_source_and_a_spread_of_their_own():
     values = {
         "mean": {"phi_bt": {"14&14": 89.0}},
         "std": {"phi_bt": {"14&14": 0.5}},
-        "by_seed": {"0": 1, "1": 2},
+        "by_seed": {"0": 1, "1": 2, "1, 2 threads": 3},
         "selection": {"0": {"max+ceil": 10.0, "max+ceil, lengths fitted": 20.0},
                       "1": {"max+ceil": 12.0, "max+ceil, lengths fitted": 26.0}},
     }  # fmt: skip

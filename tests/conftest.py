@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,28 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+MUTANT_SECONDS = 6  # of a processor, for the tests of one mutant
+
+
+def tries_a_mutant() -> bool:
+    """Whether this is a process of mutmut's that tries one (docs/mutants.md)."""
+    return "__mutmut_" in os.environ.get("MUTANT_UNDER_TEST", "")
+
+
 def fastest_first(items: list[pytest.Item]) -> None:
-    """Under mutmut, which keeps how long each test took: most mutants are noticed at once."""
-    kept = Path("mutmut-stats.json")
-    if "MUTANT_UNDER_TEST" in os.environ and kept.is_file():
-        seconds = json.loads(kept.read_text())["duration_by_test"]
-        items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+    """Most mutants are noticed at once; mutmut keeps how long each test took."""
+    seconds = json.loads(Path("mutmut-stats.json").read_text())["duration_by_test"]
+    items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if tries_a_mutant() and time.process_time() > MUTANT_SECONDS:
+        pytest.skip("a mutant's time is over")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    fastest_first(items)
+    if tries_a_mutant():
+        fastest_first(items)
     if torch.cuda.is_available():
         return
     if re.search(r"(?<!not )\bgpu\b", config.getoption("-m")):

@@ -19,9 +19,9 @@ from btnet_core.training.loop import train
 def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A phi_mr of 6 synthetic people: the folder of its trunk and classifier."""
     out = tmp_path_factory.mktemp("phi_mr")
-    faces = {"kind": "synthetic", "identities": 6, "images": 6, "seed": 0}
+    faces = {"kind": "synthetic", "identities": 6, "images": 3, "seed": 0}
     tiny = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
-    quick = {"batch": 12, "epochs": 2, "warmup_epochs": 0.0, "lr": 2.0, "precision": "fp32"}
+    quick = {"batch": 6, "epochs": 2, "warmup_epochs": 0.0, "lr": 2.0, "precision": "fp32"}
     train(methods.phi_mr(faces, backbone=tiny, **quick), out, device="cpu", show="none")
     return out
 

@@ -22,11 +22,11 @@ from btnet_core.training.progress import Progress, read_metrics
 from btnet_core.training.run import Run, prepare
 from btnet_core.training.step import branch_inputs, branch_losses, see
 
-FACES = {"kind": "synthetic", "identities": 6, "images": 6, "seed": 0}
-TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
+FACES = {"kind": "synthetic", "identities": 6, "images": 3, "seed": 0}
+TINY = BackboneConfig(name="iresnet18", width=0.0625, embedding=16)
 # Large enough that leaving any of them out shows: clip_norm below the norm of most gradients.
 STEP = {
-    "batch": 12,
+    "batch": 6,
     "epochs": 2,
     "warmup_epochs": 0.5,
     "lr": 2.0,
@@ -92,7 +92,7 @@ class ByHand:
         self.centres = torch.zeros(6, 16, dtype=torch.float64)
 
     def lr(self, step: int) -> float:
-        peak, warm, total = 2.0 * 12 / 512, 0.5 * self.steps, 2 * self.steps
+        peak, warm, total = 2.0 * 6 / 512, 0.5 * self.steps, 2 * self.steps
         if step < warm:
             return peak * (step + 1) / (warm + 1)
         return peak * ((total - step) / (total - warm)) ** 2
@@ -254,7 +254,7 @@ def test_shifted_faces_and_the_teacher_of_both_mirror_images(trunk: Path, tmp_pa
     other = see(run, faces.flip(-1))[1]
     torch.testing.assert_close(teacher.z, one.z + other.z)
     torch.testing.assert_close(teacher.z_s, one.z_s)
-    assert batch.shift.shape == (12, 2)
+    assert batch.shift.shape == (6, 2)
     assert 1 < batch.shift.abs().max() <= 3
     assert not torch.allclose(x, plain, atol=0.02)
     face = moved(faces, batch.shift)
@@ -268,6 +268,6 @@ def test_a_flipped_face_is_mirrored_before_it_shrinks(trunk: Path, tmp_path: Pat
     plain = Batch(batch.records, batch.labels, batch.flip & False, batch.size, batch.shift)
     flipped = branch_inputs(run, batch, pixels)[0]
     upright = branch_inputs(run, plain, pixels)[0]
-    assert 0 < batch.flip.sum() < 12
+    assert 0 < batch.flip.sum() < 6
     torch.testing.assert_close(flipped[~batch.flip], upright[~batch.flip])
     torch.testing.assert_close(flipped[batch.flip], upright[batch.flip].flip(-1), atol=1e-4, rtol=0)

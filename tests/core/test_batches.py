@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_parts_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize(("processes", "config", "told"), [
-    (5, {"batch": 12}, "set a multiple of 5"),
+    (5, {"batch": 12}, "got 12 for 5 processes, each in 1 parts: set a multiple of 5"),
     (2, {"batch": 12, "accumulate": 4}, "set a multiple of 8"),
     (6, {"batch": 12, "accumulate": 2}, "one image each.*set batch to 24 or more"),
     (1, {"batch": 128}, "the data have only 52: set batch to 52 or less"),
@@ -203,7 +204,8 @@ def test_faces_are_kept_for_the_next_run_on_the_same_data() -> None:
 
 def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "MemTotal:        9000 kB\nMemAvailable:    1000 kB\nHugePages_Total:       0\n"
-    monkeypatch.setattr(batches, "open", lambda path: io.StringIO(text), raising=False)
+    files = {"/proc/meminfo": text}
+    monkeypatch.setattr(batches, "open", lambda path: io.StringIO(files[path]), raising=False)
     assert batches.free_memory() == 1_024_000
 
     def lacks(path: str) -> io.StringIO:
@@ -215,3 +217,59 @@ def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batches.free_memory() == 4096 * 100 / 2
     monkeypatch.delattr(batches.os, "sysconf")
     assert batches.free_memory() == 4e9
+
+
+def test_everything_goes_where_the_faces_are() -> None:
+    """On "meta", torch's device without memory: a part left on the CPU is refused, or shows."""
+    meta, how = torch.device("meta"), Resize()
+    trunk = build_backbone(BackboneConfig(name="iresnet18", width=0.0625, embedding=4)).to(meta)
+    faces = batches.transfer(torch.zeros(2, 3, 112, 112, dtype=torch.uint8), meta)
+    found = (
+        batches.mirrored(faces, torch.tensor([True, False])),
+        moved(faces, torch.ones(2, 2)),
+        batches.branch_input(trunk, faces, 14, how),
+        trunk_input(trunk, faces, torch.tensor([14, 112]), how),
+    )
+    assert [x.device for x in (faces, *found)] == [meta] * 5
+    assert [x.dtype for x in found] == [torch.uint8] + [torch.float32] * 3
+
+
+def test_a_gpu_is_not_waited_for() -> None:
+    class Rows:
+        def pin_memory(self) -> Rows:
+            self.pinned = True
+            return self
+
+        def to(self, device: object, *, non_blocking: bool) -> tuple:
+            return device, self.pinned, non_blocking
+
+    gpu = SimpleNamespace(type="cuda")
+    assert batches.transfer(Rows(), gpu) == (gpu, True, True)  # type: ignore[arg-type]
+
+
+def test_an_epoch_is_drawn_once_and_not_mirrored_where_that_is_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn, draw = [], Sampler._draw
+    monkeypatch.setattr(Sampler, "_draw", lambda self, k: (drawn.append(k), draw(self, k))[1])
+    sampler = Sampler(torch.arange(36), TrainConfig(data=FACES, batch=12, flip=False))
+    assert not torch.cat([sampler.batch(step).flip for step in range(6)]).any()
+    assert drawn == [0, 1]
+
+
+def test_faces_in_memory_are_not_decoded_again_and_others_no_further_ahead_than_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, taken = Batch(*[torch.arange(2)] * 5), []
+    for room, ahead in ((1e12, 1), (0.0, 3)):
+        monkeypatch.setattr(batches, "free_memory", lambda room=room: room)
+        faces = Counted()
+        pixels = Pixels(faces, workers=2)
+        faces.asked.clear()
+        pixels.get(torch.arange(3))
+        assert faces.asked == ([] if ahead == 1 else [3])
+        taken.clear()
+        stream = pixels.stream(taken.append(k) or one for k in range(9))
+        next(stream)
+        assert len(taken) == ahead
+        stream.close()

@@ -133,3 +133,47 @@ def test_partial_fc_draws_from_seed_and_step() -> None:
     assert place[2:].tolist() == [-1, -1]
     assert torch.equal(two._rows(labels)[0], rows)
     assert not torch.equal(other._rows(labels)[0], rows)
+
+
+def test_what_the_margin_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets of all processes always; lengths only where it needs them; gradients are summed."""
+    gathered: list[bool] = []
+    monkeypatch.setattr(distributed, "gather", lambda z, *, total: (gathered.append(total), z)[1])
+    z, labels, given = torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), []
+    for name in ("cosface", "adaface"):
+        margin = build_margin(name)
+        kappa = Classifier(torch.eye(3)[:2], margin)
+        margin.register_forward_pre_hook(lambda module, arguments: given.append(arguments))
+        kappa(z, labels)
+    for cosine, column, target, _ in given:
+        assert torch.equal(column, labels)
+        assert torch.equal(target, cosine[torch.arange(4), labels])
+    assert given[0][3] is None
+    torch.testing.assert_close(given[1][3], z.norm(dim=1))
+    assert gathered == [True, True]
+    elsewhere = Classifier._target(torch.ones(2, 3), torch.tensor([-1, 2]))
+    assert elsewhere.tolist() == [0, 1]
+
+
+def test_a_class_for_each_process_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    kappa = Classifier(torch.eye(2), build_margin("normface"))
+    assert (kappa.first, len(kappa.weight), kappa.seed, kappa.step) == (1, 1, 0, 0)
+    assert kappa._rows(torch.tensor([0, 1, 2]))[1].tolist() == [-1, 0, -1]
+
+
+def test_partial_fc_by_hand() -> None:
+    """The classes of the batch and those of the largest draws, in ascending order."""
+    weight, labels = fresh_weight(20, 4, 0), torch.tensor([19, 0, 0])
+    kappa = Classifier(weight, build_margin("normface"), sample_rate=0.25, seed=5)
+    kappa.step = 7
+    generator = torch.Generator().manual_seed(hash((5, 7, 0)) % 2**63)
+    draws = torch.rand(20, generator=generator).tolist()
+    others = sorted(range(1, 19), key=lambda k: draws[k])[-3:]
+    assert torch.equal(kappa._rows(labels)[0], weight[[0, *sorted(others), 19]])
+
+
+def test_class_means_are_made_where_the_embeddings_are() -> None:
+    z = torch.ones(2, 3, device="meta")
+    assert class_means([(z, torch.tensor([0, 1]))], 4, 3).device.type == "meta"

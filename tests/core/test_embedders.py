@@ -111,3 +111,14 @@ def test_by_default_128_faces_at_once_in_what_the_machine_does_best() -> None:
     assert one.batch_size == 128
     assert one.how == Resize()
     assert one.precision in ("fp32", "bf16")
+
+
+def test_networks_go_to_the_device_with_channels_last() -> None:
+    meta = {"device": "meta", "precision": "fp32"}
+    for wrap in (lambda trunk: trunk, lambda trunk: BTNet(trunk, (14,))):
+        network = wrap(build_backbone(BackboneConfig(name="iresnet18", width=0.125)))
+        kind = BranchEmbedder if isinstance(network, BTNet) else UpsamplingEmbedder
+        kind(network, **meta)
+        weights = [p for p in network.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+        assert all(p.device.type == "meta" for p in network.parameters())
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
-from btnet_core.errors import DataError
+from btnet_core.errors import ConfigError, DataError
 from btnet_core.evaluation import identification as idn
 from btnet_core.images import Resize, resize
 from btnet_core.models.btnet import select_branch
@@ -277,3 +277,29 @@ def test_the_authors_grid_begins_at_the_lowest_score() -> None:
     assert idn.open_set(found, (1.0, 0.0), authors=True)["thresholds"]["0.0"] == 0.5
     least = idn.open_set(found, (0.6,), authors=True)["thresholds"]["0.6"]
     assert least == grid[0]  # all points down to -0.5 have FPIR 2/3, the first of them is taken
+
+
+def test_a_device_that_is_named_is_asked_for() -> None:
+    z, nowhere = torch.eye(3), {"device": "nowhere"}
+    for call in (
+        lambda: next(idn.score_chunks(z, np.arange(3), z, **nowhere)),
+        lambda: idn.search(z, z, np.array([0, 1, -1]), **nowhere),
+        lambda: idn.identify(z, [0, 1, 2], z, [0, 1, -1], **nowhere),
+    ):
+        with pytest.raises(ConfigError, match="nowhere"):
+            call()
+
+
+def test_scores_come_in_blocks_of_one_buffer() -> None:
+    """Of as many rows as ``chunk`` scores allow, one at least; the last block holds the rest."""
+    probes, gallery = torch.eye(7)[:, :5] + 0.1, torch.eye(5)
+    rows = np.array([6, 0, 2, 3, 1])
+    expected = F.normalize(probes[rows]) @ gallery.T
+    for chunk, blocks in ((12, [(0, 2), (2, 4), (4, 5)]), (1, [(k, k + 1) for k in range(5)])):
+        found, places = [], set()
+        for part, scores in idn.score_chunks(probes, rows, gallery, "cpu", chunk):
+            torch.testing.assert_close(scores, expected[part])
+            found.append((part.start, part.stop))
+            places.add(scores.data_ptr())
+        assert found == blocks
+        assert len(places) == 1

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_curve
 from torch.nn import functional as F
 
 from btnet_core.data.ijbc import TemplateSet
-from btnet_core.errors import DataError
+from btnet_core.errors import ConfigError, DataError
 from btnet_core.evaluation import templates as tp
 
 
@@ -284,3 +284,30 @@ def test_what_has_no_images_is_named(lost: str) -> None:
     features = embedder(sets.images(np.arange(72)), 112)
     with pytest.raises(DataError, match=f"^{lost}: template 1"):
         tp.score_templates(features, dataclasses.replace(sets, **changes[lost]), far=0.05)
+
+
+def test_a_device_that_is_named_is_asked_for() -> None:
+    sets = template_set()
+    features = embedder(sets.images(np.arange(72)), 112)
+    ids, templates = tp.aggregate(features, sets.template, sets.media)
+    rows, nowhere = np.arange(2), {"device": "nowhere"}
+    lists = (templates, ids, sets.galleries, sets.probes)
+    for call in (
+        lambda: tp.pair_scores(templates, rows, rows, **nowhere),
+        lambda: tp.identify_templates(*lists, **nowhere),
+        lambda: tp.identify_merged(*lists, **nowhere),
+    ):
+        with pytest.raises(ConfigError, match="nowhere"):
+            call()
+
+
+def test_the_rank_within_which_the_mate_counts() -> None:
+    """25 subjects; the mate of each probe is at rank 21: within 21, not within the 20 of A.4."""
+    gallery = torch.eye(26)[:25]
+    probe = torch.arange(25.0, 0, -1)
+    features = torch.cat([gallery, F.pad(probe, (0, 1))[None], torch.eye(26)[25:]])
+    lists = {"G": (np.arange(25), np.arange(25))}
+    probes = (np.array([25, 26]), np.array([20, 99]))
+    for options, found in (({}, 0.0), ({"rank": 21}, 100.0)):
+        report = tp.identify_templates(features, np.arange(27), lists, probes, fpir=1.0, **options)
+        assert report["tpir"] == found

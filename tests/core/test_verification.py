@@ -330,3 +330,25 @@ def test_images_are_read_once_for_all_resolutions() -> None:
     unit = v.unit_embeddings(Counting(), pairs, [7, 112, 14, 7])
     assert read == [30]
     assert sorted(unit) == [7, 14, 112]
+
+
+def test_what_is_reported_of_each_direction() -> None:
+    """In %, but for the thresholds; as many folds as asked for; the AUC is the directions' mean."""
+    pairs = pair_set()
+    found = v.evaluate_pairs(Counting(), pairs, [(112, 7)], folds=4)["112&7"]
+    scores = v.pair_similarities(Counting(), pairs, [(112, 7), (7, 112)])
+    for row, way in zip(found["directions"], ((112, 7), (7, 112)), strict=True):
+        folds = v.ten_fold_accuracy(scores[way], pairs.same, 4)
+        assert row == {
+            "first": way[0],
+            "second": way[1],
+            "accuracy": pytest.approx(100 * folds.mean),
+            "std": pytest.approx(100 * folds.std),
+            "folds": pytest.approx([100 * value for value in folds.accuracies]),
+            "auc": pytest.approx(100 * roc_auc_score(pairs.same, scores[way])),
+            "thresholds": list(folds.thresholds),
+        }
+    assert found["auc"] == pytest.approx(np.mean([row["auc"] for row in found["directions"]]))
+    assert found.keys() == {"accuracy", "std", "folds", "auc", "directions"}
+    point = v.tar_at_far([0.9, 0.7, 0.6, 0.1], [True, False, True, False], 0.4, authors=True)
+    assert point == (1.0, 0.5, 0.1)  # of two points as near the one with the larger TAR

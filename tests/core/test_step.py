@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btnet_core.images import resize
+from btnet_core.losses import branch_loss, embedding_loss
 from btnet_core.models.backbone import Backbone, BackboneConfig
 from btnet_core.models.btnet import Route
-from btnet_core.training import checkpoint, methods
+from btnet_core.training import checkpoint, distributed, methods, step
 from btnet_core.training.batches import Batch, branch_input, mirrored, moved
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.loop import fit
 from btnet_core.training.progress import Progress, read_metrics
 from btnet_core.training.run import Run, prepare
 from btnet_core.training.step import branch_inputs, branch_losses, see
+from btnet_core.training.teacher import Teacher
 
 FACES = {"kind": "synthetic", "identities": 6, "images": 3, "seed": 0}
 TINY = BackboneConfig(name="iresnet18", width=0.0625, embedding=16)
@@ -271,3 +274,112 @@ def test_a_flipped_face_is_mirrored_before_it_shrinks(trunk: Path, tmp_path: Pat
     assert 0 < batch.flip.sum() < 6
     torch.testing.assert_close(flipped[~batch.flip], upright[~batch.flip])
     torch.testing.assert_close(flipped[batch.flip], upright[batch.flip].flip(-1), atol=1e-4, rtol=0)
+
+
+# ---- over processes, and with kept answers --------------------------------------------------------
+
+
+def test_each_process_adds_its_part_of_the_loss(
+    trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The distances are means of a process's faces: of two processes each brings half of it."""
+    run = prepare(case("branch", trunk), tmp_path, torch.device("cpu"))
+    maps = torch.rand(3, 4, 2, 2), torch.rand(3, 4, 2, 2)
+    z, z_t = torch.rand(3, 4), torch.rand(3, 4)
+    teacher = Teacher(maps[1], z_t)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    for kind in ("mean", "batch_sum", "cosine"):
+        run.config = run.config.replace(distillation=kind)
+        for cache in (None, object()):  # channels lie first or last
+            run.cache = cache
+            found = step.distillation(run, maps[0], teacher)
+            torch.testing.assert_close(found, branch_loss(*maps, kind) / 2)
+    for kind in ("mse", "cosine"):
+        run.config = run.config.replace(embedding=kind)
+        expected = embedding_loss(z, z_t, kind) / 2
+        torch.testing.assert_close(step.embedding_distillation(run, z, teacher), expected)
+    assert step.distillation(run, maps[0], Teacher(None, z_t)) == 0
+    assert step.embedding_distillation(run, z, Teacher(maps[1], None)) == 0
+
+
+@pytest.mark.parametrize(("loss", "weight"), [("center", 0.003), ("triplet", 1.0)])
+def test_a_metric_loss_sees_the_faces_of_all_processes(
+    trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, weight: float
+) -> None:
+    config = methods.phi_hr(FACES, backbone=TINY, **STEP, loss=loss, per_identity=2)
+    run = prepare(config, tmp_path, torch.device("cpu"))
+    gathered: list[bool] = []
+
+    def everyone(z: Tensor, *, total: bool) -> Tensor:
+        gathered.append(total)
+        return torch.cat([z, 2 * z])
+
+    monkeypatch.setattr(distributed, "gather", everyone)
+    monkeypatch.setattr(distributed, "all_gather", lambda labels: torch.cat([labels, labels + 3]))
+    seen: list[tuple] = []
+    run.metric = lambda z, labels: seen.append((z, labels)) or torch.tensor(5.0)
+    if loss == "center":
+        run.kappa = type("Kappa", (), {"__call__": lambda self, *a: (seen.append(a), 7.0)[1]})()
+    run.step, z, labels = 4, torch.rand(2, 3).bfloat16(), torch.tensor([1, 0])
+    found = step.influence(run, z, labels)
+    assert found.item() == pytest.approx(weight * 5 + (7 if run.kappa else 0))
+    assert gathered == [False]
+    assert seen[-1][0].dtype == torch.float32
+    assert torch.equal(seen[-1][0], torch.cat([z, 2 * z]).float())
+    assert seen[-1][1].tolist() == [1, 0, 4, 3]
+    if run.kappa is not None:
+        assert run.kappa.step == 4
+        assert seen[0][0] is z
+        assert torch.equal(seen[0][1], labels)
+
+
+def test_terms_of_weight_0_are_not_computed(trunk: Path, tmp_path: Path) -> None:
+    run = prepare(case("no labels", trunk), tmp_path, torch.device("cpu"))
+    run.finish = lambda z: pytest.fail("T_r runs")
+    x = torch.rand(2, 3, 14, 14)
+    z_s = torch.zeros_like(run.encode(x))
+    L, terms = branch_losses(run, x, Teacher(z_s), torch.tensor([0, 1]))
+    assert terms.keys() == {"branch"}
+    assert terms["branch"] is not L
+    assert terms["branch"].item() == L.item() > 0
+
+
+def test_what_is_kept_of_a_face(trunk: Path, tmp_path: Path) -> None:
+    run = prepare(case("branch", trunk), tmp_path, torch.device("cpu"))
+    faces = run.pixels.get(torch.arange(2))
+    x, teacher = see(run, faces)
+    kept = step.to_keep(run, faces)
+    assert kept.keys() == {"x", "z_s", "z"}
+    for name, value in {"x": x, "z_s": teacher.z_s, "z": teacher.z}.items():
+        assert torch.equal(kept[name], value)
+    run.config = run.config.replace(embedding_weight=0.0)
+    assert step.to_keep(run, faces).keys() == {"x", "z_s"}
+
+
+def test_a_filled_cache_needs_no_pixels(trunk: Path, tmp_path: Path) -> None:
+    """Its rows by record and mirror image; a face that is moved is shrunk anew."""
+    config = case("both mirror images", trunk).replace(shift=2.0)
+    run = prepare(config, tmp_path, torch.device("cpu"))
+    batch, asked = run.sampler.batch(0), []
+    values = {"x": torch.rand(6, 3, 14, 14), "z_s": torch.rand(6, 2, 2, 2), "z": torch.rand(6, 4)}
+
+    def get(name: str, records: Tensor, flip: Tensor) -> Tensor:
+        asked.append((name, records.tolist(), flip.tolist()))
+        return values[name] * (1 + (len(asked) > 3))
+
+    run.cache = SimpleNamespace(get=get)
+    pixels = run.pixels.get(batch.records)
+    x, teacher = branch_inputs(run, batch, pixels)
+    records, flip = batch.records.tolist(), batch.flip.tolist()
+    assert asked == [(name, records, flip) for name in ("x", "z_s", "z")] + [
+        ("z", records, [not one for one in flip])
+    ]
+    torch.testing.assert_close(teacher.z, 3 * values["z"])
+    assert torch.equal(teacher.z_s, values["z_s"])
+    face = moved(mirrored(pixels, batch.flip), batch.shift)
+    torch.testing.assert_close(x, branch_input(run.trunk, face, 14, config.resize))
+    run.config = config.replace(shift=0.0, embedding_mirrored=False)
+    asked.clear()
+    x, teacher = branch_inputs(run, batch, None)
+    assert torch.equal(x, values["x"])
+    assert torch.equal(teacher.z, values["z"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -58,6 +59,8 @@ def browser() -> Iterator[Any]:
 def pytest_configure() -> None:
     """Ctrl-C is heard, also where the shell started the tests in the background and had it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if tries_a_mutant():  # forked: collecting the parent's garbage would take four times as long
+        gc.freeze()
 
 
 MUTANT_SECONDS = 6  # of a processor, for the tests of one mutant

@@ -225,6 +225,8 @@ def test_each_weight_of_eq_3_acts_on_its_own_term(trunk: Path, tmp_path: Path) -
 def test_the_teacher_is_the_trunk_at_canonical_size(trunk: Path, tmp_path: Path) -> None:
     run = prepare(methods.phi_bt(FACES, 14, *files(trunk), **STEP), tmp_path, torch.device("cpu"))
     faces = run.pixels.get(torch.arange(3))
+    run.modes(training=True)
+    assert not any(module.training for module in run.trunk.modules())
     x, teacher = see(run, faces)
     torch.testing.assert_close(x, run.trunk.normalise(resize(faces, 14)))
     expected = dict(run.trunk.features(run.trunk.preprocess(faces), "S3U1"))["S3U1"]

@@ -113,6 +113,31 @@ def test_adapt_trains_branches_and_compares(
         adapt(other, FACES, tmp_path / "net", options, said.append)
 
 
+def test_before_is_the_trunk_and_after_the_branches_that_learnt(
+    trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what is returned, recorded and said; each measured on its own network."""
+    asked: list[tuple[bool, list[str]]] = []
+    found = {"before": {"14": {"cosine": 0.25}}, "after": {"14": {"cosine": 0.75}}}
+
+    def compare(net: Any, sets: list, ways: list[str], device: str) -> dict[str, Any]:
+        asked.append((net == "learnt", ways))
+        return {"sets": ["held out"], **{way: found[way] for way in ways}}
+
+    monkeypatch.setattr(module, "compare", compare)
+    monkeypatch.setattr(module, "learn", lambda *arguments: "learnt")
+    monkeypatch.setattr(module, "forecast", lambda *arguments: "")
+    said: list[str] = []
+    options = AdaptOptions(resolutions=(14,), percent=25, changes=SMALL)
+    values = adapt(trunk, FACES, tmp_path / "net", options, said.append)
+    assert asked == [(False, ["before"]), (True, ["after"])]
+    record = json.loads((tmp_path / "net" / "results" / "adapt.json").read_text())["values"]
+    for told in (values, record):
+        assert {way: told[way] for way in found} == found
+    lines = [line.split() for line in said[-1].splitlines()[-2:]]
+    assert lines == [["14", "scaled", "up", "0.250"], ["14", "branch", "0.750"]]
+
+
 @pytest.mark.parametrize("seed", [0, 3])
 def test_nobody_is_both_learnt_from_and_compared_on(seed: int) -> None:
     """The two parts are drawn with one seed, and together they are all of the people."""

@@ -174,7 +174,9 @@ def test_verify_says_at_which_far_it_accepts(model: Path, tmp_path: Path) -> Non
     assert "no FAR of 112&28 is known" in say(cosine - 0.01)
     tar = {"0.01": {"threshold": cosine - 0.02}, "0.001": {"threshold": cosine + 0.03}}
     point = {"threshold": cosine + 0.01, "far": 0.004, "tar": tar}
-    values = {"sets": ["held"], "after": {"112&28": point, "112&112": {"threshold": -1.0}}}
+    before = {"112&28": {"threshold": cosine - 0.1, "far": 0.5, "tar": {}}}  # not the branches'
+    after = {"112&28": point, "112&112": {"threshold": -1.0}}
+    values = {"sets": ["held"], "before": before, "after": after}
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "adapt.json").write_text(json.dumps({"values": values}))
     assert f"cosine {cosine:.3f}: two people" in say()

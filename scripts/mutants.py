@@ -1,53 +1,123 @@
-"""What `make mutants` found: Markdown on how many mutants of each module the tests notice, and which they do not.
+"""What `make mutants` found, as docs/mutants.md: how many mutants of each module the tests notice,
+and every one that they do not, under the reason why that is harmless.
 
-    python scripts/mutants.py > found.md
+    python scripts/mutants.py > docs/mutants.md
 
-Reads the folder that mutmut leaves, mutants/. docs/mutants.md says why each survivor is harmless.
+Reads the folder that mutmut leaves, mutants/.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 
 FOUND = Path("mutants")
-SURVIVED, NOT_RUN, NO_TEST = 0, None, (5, 33)  # of mutmut's exit codes; all others: noticed
+# of mutmut's exit codes: pytest's 1 and 3 (a test failed), a signal at the end of the time
+NOTICED, ENDLESS, SURVIVED, NOT_RUN, NO_TEST = (1, 3), (-24, 24, 36, 152, 255), 0, None, (5, 33)
+AROUND = 40  # characters of a line shown on either side of a change
+HEAD = """# Mutants: faults that the tests do not notice
+
+`make mutants` plants a fault at a time (mutmut: another operator, constant, argument, text) in the
+modules below and runs the tests that reach it, the fastest first and at most six seconds of a
+processor for each; then it writes this page. Measured at commit {commit}.
+"""
+# Why a survivor is harmless, and what "old -> new | its name and the line" looks like.
+REASONS = (
+    ("Of a GPU alone, or of another device: the tests of this run have a CPU.",
+     r"^[^|]*(device|pin_memory|non_blocking|memory_format)|cuda"),
+    ("Over several processes: tests/core/test_distributed.py, which starts some, is not in this run.",
+     r"^[^|]*(total=|world|rank\(\))"),
+    ("Equal lengths by construction: `strict` guards against nothing that can be passed in.",
+     r"strict="),
+    ("A default that says what is given, or what torch and numpy take anyway.",
+     r"^[^|]*(align_corners|dtype|np\.|float|dim=|eps=|stable=)|^, ?(\S+ )?-> ,? \|"),
+    ("A text: the end of a message, the name of an encoding, the layout of JSON.",
+     r"^[^|]*-> (XX|[A-Z ,.:'()-]+\|)|indent="),
+    ("Equality of floats that never meet, or of a bound that has slack.",
+     r"^ ?[<>]?=? -> [<>]?=? \|"),
+    ("Square images only: rows for columns.", r"shape\[-[12]\]"),
+    ("The size of a block, or how far ahead is read: no result depends on it.",
+     r"split\(|chunk|buffer|65536|batch_size|max_workers|READ_EVERY"),
+)  # fmt: skip
+REST = "No other result: what differs is not read, cannot occur, or comes to the same number."
 
 
 def outcome(code: int | None) -> str:
-    if code == SURVIVED:
-        return "survived"
     if code is NOT_RUN:
         return "not run"
-    return "no test" if code in NO_TEST else "noticed"
+    if code == SURVIVED:
+        return "survived"
+    if code in NO_TEST:
+        return "no test"
+    return "noticed" if code in NOTICED else "endless" if code in ENDLESS else "broken off"
 
 
-def change(mutant: str) -> str:
-    """The lines that differ, without the headers of a diff."""
+def common(old: str, new: str) -> int:
+    """How many characters two lines begin with alike."""
+    pairs = enumerate(zip(old, new, strict=False))
+    return next((k for k, (a, b) in pairs if a != b), min(len(old), len(new)))
+
+
+def change(mutant: str) -> tuple[str, str]:
+    """What a mutant changes, "old -> new": those characters alone, and with some around them."""
     lines = [line for line in get_diff_for_mutant(mutant).splitlines() if line[:1] in ("-", "+")]
-    return "\n".join(line for line in lines if line[:3] not in ("---", "+++"))
+    lines = [line for line in lines if line[:3] not in ("---", "+++")]
+    old, new = (" ".join(x[1:].strip() for x in lines if x[0] == sign) for sign in "-+")
+    start = common(old, new)
+    end = common(old[start:][::-1], new[start:][::-1])
+    first, last = max(0, start - AROUND), min(end, AROUND)
+    alone = " -> ".join(text[start : len(text) - end] for text in (old, new))
+    return alone, " -> ".join(text[first : len(text) - end + last] for text in (old, new))
+
+
+def reason(text: str) -> str:
+    return next((why for why, like in REASONS if re.search(like, text)), REST)
+
+
+def table(counts: dict[str, Counter[str]]) -> str:
+    """Markdown: a row for each module, and for all of them together."""
+    total: Counter[str] = Counter()
+    for found in counts.values():
+        total.update(found)
+    lines = ["| module | mutants | noticed | without end | survived | no test | not run | score |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, found in [*counts.items(), ("all", total)]:
+        whole, seen = found.total(), found["noticed"] + found["endless"]
+        cells = [f"{found[k]:,}" for k in ("noticed", "endless", "survived", "no test", "not run")]
+        lines.append(
+            f"| {name} | {whole:,} | {' | '.join(cells)} | {100 * seen / max(1, whole):.1f} % |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
-    rows, survivors, total = [], [], Counter[str]()
+    counts: dict[str, Counter[str]] = {}
+    survivors: dict[str, list[str]] = {}
     for path in sorted(FOUND.rglob("*.meta")):
-        found = {m: outcome(c) for m, c in json.loads(path.read_text())["exit_code_by_key"].items()}
-        if not found:
-            continue
-        counts = Counter(found.values())
-        total += counts
-        rows.append((str(path.relative_to(FOUND)).removesuffix(".meta"), counts))
-        survivors += [mutant for mutant, what in found.items() if what != "noticed"]
-    print("| module | mutants | noticed | of them |\n| --- | ---: | ---: | ---: |")
-    for name, counts in [*rows, ("all", total)]:
-        whole = counts.total()
-        part = 100 * counts["noticed"] / max(1, whole)
-        print(f"| {name} | {whole:,} | {counts['noticed']:,} | {part:.1f} % |")
-    for mutant in survivors:
-        print(f"\n{mutant}\n{change(mutant)}")
+        codes = json.loads(path.read_text())["exit_code_by_key"]
+        found = {mutant: outcome(code) for mutant, code in codes.items()}
+        if found:
+            counts[str(path.relative_to(FOUND)).removesuffix(".meta")] = Counter(found.values())
+        for mutant, what in found.items():
+            if what in ("survived", "no test", "broken off"):
+                name = mutant.split(".", 1)[1].replace("__mutmut_", " ")
+                alone, told = change(mutant)
+                why = reason(f"{alone} | {name} {told}")
+                survivors.setdefault(why, []).append(f"- {name}: `{told}`")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    print(HEAD.format(commit=commit))
+    print(table(counts))
+    print("\n## What survives, and why that is harmless")
+    for why, lines in sorted(survivors.items(), key=lambda item: -len(item[1])):
+        print(f"\n### {why} ({len(lines)})\n")
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import pytest
 
 from btnet_core.errors import ConfigError
 from btnet_core.images import Resize
+from btnet_core.kinds import what_is
 from btnet_core.models.backbone import BackboneConfig
+from btnet_core.training import config as module
 from btnet_core.training import methods
 from btnet_core.training.config import TrainConfig
 
@@ -186,3 +188,30 @@ def test_a_whole_configuration_comes_back() -> None:
     assert TrainConfig.from_dict(config.to_dict()) == config
     assert config.to_dict()["backbone"]["name"] == "iresnet18"
     assert "\n" in config.to_json()
+
+
+def test_what_is_told_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {
+        "a.json": ("{", "training configuration: no JSON (line 1, column 2)"),
+        "b.json": ("[" * 100_000, "training configuration: no JSON (too deep)"),
+        "c.yaml": ("a: 1\nb: [", "{}: no YAML (line 2)"),
+        "d.yml": ("a: \x01", "{}: no YAML (a sign it does not admit)"),
+    }
+    for name, (text, told) in pages.items():
+        page = tmp_path / name
+        page.write_text(text)
+        with pytest.raises(ConfigError) as refused:
+            TrainConfig.read(page)
+        assert str(refused.value) == told.format(page)
+    (tmp_path / "e.json").write_bytes(b"\xff{}")
+    with pytest.raises(ConfigError) as refused:
+        TrainConfig.read(tmp_path / "e.json")
+    what = what_is(tmp_path / "e.json")
+    assert str(refused.value) == f"{tmp_path / 'e.json'}: cannot be read as a page ({what})"
+    with pytest.raises(ConfigError, match=r"none\.json: cannot be read as a page \(No such file"):
+        TrainConfig.read(tmp_path / "none.json")
+    monkeypatch.setattr(module, "yaml", None)
+    with pytest.raises(ConfigError) as refused:
+        TrainConfig.read(tmp_path / "c.yaml")
+    told = f"{tmp_path / 'c.yaml'}: pages in YAML need the package pyyaml"
+    assert str(refused.value) == told

@@ -122,3 +122,11 @@ def test_networks_go_to_the_device_with_channels_last() -> None:
         weights = [p for p in network.parameters() if p.ndim == 4 and p.shape[-1] > 1]
         assert all(p.device.type == "meta" for p in network.parameters())
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+def test_phi_mm_is_as_its_first_model(btnet: BTNet) -> None:
+    trunk = build_backbone(BackboneConfig(name="iresnet18", width=0.125))
+    meta = UpsamplingEmbedder(trunk, device="meta", precision="fp32")
+    assert MultiModelEmbedder({14: meta}).device.type == "meta"
+    mm = MultiModelEmbedder({14: BranchEmbedder(btnet, **CPU)})
+    assert mm.network(14) is btnet.routes["14"]

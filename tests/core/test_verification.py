@@ -352,3 +352,20 @@ def test_what_is_reported_of_each_direction() -> None:
     assert found.keys() == {"accuracy", "std", "folds", "auc", "directions"}
     point = v.tar_at_far([0.9, 0.7, 0.6, 0.1], [True, False, True, False], 0.4, authors=True)
     assert point == (1.0, 0.5, 0.1)  # of two points as near the one with the larger TAR
+
+
+@pytest.mark.parametrize(("same", "different", "good"), [
+    (1, 9, True), (9, 1, True), (1, 8, False), (0, 12, False), (12, 0, False),
+])  # fmt: skip
+def test_pairs_need_both_kinds_and_one_for_each_fold(same: int, different: int, good: bool) -> None:
+    pairs = SimpleNamespace(name="a set", same=torch.tensor([True] * same + [False] * different))
+    if good:
+        v.check_pairs(pairs)
+        return
+    told = (
+        f"a set: {same} pairs of one person and {different} of two; "
+        "expected both kinds, and 10 pairs or more"
+    )
+    with pytest.raises(DataError) as refused:
+        v.check_pairs(pairs)
+    assert str(refused.value) == told

@@ -87,7 +87,8 @@ def collect(folder: Path, wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
                      "quick": record["quick"]}  # fmt: skip
             rows += [row | about | {"reached": reached(row)} for row in record["goals"]]
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: lacks {error}, run benchmarks/{path.stem}.py again") from None
+            lacks = f"lacks {error}" if isinstance(error, KeyError) else "has another form"
+            raise DataError(f"{path}: {lacks}, run benchmarks/{path.stem}.py again") from None
     return rows
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
+import json
 import os
 import re
 import time
@@ -99,7 +101,7 @@ def integer_table(text: bytes, columns: int, *, where: str) -> np.ndarray:
     Raises:
         DataError: a line that is anything else; the message names ``where`` and the line.
     """
-    text = text if not text or text.endswith(b"\n") else text + b"\n"
+    text = text.removeprefix(codecs.BOM_UTF8).rstrip() + b"\n" if text.strip() else b""
     rows = re.compile(
         rb"(?:[0-9]{1,18}" + rb"[ \t]+[0-9]{1,18}" * (columns - 1) + rb"[ \t]*\r?\n)*"
     )
@@ -118,8 +120,13 @@ def integer_table(text: bytes, columns: int, *, where: str) -> np.ndarray:
     return np.concatenate(tables)
 
 
-def reason(error: OSError) -> str:
-    """Why the system refused, in a few words."""
+def reason(error: Exception) -> str:
+    """Why the system refused, or where a text stops being JSON, in a few words of our own."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"no JSON from line {error.lineno}, column {error.colno} on"
+    if not isinstance(error, OSError):
+        known = {UnicodeDecodeError: "no text", RecursionError: "no JSON, nested too deep"}
+        return known.get(type(error), type(error).__name__)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "the disk is full" if full else error.strerror or str(error)
 
@@ -226,7 +233,7 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: no safetensors, or damaged: {what_is(path)}") from error
+        raise CheckpointError(f"{path}: {what_is(path)}, damaged or cut short") from error
 
 
 def load_torch(path: Path | str) -> Any:
@@ -246,9 +253,11 @@ def load_torch(path: Path | str) -> Any:
                 if size > path.stat().st_size and not program:
                     told = f"unpacks to {size:,} bytes, more than the file has"
                     raise CheckpointError(f"{path}: {told}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                # of the open file: from a path torch guesses the format by the suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except BTNetError:
         raise
     except OSError as error:
@@ -265,4 +274,7 @@ def _why_not_torch(path: Path, said: str) -> str:
             f"holds Python objects ({', '.join(objects)}), which are not run; save the tensors "
             "alone: torch.save(network.state_dict(), …)"
         )
-    return f"no weights of PyTorch, or damaged: {what_is(path)}"
+    kind = what_is(path)
+    if kind.startswith("a PyTorch file"):
+        return f"{kind}, damaged or cut short"
+    return f"no weights of PyTorch, or damaged: {kind}"

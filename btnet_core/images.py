@@ -19,14 +19,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from btnet_core.errors import ConfigError, DataError
+from btnet_core.errors import ConfigError, DataError, check_types
 from btnet_core.files import reason
 from btnet_core.kinds import what_is
 
 KERNELS = ("bilinear", "bicubic", "area", "nearest")
 MAX_BYTES = 2**28  # of an image file
 MAX_SIDE = 8192  # pixels; a larger "face" is a mistake or a decompression bomb
-ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
+# tags of EXIF and TIFF
+ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANES, TIFF_SAMPLES = 274, 258, 262, 284, 339
+SIXTEEN = (None, "JPEG2000", "PNG", "PPM", "TIFF")  # where 16 bits are from 0 to white
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Resize:
     round_uint8: bool = False  # to whole levels after each resize (paper-and-code: float pixels)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.kernel not in KERNELS:
             raise ConfigError(f"kernel: got {self.kernel!r}, expected one of {', '.join(KERNELS)}")
 
@@ -231,7 +234,10 @@ def _opened(data: bytes, where: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        raise DataError(f"{where}: cannot decode image ({what_is(data)})") from None
+        kind = what_is(data)
+        if kind.endswith(" picture"):
+            kind += ", damaged or of a kind that is not read; save it as PNG of 8 bits"
+        raise DataError(f"{where}: cannot decode image ({kind})") from None
     except Image.DecompressionBombError:
         raise DataError(f"{where}: image too large, the limit is {MAX_SIDE} a side") from None
     except Exception as error:
@@ -240,10 +246,16 @@ def _opened(data: bytes, where: str) -> Image.Image:
 
 def _white(image: Image.Image, where: str) -> int:
     """The value of white in greys of more than 8 bits; 0 for all other images."""
-    if image.mode[0] not in "IF":
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits = max(tags.get(TIFF_BITS, (16,)))
+    if tags.get(TIFF_PLANES) == 2 and tags.get(TIFF_BITS, (8,))[0] > 8:
+        raise DataError(  # Pillow shows half of each value
+            f"{where}: colours of {bits} bits, each in a plane of its own; save the image with 8"
+        )
+    signed = 2 in tags.get(TIFF_SAMPLES, ())
+    if image.mode[0] not in "IF" and not signed:
         return 0
-    if image.mode.startswith("I;16"):
-        bits = image.tag_v2.get(TIFF_BITS, (16,))[0] if image.format == "TIFF" else 16
+    if image.mode.startswith("I;16") and image.format in SIXTEEN:
         return 2**bits - 1
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow's name for their 16 bits
         return 65535
@@ -258,7 +270,7 @@ def _without_transparency(image: Image.Image) -> Image.Image:
     """``image`` over black where it has an alpha channel or a transparent colour."""
     if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
         return image
-    image = image.convert("RGBA")
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
 
 

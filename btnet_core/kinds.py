@@ -32,6 +32,8 @@ STARTS: tuple[tuple[bytes, str], ...] = (
     (b"BM", "a BMP picture"),
     (b"II*\x00", "a TIFF picture"),
     (b"MM\x00*", "a TIFF picture"),
+    (b"II+\x00", "a TIFF picture"),
+    (b"MM\x00+", "a TIFF picture"),
     (b"\x0a\x23\xd7\xce", "a RecordIO file"),
     (b"\xff\x0a", "a JPEG XL picture"),
     (b"\x00\x00\x00\x0cJXL ", "a JPEG XL picture"),

@@ -197,7 +197,8 @@ def check(scale: Scale, numbers: Sequence[str] = ()) -> bool:
         there, said = need.look()
         complete &= there
         mark = "found  " if there else "LACKS  "
-        print(f"{mark}{need.what}: {spec_text(need.spec)}: {said}")
+        places = ", ".join(str(find(path)) for path in paths_of(need.spec)) if there else ""
+        print(f"{mark}{need.what}: {spec_text(need.spec)}: {said} {places}".rstrip())
     table = costs(scale)
     table.loc["all"] = table.sum()
     for column in ("memory, GB", "features, GB"):  # not at once, and shared

@@ -13,6 +13,7 @@ from typing import Any
 from papermill import inspect_notebook
 
 from btnet_core.errors import ReproduceError
+from btnet_core.files import reason
 
 PACKAGE = Path(__file__).parent
 PACKAGES = ("btnet_core", "btnet_paper")  # whose code decides results
@@ -60,15 +61,14 @@ def load_notebook(path: Path) -> Notebook:
         content = json.loads(path.read_text(encoding="utf-8"))
         cells = [(cell["cell_type"], "".join(cell["source"])) for cell in content["cells"]]
         tags = [cell["metadata"].get("tags", []) for cell in content["cells"]]
-    except (OSError, ValueError, KeyError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ReproduceError(f"{path} is not a notebook ({what})") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReproduceError(f"{path} is not a notebook ({reason(error)})") from None
     if (count := sum("parameters" in tag for tag in tags)) != 1:
         raise ReproduceError(f"{path}: {count} cells are tagged 'parameters', expected one")
     try:
         inferred = inspect_notebook(str(path))
-    except ValueError as error:  # it names no kernel
-        raise ReproduceError(f"{path}: {error}") from None
+    except ValueError:
+        raise ReproduceError(f"{path}: names no kernel in its metadata") from None
     parameters = {}
     for name, about in inferred.items():
         try:

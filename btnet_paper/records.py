@@ -129,8 +129,9 @@ def numbers(record: Mapping[str, Any]) -> pd.DataFrame:
             lines = [*READERS[name](record["values"]), *_beyond(record["values"])]
         return frame(lines, f"scale {scale}")
     except (KeyError, TypeError, AttributeError) as error:
-        where, kind = record.get("path", name), type(error).__name__
-        raise DataError(f"{where} is not what its notebook records ({kind}: {error})") from None
+        where = record.get("path", name)
+        lacks = f"lacks {error}" if isinstance(error, KeyError) else "has another form"
+        raise DataError(f"{where} is not what its notebook records: it {lacks}") from None
 
 
 def trained(record: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
 from btnet_core.errors import DataError, ReproduceError
-from btnet_core.files import write_atomically
+from btnet_core.files import reason, write_atomically
 from btnet_paper import check, claims, published, records, results, tables
 from btnet_paper.notebooks import load_notebooks
 from btnet_paper.scales import get_scale
@@ -90,8 +90,8 @@ def report_or_reason(scale: str, *, runs: str | Path = "runs") -> str:
     try:
         return str(report(scale, runs=runs))
     except Exception as error:  # whatever it is, the results must not look lost
-        reason = f"not made ({type(error).__name__}: {error}); the results are complete"
-        return f"{reason}, once mended: btnet report --scale {scale} --runs {runs}"
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"not made ({why}); the results are complete, once mended: btnet report --scale {scale} --runs {runs}"
 
 
 def _check_outputs(run_dir: Path, state: dict[str, Any]) -> None:
@@ -195,9 +195,7 @@ def _read(path: Path) -> Any:
     try:
         return nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat's, json's and its validator's own kinds
-        raise DataError(
-            f"{path} is not a notebook ({type(error).__name__}: {error}); run it again"
-        ) from None
+        raise DataError(f"{path} is not a notebook ({reason(error)}); run it again") from None
 
 
 def _cells(stem: str, notebook: Any, state: str) -> list[Any]:

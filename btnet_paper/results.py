@@ -18,7 +18,7 @@ import numpy as np
 
 from btnet_core.device import describe_precision, machine, resolve_device
 from btnet_core.errors import DataError
-from btnet_core.files import lock, write_atomically
+from btnet_core.files import lock, reason, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "scipy", "btnet-core")  # whose versions are recorded
@@ -73,7 +73,7 @@ def load(run_dir: str | Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: no result {name!r} is recorded there") from None
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error})") from None
+        raise DataError(f"{path} cannot be read ({reason(error)})") from None
 
 
 def load_arrays(run_dir: str | Path, name: str) -> dict[str, np.ndarray]:

@@ -218,7 +218,7 @@ class Running:
             try:
                 papermill.execute_notebook(
                     path, self.executed, values, kernel_name="python3", language="python",
-                    km=self.kernel, cwd=path.parent, start_timeout=START,
+                    km=self.kernel, cwd=Path.cwd(), start_timeout=START,
                     stdout_file=sink, stderr_file=sink,
                 )  # fmt: skip
             finally:
@@ -271,7 +271,7 @@ def explain(error: BaseException, notebook: Notebook, executed: Path) -> str:
     """Returns an error with its place: the cell, counted from 1 in the source notebook."""
     where = f"{notebook.path.name}, cell {_reached(executed)} of {len(notebook.cells)}"
     if not isinstance(error, PapermillExecutionError):  # the kernel died, the disk is full, ...
-        return f"{where}: {type(error).__name__}: {error}"
+        return f"{where}: {type(error).__name__}: {error}".splitlines()[0]
     trace = strip_ansi("\n".join(error.traceback)).splitlines()
     return "\n    ".join([f"{where}: {error.ename}: {error.evalue}", *trace[-12:]])
 

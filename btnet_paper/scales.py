@@ -7,14 +7,14 @@ lists.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from btnet_core.data.sources import Spec
-from btnet_core.errors import ConfigError
+from btnet_core.errors import ConfigError, check_types, from_fields
 from btnet_core.files import find, reason
 from btnet_core.kinds import what_is
 from btnet_core.models.backbone import BackboneConfig
@@ -71,6 +71,9 @@ class Scale:
         """Faces for pictures that may be published: its own, or the demo's if its are real."""
         return self.faces if self.pictures else get_scale("demo").faces
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     def run_dir(self, given: str | Path = "") -> Path:
         """Returns the folder of this scale's runs: ``given``, or the repository's ``runs/NAME``."""
         return Path(given) if given else ROOT / "runs" / self.name
@@ -95,13 +98,13 @@ def get_scale(name: str) -> Scale:
     if path is None:
         raise ConfigError(f"scale: got {name!r}, expected one of {', '.join(known)}")
     values = _read(path)
-    values["pairs"] = tuple(values.get("pairs", ()))
+    values |= {"name": path.stem, "pairs": values.get("pairs", ())}
     try:
-        values["backbone"] = BackboneConfig(**values["backbone"])
-        values["pairs"] = tuple(_beside(one, values["faces"]) for one in values["pairs"])
-        return Scale(name=path.stem, **values)
-    except (KeyError, TypeError, ConfigError) as error:
+        values["backbone"] = from_fields(BackboneConfig, values.get("backbone"), "backbone")
+        page = from_fields(Scale, values, "page")
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    return replace(page, pairs=tuple(_beside(one, page.faces) for one in page.pairs))
 
 
 def _beside(pairs: Spec, faces: Spec) -> Spec:
@@ -153,7 +156,11 @@ def _check(path: Path, values: dict[str, Any]) -> None:
     known = {entry.name for entry in fields(Scale)} - {"name"} | {"base"}
     if unknown := values.keys() - known:
         raise ConfigError(f"{path}: unknown {sorted(unknown)}, expected some of {sorted(known)}")
-    specialists = values.get("specialists") or {}
+    for name in (*RUNS, *BY_RESOLUTION, "specialists"):
+        if not isinstance(values.get(name, {}), dict):
+            got = f"got {values[name]!r}, expected fields with their values"
+            raise ConfigError(f"{path}: {name}: {got}")
+    specialists = values.get("specialists", {})
     if unknown := specialists.keys() - SPECIALISTS.keys():
         raise ConfigError(
             f"{path}: specialists: unknown {sorted(unknown)}, expected some of {[*SPECIALISTS]}"

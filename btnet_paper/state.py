@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from btnet_core.errors import ReproduceError
-from btnet_core.files import write_atomically
+from btnet_core.files import reason, write_atomically
 
 MADE = (
     "logs/{}.made"  # file in which Study lists what a notebook has made, a path of the run a line
@@ -29,7 +29,7 @@ class State:
             self.notebooks = {}
         except ValueError as error:
             how = "delete it to run everything again"
-            raise ReproduceError(f"{self.path} is damaged ({error}); {how}") from None
+            raise ReproduceError(f"{self.path} is damaged ({reason(error)}); {how}") from None
 
     def seconds(self, name: str) -> float | None:
         return self.notebooks.get(name, {}).get("seconds")

@@ -15,7 +15,7 @@ from btnet_core.data.pairs import PairSet, draw_pairs, open_pairs
 from btnet_core.data.sources import Spec, parse_spec, spec_text
 from btnet_core.device import autocast, resolve_device
 from btnet_core.errors import CheckpointError, ConfigError, DataError
-from btnet_core.files import read_safetensors
+from btnet_core.files import find, read_safetensors
 from btnet_core.models.backbone import Backbone
 from btnet_core.models.btnet import BTNet, coupling_layer, weights_digest
 from btnet_core.models.costs import Cost, route_cost
@@ -66,7 +66,10 @@ class AdaptOptions:
     @property
     def seed(self) -> int:
         """Of the training, and of who is held out."""
-        return int(self.changes.get("seed", 0))
+        seed = self.changes.get("seed", 0)
+        if type(seed) is not int:
+            raise ConfigError(f"seed: got {seed!r}, expected an integer")
+        return seed
 
 
 def adapt(
@@ -78,6 +81,8 @@ def adapt(
 ) -> dict[str, Any]:
     """Train a branch for each resolution on ``faces`` (a spec); write the BTNet into ``out``.
 
+    ``trunk`` is looked for here, then under the data root, as the paths of specs are.
+
     Goes on where an earlier call stopped. Returns what ``compare`` measured, ``left_out`` (why each
     such image was) and ``seconds`` of this call.
 
@@ -85,7 +90,7 @@ def adapt(
         ConfigError, DataError, CheckpointError: before the first step. TrainingError: as ``train``.
     """
     began, out, options = time.monotonic(), Path(out), options or AdaptOptions()
-    backbone = load_backbone(trunk, options.adapter, bgr=options.bgr)
+    backbone = load_backbone(find(trunk), options.adapter, bgr=options.bgr)
     btnet = BTNet(backbone, sorted(options.resolutions, reverse=True))
     check_routes(btnet)
     faces, left_out = readable(parse_spec(faces), options.skip_bad, say)

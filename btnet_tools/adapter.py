@@ -81,7 +81,7 @@ class Adapter(Backbone):
             expected, maps = network(x), OrderedDict(self.features(x))
             z = self.head(maps[next(reversed(maps))])
         except Exception as error:  # whatever the user's own modules raise
-            told = f"does not run on {tuple(x.shape)} ({type(error).__name__}: {error})"
+            told = f"does not run on {tuple(x.shape)} ({told_by(error)})"
             raise ConfigError(f"{name}: {told}") from error
         if not isinstance(expected, Tensor) or tuple(z.shape) != (2, self.embedding):
             wanted = f"expected embeddings (2, {self.embedding})"
@@ -97,6 +97,11 @@ class Adapter(Backbone):
         return OrderedDict(self._rows)
 
 
+def told_by(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def find_adapter(spec: str) -> type[Backbone]:
     """Run ``FILE.py`` and return its Adapter class; ``FILE.py:Class`` where it has several.
 
@@ -107,7 +112,7 @@ def find_adapter(spec: str) -> type[Backbone]:
     try:
         found = runpy.run_path(f"{place}.py" if name else spec)
     except Exception as error:  # whatever the user's file raises
-        told = f"cannot be run ({type(error).__name__}: {error})"
+        told = f"cannot be run ({told_by(error)})"
         raise ConfigError(f"--adapter {spec}: {told}") from error
     classes = {
         key: value

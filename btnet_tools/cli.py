@@ -133,6 +133,8 @@ def open_model(
     from btnet_core.models.openvino import OpenVinoBTNet
     from btnet_tools.adapter import find_adapter
 
+    if calibrate:
+        say_where(calibrate)
     if adapter:
         find_adapter(adapter)  # importing it is enough: the model names its class
     net = BTNet.load(model).to(resolve_device(device)).eval()
@@ -151,14 +153,17 @@ def some_faces(text: str) -> Any:
     return faces.images(range(0, len(faces), step)[:64])
 
 
-def say_where(*texts: str) -> None:
-    """Say which file a relative path is, where it was found under the data root instead of here."""
+def say_where(*specs: Any) -> None:
+    """Say which file a relative path is, where it is under the data root instead of or as here."""
     from btnet_core.data.sources import parse_spec, paths_of
-    from btnet_core.files import find
+    from btnet_core.files import data_root, find
 
-    for path in (path for text in texts for path in paths_of(parse_spec(text))):
-        if (place := find(path)) != Path(path).expanduser():
+    for path in dict.fromkeys(path for spec in specs for path in paths_of(parse_spec(spec))):
+        here, there, place = Path(path).expanduser(), data_root() / path, find(path)
+        if place != here:
             click.echo(f"{path}: not in this folder, taken from {place}", err=True)
+        elif here.exists() and there.exists() and not here.samefile(there):
+            click.echo(f"{path}: taken from this folder, not {there}", err=True)
 
 
 # ---- the reproduction ------------------------------------------------------------------------
@@ -183,9 +188,12 @@ def reproduce(
 
     headline = HEADLINE if scale.startswith("lfw-") else ""
     chosen = [entry for entry in (only or headline).split(",") if entry]
+    numbers = {entry[:2].zfill(2) for entry in chosen}
     if check:
-        numbers = [entry.zfill(2) for entry in chosen]
-        return int(not needs.check(scales.get_scale(scale), numbers))
+        return int(not needs.check(scales.get_scale(scale), sorted(numbers)))
+    for need in needs.needs(scales.get_scale(scale)):
+        if not numbers or numbers & set(need.notebooks):
+            say_where(need.spec)
     runner.reproduce(scale, only=chosen, parameters=parameters, resume=not fresh, **given)
     click.echo(f"report: {page.report_or_reason(scale, runs=given['runs'])}")
     return 0
@@ -244,8 +252,11 @@ def report(scale: str, runs: str, out: str | None) -> None:
 @fresh_option
 def train(config: str, out: str, device: str, fresh: bool) -> None:
     """Train a trunk or a branch from a configuration file, going on from its checkpoint."""
+    from btnet_core.training.config import TrainConfig
     from btnet_core.training.launch import train_from_file
 
+    page = TrainConfig.read(config)
+    say_where(page.data, *page.validation)
     train_from_file(config, out, device=device, fresh=fresh)
 
 
@@ -336,7 +347,7 @@ def adapt(
         given["resolutions"] = (resolutions, *more)
     given["changes"] = {name: value_of(text) for name, text in given["changes"].items()}
     given["adapter"] = find_adapter(given["adapter"]) if given["adapter"] else None
-    say_where(faces, *given["pairs"])
+    say_where(trunk, faces, *given["pairs"])
     work.adapt(trunk, faces, out, work.AdaptOptions(**given))
 
 

@@ -184,9 +184,12 @@ def verify(
         return "\n".join([*lines, f"cosine {cosine:.3f}; {told}"])
     verdict = "one person" if cosine > threshold else "two people"
     far = false_accepts(point, threshold)
-    where = f"{key} on {', '.join(known['sets'])}" if far else f"no FAR of {key} is known"
-    told = f"threshold {threshold:.3f}, accepts {far}{where}"
-    return "\n".join([*lines, f"cosine {cosine:.3f}: {verdict} ({told})"])
+    told = f"its FAR at {key} is not known"
+    if far:
+        told = f"accepts {far}{key} on {', '.join(known['sets'])}"
+    return "\n".join(
+        [*lines, f"cosine {cosine:.3f}: {verdict} (threshold {threshold:.3f}, {told})"]
+    )
 
 
 def known_points(model: str) -> dict[str, Any]:

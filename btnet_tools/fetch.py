@@ -29,6 +29,7 @@ from btnet_core.files import (
     data_root,
     load_torch,
     read_safetensors,
+    reason,
     write_atomically,
     write_safetensors,
 )
@@ -84,12 +85,20 @@ def download(about: Download, folder: Path) -> Path:
     try:
         _receive(about.url, part)
     except (OSError, http.client.HTTPException) as error:
-        raise DataError(f"{about.url}: cannot be downloaded ({error}); {by_hand}") from error
+        raise DataError(f"{about.url}: cannot be downloaded ({why(error)}); {by_hand}") from error
     digest = hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest()
     if about.md5 and digest != about.md5:
         part.unlink()
         raise DataError(f"{about.url}: MD5 {digest}, expected {about.md5}; {by_hand}")
     return part.replace(path)
+
+
+def why(error: Exception) -> str:
+    """In a few words why a download failed."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server answers {error.code}"
+    inner = getattr(error, "reason", error)  # of a URLError
+    return reason(inner) if isinstance(inner, Exception) else "the address is refused"
 
 
 def _receive(url: str, part: Path) -> None:

@@ -7,6 +7,7 @@ scaled-up one, so that its size still tells which branch it belongs to.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from btnet_core.data.folders import find_images
+from btnet_core.data.folders import find_images, warn_of
 from btnet_core.data.ijbc import ARCFACE, similarity_transform
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.files import write_atomically
 from btnet_core.images import decode, encode, read
 from btnet_tools.align import SIZE, crop
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime, under uniface, reports use
 try:
     from uniface import RetinaFace
 except ImportError:  # told where a detector is asked for
@@ -87,9 +89,10 @@ def align_photos(
     """
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         raise DataError(f"{out}: holds the photographs; expected another folder")
-    photos, _ = ([source], []) if source.is_file() else find_images(source)
+    photos, left_out = ([source], []) if source.is_file() else find_images(source)
     if not photos:
         raise DataError(f"{source}: no images")
+    warn_of(source, left_out)
     found: dict[str, dict[str, Any]] = {"crops": {}, "without": {}}
     for photo in sorted(photos):
         name = photo.relative_to(source) if photo != source else Path(photo.name)

@@ -153,13 +153,13 @@ def unreadable(faces: FaceSet) -> dict[int, str]:
 
 
 class Part(FaceSet):
-    """The images ``indices`` of another set, with its labels numbered anew from 0."""
+    """The images ``indices`` of another set (``which`` in words), labels numbered anew from 0."""
 
-    def __init__(self, faces: FaceSet, indices: Tensor, name: str) -> None:
-        self.faces, self.indices, self.name = faces, indices, name
+    def __init__(self, faces: FaceSet, indices: Tensor, which: str) -> None:
+        self.faces, self.indices, self.name = faces, indices, f"{faces.name}, {which}"
         identities, self.labels = torch.unique(faces.labels[indices], return_inverse=True)
         self.num_identities = len(identities)
-        self.checksum = "sha256:" + hashlib.sha256(f"{faces.checksum} {name}".encode()).hexdigest()
+        self.checksum = "sha256:" + hashlib.sha256(f"{faces.checksum} {which}".encode()).hexdigest()
 
     def native(self, index: int) -> Tensor:
         return self.faces.native(int(self.indices[index]))
@@ -191,9 +191,8 @@ def hold_out(faces: Spec | FaceSet, held: bool, percent: int = 10, seed: int = 0
     order = present[torch.randperm(len(present), generator=torch.Generator().manual_seed(seed))]
     count = min(max(1, round(len(present) * percent / 100)), len(present) - 1)
     chosen = torch.isin(faces.labels, order[:count])
-    which = "held" if held else "without"
-    name = f"{faces.name}, {which} {percent} % of the identities, seed {seed}"
-    return Part(faces, torch.nonzero(chosen if held else ~chosen).flatten(), name)
+    which = f"{'held' if held else 'without'} {percent} % of the identities, seed {seed}"
+    return Part(faces, torch.nonzero(chosen if held else ~chosen).flatten(), which)
 
 
 def leave_out(faces: Spec | FaceSet, images: Sequence[int] | str) -> FaceSet:
@@ -208,8 +207,8 @@ def leave_out(faces: Spec | FaceSet, images: Sequence[int] | str) -> FaceSet:
         raise ConfigError(f"images: got {images}, expected some, not all, of 0 to {len(faces) - 1}")
     kept[torch.as_tensor(images, dtype=torch.int64)] = False
     digest = hashlib.sha256(repr(sorted(images)).encode()).hexdigest()[:10]
-    name = f"{faces.name}, without {len(set(images))} images ({digest})"
-    return Part(faces, torch.nonzero(kept).flatten(), name)
+    which = f"without {len(set(images))} images ({digest})"
+    return Part(faces, torch.nonzero(kept).flatten(), which)
 
 
 def marked(path: str, faces: FaceSet) -> list[int]:

@@ -17,11 +17,13 @@ from btnet_core.files import reason
 from btnet_core.kinds import what_is
 
 # Files so named are images, readable or not. Of others the decoder decides.
-FORMATS = "jpg jpeg jpe jfif png bmp webp gif tif tiff pgm ppm pbm pnm jp2 j2k avif heic heif jxl"
+FORMATS = (
+    "jpg jpeg jpe jfif png bmp webp gif tif tiff pgm ppm pbm pnm pfm jp2 j2k avif heic heif jxl"
+)
 SUFFIXES = frozenset(f".{name}" for name in FORMATS.split())
 LEFTOVERS = "__macosx @eadir #recycle #snapshot $recycle.bin lost+found"
 LEFTOVERS += " thumbs.db ehthumbs.db desktop.ini picasa.ini"
-FOREIGN = frozenset((*LEFTOVERS.split(), "system volume information"))
+FOREIGN = frozenset((*LEFTOVERS.split(), "system volume information", "icon\r"))
 
 
 def is_image(path: Path) -> bool:

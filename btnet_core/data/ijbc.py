@@ -98,20 +98,29 @@ def align(image: Tensor, landmarks: np.ndarray) -> Tensor:
 
 
 def _columns(path: Path, kinds: Sequence[type], split: str | None = None) -> list[np.ndarray]:
-    """The columns of a text table split at blanks, or the first of one split at ``split``."""
-    rows = [line.split(split) for line in read_lines(path) if line.strip()]
-    rows = rows[1:] if split else rows  # those have a header line
-    try:
-        if any(len(row) < len(kinds) or (split is None and len(row) > len(kinds)) for row in rows):
-            raise ValueError("a line with another number of columns")
-        table = [np.array([kind(row[k]) for row in rows]) for k, kind in enumerate(kinds)]
-        if not rows or any(column.dtype.kind not in "iufU" for column in table):
-            raise ValueError("no lines, or numbers that no array holds")
-    except (ValueError, OverflowError) as error:
-        raise DataError(
-            f"{path}: expected {len(kinds)} columns in each line ({str(error)[:100]})"
-        ) from None
-    return table
+    """The columns of a text table split at blanks, or the first of one split at ``split``.
+
+    A first line without a number, where one is expected, is a heading.
+    """
+    names = {str: "a text", int: "an integer", float: "a number"}
+    expected = ", ".join(names[kind] for kind in kinds)
+    rows: list[list[Any]] = []
+    for number, line in enumerate(read_lines(path), 1):
+        cells = line.split(split)
+        if not line.strip() or (split and number == 1 and not cells[0].strip().isdigit()):
+            continue
+        try:
+            if len(cells) < len(kinds) or (split is None and len(cells) > len(kinds)):
+                raise ValueError
+            rows.append([kind(cell) for kind, cell in zip(kinds, cells, strict=False)])
+            if any(isinstance(cell, int) and abs(cell) >= 2**63 for cell in rows[-1]):
+                raise ValueError
+        except ValueError:
+            got = f"got {line[:80]!r}, expected {expected}"
+            raise DataError(f"{path}, line {number}: {got}") from None
+    if not rows:
+        raise DataError(f"{path}: no lines in it, expected {expected} in each")
+    return [np.array(column) for column in zip(*rows, strict=True)]
 
 
 def _landmarks(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +139,8 @@ def _pairs(path: Path) -> np.ndarray:
         table = integer_table(path.read_bytes(), 3, where=str(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({reason(error)})") from error
+    if not len(table):
+        raise DataError(f"{path}: no pairs in it")
     if (table[:, 2] > 1).any():
         raise DataError(f"{path}: labels must be 0 or 1")
     return table

@@ -29,6 +29,7 @@ from btnet_core.kinds import what_is
 TEST_FOLDER = "Face_Identification_Test_Set"
 NOTE = "STAND-IN.txt"  # its first line names the stand-in that a folder holds
 LARGEST = 2**26  # bytes of a list, unpacked; SurvFace's longest has 242,617 names
+VERSION = b"\0\1IM"  # of MATLAB 5, little-endian: ends the header of 128 bytes
 COMPRESSED, CELLS, TEXT = 15, 1, 4  # of MATLAB 5: a type of element, classes of arrays
 CODES = {1: "latin1", 2: "latin1", 4: "utf-16-le", 16: "utf-8", 17: "utf-16-le", 18: "utf-32-le"}
 NUMBERS = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13), "bBhHiIfdqQ", strict=True))
@@ -80,6 +81,9 @@ def read_mat(path: Path) -> dict[str, list[Any]]:
         DataError: it cannot be read, or holds anything else.
     """
     lists, data = {}, memoryview(pixels.read(path))
+    if data[124:128] != VERSION:
+        found = "a file of MATLAB 7.3 (save it with -v7)" if data[:10] == b"MATLAB 7.3" else ""
+        raise DataError(f"{path}: no list in MATLAB 5, but {found or what_is(bytes(data))}")
     try:
         for kind, body in _elements(data[128:]):
             if kind == COMPRESSED:
@@ -88,8 +92,7 @@ def read_mat(path: Path) -> dict[str, list[Any]]:
             title, values = _array(body)
             lists[title] = values
     except (ValueError, IndexError, KeyError, struct.error, zlib.error, RecursionError) as error:
-        found = "damaged or of another version" if data[:6] == b"MATLAB" else what_is(bytes(data))
-        raise DataError(f"{path}: no list in MATLAB 5, but {found}") from error
+        raise DataError(f"{path}: a list in MATLAB 5, damaged or cut short") from error
     return lists
 
 
@@ -131,7 +134,8 @@ def _read_list(folder: Path, kind: str) -> tuple[list[Path], Tensor]:
     texts = all(isinstance(name, str) for name in names)
     if not names or len(names) != len(ids) or not whole or not texts:
         raise DataError(
-            f"{path}: {kind}_set and {kind}_ids are not one name and one integer for each image"
+            f"{path}: {kind}_set and {kind}_ids are not one name and one integer for each image; "
+            f"lists found: {', '.join(lists) or 'none'}"
         )
     there = {file.name: file for file in entries(folder / kind)[1]}
     if missing := [name for name in names if name not in there]:

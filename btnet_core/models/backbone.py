@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from btnet_core.errors import ConfigError, DataError
+from btnet_core.errors import ConfigError, DataError, check_types
 from btnet_core.models.blocks import Bottleneck, ConvBlock, Stem, Unit
 
 IRESNET_UNITS = {
@@ -45,6 +45,7 @@ class BackboneConfig:
     channels: str = "rgb"  # order that the trunk was trained with: rgb or bgr
 
     def __post_init__(self) -> None:
+        check_types(self)
         object.__setattr__(self, "size", tuple(self.size))
         known = (*NAMES, *ADAPTERS)
         if self.name not in known:
@@ -54,7 +55,7 @@ class BackboneConfig:
             )
         if len(self.size) != 2 or any(side < 16 or side % 16 for side in self.size):
             raise ConfigError(f"size: got {self.size}, expected (rows, columns), multiples of 16")
-        if not (isinstance(self.embedding, int) and self.embedding >= 1):
+        if self.embedding < 1:
             raise ConfigError(f"embedding: got {self.embedding}, expected an integer of 1 or more")
         if not (0 < self.width < 1e6 and self.std > 0):
             raise ConfigError(f"got width {self.width}, std {self.std}; expected more than 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from btnet_core.images import resize, to_pixels
 from btnet_core.models.btnet import BTNet
 
 openvino = nncf = None
+# Both report their use to their makers where this package can be imported.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 with suppress(ImportError):
     import openvino
 with suppress(ImportError):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from btnet_core.errors import CheckpointError, ConfigError
+from btnet_core.errors import CheckpointError, ConfigError, from_fields
 from btnet_core.files import load_torch, read_safetensors, write_safetensors
 from btnet_core.kinds import what_is
 from btnet_core.models.backbone import (
@@ -79,10 +79,11 @@ def load_backbone(
 def read_config(metadata: dict[str, str], path: Path) -> BackboneConfig:
     """The configuration inside a file of weights; CheckpointError if there is no usable one."""
     try:
-        return BackboneConfig(**json.loads(metadata["btnet_backbone"]))
+        fields = json.loads(metadata["btnet_backbone"])
+        return from_fields(BackboneConfig, fields, "btnet_backbone")
     except ConfigError as error:
         raise CheckpointError(f"{path}: no usable configuration inside; {error}") from error
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (KeyError, json.JSONDecodeError, RecursionError) as error:
         told = "no usable configuration inside; was it saved by btnet?"
         raise CheckpointError(f"{path}: {told}") from error
 
@@ -127,7 +128,9 @@ def _fitting(module: nn.Module, state: State, where: str) -> State:
     ]
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
+    broken = [name for name, values in state.items() if not values.isfinite().all()]
     wrong = {"missing": missing, "unexpected": unexpected, "of another shape:": shapes}
+    wrong["not finite:"] = broken
     if any(wrong.values()):
         told = "; ".join(f"{kind} {_first(names)}" for kind, names in wrong.items() if names)
         raise CheckpointError(f"{where}: does not fit {type(module).__name__}: {told}")

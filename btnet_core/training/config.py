@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from btnet_core.data.sources import Spec
-from btnet_core.errors import ConfigError
+from btnet_core.errors import ConfigError, check_types, from_fields
 from btnet_core.files import reason
 from btnet_core.images import Resize
 from btnet_core.kinds import what_is
@@ -110,6 +110,7 @@ class TrainConfig:
     validate_epochs: int = 0  # between validations; 0: at the end alone
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("sizes", "size_weights", "validation", "validation_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_values()
@@ -124,8 +125,6 @@ class TrainConfig:
                 raise ConfigError(f"{name}: got {got!r}, expected one of {', '.join(allowed)}")
         for name in (*POSITIVE, *AT_LEAST_0):
             value, low = getattr(self, name), "> 0" if name in POSITIVE else ">= 0"
-            if not isinstance(value, (int, float)):
-                raise ConfigError(f"{name}: got {value!r}, expected a number {low}")
             if not (value > 0 if name in POSITIVE else value >= 0):
                 raise ConfigError(f"{name}: got {value}, expected {low}")
         if self.sample_rate > 1 or self.momentum >= 1 or self.warmup_epochs >= self.epochs:
@@ -197,31 +196,23 @@ class TrainConfig:
         Raises:
             ConfigError: no mapping, an unknown field, or a value that cannot work.
         """
-        if not isinstance(values, dict):
-            raise ConfigError(f"training configuration: got {type(values).__name__}, not fields")
-        known = [f.name for f in fields(cls)]
-        if unknown := values.keys() - set(known):
-            raise ConfigError(f"unknown fields {sorted(map(str, unknown))}; known: {known}")
-        values = dict(values)
-        try:
-            if values.get("backbone") is not None:
-                values["backbone"] = BackboneConfig(**values["backbone"])
-            if "resize" in values:
-                values["resize"] = Resize(**values["resize"])
-            return cls(**values)
-        except (TypeError, AttributeError) as error:
-            raise ConfigError(f"training configuration: {error}") from error
+        where, inner = "training configuration", {"backbone": BackboneConfig, "resize": Resize}
+        if isinstance(values, dict):
+            built = {
+                name: from_fields(kind, values[name], name)
+                for name, kind in inner.items()
+                if values.get(name) is not None
+            }
+            values = values | built
+        return from_fields(cls, values, where)
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
         """Inverse of ``to_json``; raises as ``from_dict``."""
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            place = f"line {error.lineno}, column {error.colno}"
-            raise ConfigError(f"training configuration: no JSON ({place})") from error
-        except RecursionError as error:
-            raise ConfigError("training configuration: no JSON (too deep)") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"training configuration: {reason(error)}") from error
 
     @classmethod
     def read(cls, path: Path | str) -> TrainConfig:

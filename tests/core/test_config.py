@@ -109,9 +109,16 @@ def test_pages_of_json_and_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("wrong", "told"), [
     ({"loss": "l2"}, "loss: got 'l2', expected one of normface, sphereface, .*center, circle$"),
     ({"epochs": 0}, "epochs: got 0, expected > 0"),
-    ({"epochs": "ten"}, "epochs: got 'ten', expected a number > 0"),
+    ({"epochs": "ten"}, "epochs: got 'ten', expected an integer"),
     ({"shift": -1}, "shift: got -1, expected >= 0"),
-    ({"shift": None}, "shift: got None, expected a number >= 0"),
+    ({"shift": None}, "shift: got None, expected a number"),
+    ({"batch": 2.5}, "batch: got 2.5, expected an integer"),
+    ({"flip": 1}, "flip: got 1, expected true or false"),
+    ({"epochs": True}, "epochs: got True, expected an integer"),
+    ({"margin": "0.5"}, "margin: got '0.5', expected a number"),
+    ({"sizes": 5}, "sizes: got 5, expected a list of integers"),
+    ({"sizes": [112, "x"]}, r"sizes: got \[112, 'x'\], expected a list of integers"),
+    ({"validation": "two.bin"}, "validation: got 'two.bin', expected a list"),
     ({"sizes": (112, 0)}, r"^sizes: got \(112, 0\), expected one or more, each >= 1"),
     ({"size_weights": (1.0, 1.0)}, r"^size_weights: got \(1.0, 1.0\), expected 1 numbers >= 0, not all 0"),
     ({"sizes": (112, 7), "size_weights": (2.0, -1.0)}, "^size_weights"),
@@ -161,15 +168,22 @@ def test_which_losses_have_a_classifier() -> None:
 
 def test_fields_that_cannot_be_read(tmp_path: Path) -> None:
     for values, told in (
-        ([1], "^training configuration: got list, not fields"),
-        ({"data": "x", "b": 1, 2: 3}, r"^unknown fields \['2', 'b'\]; known: \['name', 'data',"),
-        ({}, "^training configuration: .*data"),
-        ({"data": "x", "backbone": 3}, "^training configuration: "),
+        ([1], r"^training configuration: got \[1\], expected fields with their values$"),
+        ({"data": "x", "b": 1, 2: 3}, r": unknown fields \['2', 'b'\]; known: \['name', 'data',"),
+        ({}, "^training configuration: the field data is missing$"),
+        ({"data": "x", "backbone": 3}, "^backbone: got 3, expected fields with their values$"),
+        (
+            {"data": "x", "backbone": {"depth": 3}},
+            r"^backbone: unknown fields \['depth'\]; known: ",
+        ),
+        ({"data": "x", "backbone": {"width": "1"}}, "^width: got '1', expected a number$"),
+        ({"data": "x", "backbone": {"size": 112}}, "^size: got 112, expected a list of two int"),
+        ({"data": "x", "resize": "area"}, "^resize: got 'area', expected fields with"),
         ({"data": "x", "resize": {"kernel": "lanczos"}}, "kernel"),
     ):
         with pytest.raises(ConfigError, match=told):
             TrainConfig.from_dict(values)
-    with pytest.raises(ConfigError, match=r"^training configuration: no JSON \("):
+    with pytest.raises(ConfigError, match=r"^training configuration: no JSON from line 1, col"):
         TrainConfig.from_json("{")
     with pytest.raises(ConfigError, match=r"none.yml: cannot be read"):
         TrainConfig.read(tmp_path / "none.yml")

@@ -41,6 +41,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "faces"
 
 
+def test_a_part_of_a_renamed_folder_has_the_same_checksum(folder: Path) -> None:
+    def checksums(path: Path) -> list[str]:
+        part = {"kind": "part", "faces": str(path), "held": True, "percent": 34}
+        without = {"kind": "without", "faces": str(path), "images": [1]}
+        return [open_faces(spec).checksum for spec in (part, {**part, "held": False}, without)]
+
+    before = checksums(folder)
+    assert len(set(before)) == 3
+    assert checksums(folder.rename(folder.with_name("renamed"))) == before
+
+
 def test_image_folder(folder: Path) -> None:
     faces = open_faces(str(folder))
     assert (faces.labels.tolist(), faces.num_identities) == ([0, 0, 0, 1, 1, 2], 3)

@@ -78,7 +78,7 @@ def test_leftovers_of_other_programs_are_passed_over(tmp_path: Path) -> None:
         "ann/@eaDir/0.png",
     ):
         put(tmp_path / name, 9)
-    for name in ("ann/._0.png", "ann/.DS_Store", "ann/Thumbs.db", "desktop.ini", "._ann"):
+    for name in ("ann/._0.png", "ann/.DS_Store", "ann/Thumbs.db", "desktop.ini", "._ann", "Icon\r"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7 no image")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -64,13 +64,40 @@ def test_a_lost_crop_changes_the_checksum_or_is_named(root: Path) -> None:
         ("template_pair_label.txt", "7 4 0\n", "1 templates have no image, first 4"),
         ("1N_gallery_G1.csv", "a,b\n7,70\n7,71\n", "a template has two subjects"),
         ("1N_probe_mixed.csv", "a,b\n8,70\n", "1 templates have no image, first 8"),
-        ("face_tid_mid.txt", "0.png 7\n", "expected 3 columns"),
-        ("name_5pts_score.txt", "0.png 1 2 3\n", "expected 12 columns"),
+        ("template_pair_label.txt", "", "no pairs in it"),
+        (
+            "face_tid_mid.txt",
+            "0.png 7 1\n\n1.png 7\n",
+            "line 3: got '1.png 7', expected a text, an",
+        ),
+        ("face_tid_mid.txt", "0.png 7 x\n", "line 1: got '0.png 7 x', expected a text, an integer"),
+        ("face_tid_mid.txt", f"0.png {10**30} 1\n", "line 1: got '0.png 1000"),
+        ("face_tid_mid.txt", "\n", "no lines in it, expected a text, an integer, an integer"),
+        ("name_5pts_score.txt", "0.png 1 2 3\n", "line 1: got '0.png 1 2 3', expected a text, a n"),
+        ("1N_gallery_G1.csv", "a,b\n7,seventy\n", "line 2: got '7,seventy', expected an integer"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_file(
     root: Path, name: str, text: str, message: str
 ) -> None:
     (root / "meta" / f"ijbc_{name}").write_text(text)
-    with pytest.raises(DataError, match=f"ijbc_{name}: {message}"):
+    with pytest.raises(DataError, match=f"ijbc_{name}.*{message}"):
         read_templates(root)
+
+
+def test_lists_as_windows_and_spreadsheets_write_them(root: Path) -> None:
+    """A byte-order mark, line ends of two signs, blank lines at the end: the same set."""
+    before = read_templates(root)
+    for path in (root / "meta").iterdir():
+        lines = path.read_bytes().replace(b"\n", b"\r\n")
+        path.write_bytes(b"\xef\xbb\xbf" + lines + b"\r\n\r\n")
+    after = read_templates(root)
+    for name in ("template", "media", "score", "first", "second", "same"):
+        assert getattr(after, name).tolist() == getattr(before, name).tolist()
+    assert after.galleries["G1"][1].tolist() == [70]
+
+
+def test_a_list_without_a_heading_keeps_its_first_line(root: Path) -> None:
+    path = root / "meta" / "ijbc_1N_probe_mixed.csv"
+    path.write_text("7,30\n3,70\n")
+    assert read_templates(root).probes[0].tolist() == [3, 7]

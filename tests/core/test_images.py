@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, TiffImagePlugin, features
+from PIL import Image, features
 
 from btnet_core import images
 from btnet_core.errors import ConfigError, DataError
@@ -261,14 +262,6 @@ def pgm(values: np.ndarray, most: int) -> bytes:
     return f"P5 {columns} {rows} {most}\n".encode() + values.astype(">u2").tobytes()
 
 
-def tiff_of(values: np.ndarray, **tags: int) -> bytes:
-    """A grey TIFF with values that Pillow would not write: tags by hand."""
-    ifd = TiffImagePlugin.ImageFileDirectory_v2()
-    for name, value in tags.items():
-        ifd[int(name[1:])] = value
-    return saved(Image.fromarray(values), "TIFF", tiffinfo=ifd)
-
-
 SIXTEEN_BITS = {
     "PNG": lambda: saved(Image.fromarray(GREY), "PNG"),
     "TIFF": lambda: saved(Image.fromarray(GREY), "TIFF"),
@@ -303,6 +296,73 @@ def test_greys_without_a_white_are_refused(dtype: type) -> None:
         decode(saved(image, "TIFF"), where="record 3")
     with pytest.raises(DataError, match="which of them is white"):
         images.to_pixels(image, "x")
+
+
+def tiff_by_hand(order: str, content: bytes, size: int, **tags: int | tuple[int, ...]) -> bytes:
+    """A TIFF of one strip a plane; Pillow and libtiff write none of those tested with it."""
+    planes = 3 if tags["t277"] == 3 and tags.get("t284") == 2 else 1
+    offsets = tuple(8 + k * (len(content) // planes) for k in range(planes))
+    whole = {256: size, 257: size, 259: 1, 273: offsets, 278: size,
+             279: (len(content) // planes,) * planes}  # fmt: skip
+    whole |= {int(name[1:]): value for name, value in tags.items()}
+    entries, more = b"", b""
+    behind = 8 + len(content) + 2 + 12 * len(whole) + 4
+    for tag, value in sorted(whole.items()):
+        values = value if isinstance(value, tuple) else (value,)
+        packed = struct.pack(f"{order}{len(values)}I", *values)
+        if len(values) > 1:
+            packed, more = struct.pack(f"{order}I", behind + len(more)), more + packed
+        entries += struct.pack(f"{order}HHI", tag, 4, len(values)) + packed
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    head = start + struct.pack(f"{order}I", 8 + len(content)) + content
+    return head + struct.pack(f"{order}H", len(whole)) + entries + bytes(4) + more
+
+
+GREY_TAGS = {"t258": 8, "t262": 1, "t277": 1}
+
+
+def test_twelve_bits_in_three_bytes_for_two_pixels() -> None:
+    values = np.rint(np.arange(256) * 4095 / 255).astype(int)
+    pairs = [(a << 12 | b).to_bytes(3, "big") for a, b in values.reshape(-1, 2).tolist()]
+    little, big = (
+        tiff_by_hand(order, b"".join(pairs), 16, **GREY_TAGS | {"t258": 12}) for order in "<>"
+    )
+    assert torch.equal(decode(little, where="x"), LEVELS)
+    with pytest.raises(DataError, match="a TIFF picture, damaged or of a kind that is not read"):
+        decode(big, where="x")
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_what_pillow_would_show_wrong_is_refused(order: str) -> None:
+    """Signed greys of 8 bits become white where they are dark; of planes of 16 bits half is shown."""
+    grey = np.arange(256, dtype=np.uint8)
+    plain = tiff_by_hand(order, grey.tobytes(), 16, **GREY_TAGS)
+    assert torch.equal(decode(plain, where="x"), LEVELS)
+    signed = tiff_by_hand(order, grey.tobytes(), 16, **GREY_TAGS, t339=2)
+    with pytest.raises(DataError, match="with a sign"):
+        decode(signed, where="x")
+    colour = {"t262": 2, "t277": 3, "t284": 2}
+    planes = tiff_by_hand(order, grey.tobytes() * 3, 16, **colour, t258=(8, 8, 8))
+    assert torch.equal(decode(planes, where="x"), LEVELS)
+    wide = (grey.astype(f"{order}u2") * 257).tobytes() * 3
+    with pytest.raises(DataError, match="of 16 bits, each in a plane of its own"):
+        decode(tiff_by_hand(order, wide, 16, **colour, t258=(16, 16, 16)), where="x")
+
+
+def test_sixteen_bits_of_a_format_that_has_a_sign_are_refused() -> None:
+    cards = ["SIMPLE  = T", "BITPIX  = 16", "NAXIS   = 2", "NAXIS1  = 16", "NAXIS2  = 16", "END"]
+    header = "".join(card.ljust(80) for card in cards).ljust(2880).encode()
+    with pytest.raises(DataError, match="which of them is white"):
+        decode(header + GREY.astype(">i2").tobytes().ljust(2880, b"\0"), where="x")
+
+
+def test_grey_over_black_however_its_transparency_is_written() -> None:
+    """An associated alpha (extra sample 1) has darkened the grey already."""
+    content = bytes([90, 255] * 255 + [45, 128])
+    tags = {"t258": (8, 8), "t262": 1, "t277": 2, "t338": 1}
+    got = decode(tiff_by_hand("<", content, 16, **tags), where="x")[0]
+    assert (got.flatten()[:255] == 90).all()
+    assert abs(int(got[15, 15]) - 45) <= 1
 
 
 def test_palettes_transparency_and_one_bit() -> None:

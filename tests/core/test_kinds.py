@@ -66,6 +66,7 @@ CASES = {
     "a HEIC picture": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
     "an AVIF picture": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1",
     "a video": b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom",
+    "a TIFF picture": b"II+\0\x08\0\0\0",
     "a JPEG XL picture": b"\0\0\0\x0cJXL \r\n\x87\n",
     "in no known format": bytes(range(128, 256)) * 9,
     "in no known format,": b"ab\x00\x01cd",
@@ -114,15 +115,24 @@ def test_readers_of_faces_and_pairs_say_what_a_file_is(tmp_path: Path) -> None:
 
 def test_refused_lists_and_pages_are_told_in_words_of_our_own(tmp_path: Path) -> None:
     (tmp_path / "a.mat").write_bytes(b"<html>Quota exceeded</html>" + bytes(200))
-    (tmp_path / "b.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(range(256)))
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
+    (tmp_path / "b.mat").write_bytes(header + bytes(range(256)))
+    hdf5 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM"
+    (tmp_path / "e.mat").write_bytes(hdf5.ljust(512) + b"\x89HDF\r\n\x1a\n")
+    (tmp_path / "f.mat").write_bytes(b"")
     (tmp_path / "c.yaml").write_bytes(b"name: x\na: [")
     (tmp_path / "c.json").write_bytes(b'{"name": 1,\n "batch" 2}')
     (tmp_path / "d.json").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     for call, told in (
         (lambda: read_mat(tmp_path / "a.mat"), r"a\.mat: no list in MATLAB 5, but "),
-        (lambda: read_mat(tmp_path / "b.mat"), r"b\.mat: no list in MATLAB 5, but damaged or of"),
+        (lambda: read_mat(tmp_path / "b.mat"), r"b\.mat: a list in MATLAB 5, damaged or cut short"),
+        (
+            lambda: read_mat(tmp_path / "e.mat"),
+            r"e\.mat: .* a file of MATLAB 7.3 \(save it with -v7",
+        ),
+        (lambda: read_mat(tmp_path / "f.mat"), r"f\.mat: no list in MATLAB 5, but an empty file"),
         (lambda: TrainConfig.read(tmp_path / "c.yaml"), r"c\.yaml: no YAML \(line 2\)"),
-        (lambda: TrainConfig.read(tmp_path / "c.json"), r"no JSON \(line 2, column 10\)"),
+        (lambda: TrainConfig.read(tmp_path / "c.json"), r"no JSON from line 2, column 10 on"),
         (lambda: TrainConfig.read(tmp_path / "d.json"), r"as a page \(a PNG picture\)"),
         (lambda: TrainConfig.read(tmp_path / "e.json"), r"as a page \(No such file"),
     ):

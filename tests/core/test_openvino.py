@@ -165,3 +165,8 @@ def test_signals_are_handled_after_a_model_has_gone() -> None:
     run = [sys.executable, "-c", SIGNALLED]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
+def test_nothing_is_reported_to_the_libraries_makers() -> None:
+    """OpenVINO and nncf send their use to a server where openvino_telemetry can be imported."""
+    assert sys.modules["openvino_telemetry"] is None

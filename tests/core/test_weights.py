@@ -172,6 +172,11 @@ def test_safetensors_of_others_under_any_name(tmp_path: Path) -> None:
         assert same(load_backbone(tmp_path / name), small())
 
 
+def test_a_torch_file_under_safetensors_name(tmp_path: Path) -> None:
+    torch.save(arcface_torch_names(small()), tmp_path / "model.safetensors")
+    assert same(load_backbone(tmp_path / "model.safetensors"), small())
+
+
 def mbf_names(backbone: Backbone) -> dict[str, torch.Tensor]:
     """arcface_torch's names of its MobileFaceNet, layer by layer (written here independently)."""
     renamed, layers = {}, {"conv": 0, "bn": 1, "prelu": 2}
@@ -256,6 +261,15 @@ def test_what_does_not_fit_is_named_missing_and_unexpected(tmp_path: Path) -> No
     for words in ("missing body.S3U1.bn2.weight", "unexpected body.S3U1.extra.weight",
                   "of another shape: body.S4U1.prelu.weight (3,) for (64,)"):  # fmt: skip
         assert words in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    state = arcface_torch_names(small())
+    state["fc.bias"] = torch.full((16,), value)
+    torch.save(state, tmp_path / "broken.pth")
+    with pytest.raises(CheckpointError, match=r"broken\.pth: .*not finite: head\.fc\.bias$"):
+        load_backbone(tmp_path / "broken.pth")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +361,8 @@ def test_cut_files_are_damaged(tmp_path: Path) -> None:
     for name in ("b.pth", "b.safetensors"):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(CheckpointError, match="damaged") as caught:
+        kind = "a safetensors file, d" if name[2] == "s" else "or d"
+        with pytest.raises(CheckpointError, match=f"{name}: .*{kind}amaged") as caught:
             load_backbone(tmp_path / name)
         assert "\n" not in str(caught.value)
 

@@ -95,8 +95,24 @@ def test_what_is_no_page_is_named(page: Path) -> None:
     with pytest.raises(ConfigError, match=r"lfw-fast.*expected one of demo, lfw"):
         get_scale("lfw-fast")
     page.write_text("claim: A toy.\n")
-    with pytest.raises(ConfigError, match=r"toy\.yaml: 'backbone'"):
+    with pytest.raises(ConfigError, match=r"toy\.yaml: backbone: got None, expected fields"):
         get_scale(str(page))
+    backbone = "backbone: {name: iresnet18}\n"
+    for text, told in (
+        (f"claim: A toy.\n{backbone}", "page: the field faces is missing$"),
+        ("backbone: {name: iresnet18, depth: 3}\n", r"backbone: unknown fields \['depth'\]; known"),
+        (f"claim: 3\n{backbone}faces: x\nothers: x\n", "claim: got 3, expected a text$"),
+        (
+            f"claim: x\n{backbone}faces: x\nothers: x\npairs: y.bin\n",
+            "pairs: got 'y.bin', expected",
+        ),
+        ("hr: [1]\n", r"hr: got \[1\], expected fields with their values$"),
+        ("base: demo\nspecialists: native\n", "specialists: got 'native', expected fields"),
+    ):
+        page.write_text(text)
+        with pytest.raises(ConfigError, match=told) as caught:
+            get_scale(str(page))
+        assert str(caught.value).startswith(str(page))
     page.write_text("- one\n")
     with pytest.raises(ConfigError, match="got list"):
         get_scale(str(page))

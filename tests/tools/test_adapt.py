@@ -289,6 +289,8 @@ def test_bad_images_are_told_before_the_training(trunk: Path, tmp_path: Path, ca
         (["--set", "batch=500"], "set batch to 88 or less"),
         (["--set", "batch=1"], "set batch to 2 or more"),
         (["--set", "colour=1"], "colour"),
+        (["--set", "seed=x"], "seed: got 'x', expected an integer"),
+        (["--set", "resize=area"], "resize: got 'area', expected fields with their values"),
         (["--set", "epochs"], "NAME=VALUE"),
         (["--adapter", "none.py"], "none.py"),
         (["--hold-out", "0"], "percent"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import click
 import pytest
 
 from btnet_core.errors import ConfigError, WriteError
+from btnet_core.training import launch
 from btnet_paper import runner, scales
-from btnet_tools import cli
+from btnet_tools import adapt, cli
 from btnet_tools.cli import btnet, main
 
 COMMANDS = ("reproduce", "figures", "report", "train", "data", "pack")
@@ -162,3 +164,40 @@ def test_a_variant_of_lfw_runs_the_headline_notebooks(
         ("lfw-quick", ["07"]),
         ("lfw-mr", headline),
     ]
+
+
+def test_each_command_says_which_file_a_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Under the data root instead of here, or in both places; whatever looks a name up."""
+    here, root = tmp_path / "here", tmp_path / "root"
+    for folder in (here, root):
+        folder.mkdir()
+        (folder / "both.bin").write_bytes(folder.name.encode())
+    (root / "there.bin").write_bytes(b"x")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("BTNET_DATA", str(root))
+    fields = {"data": "there.bin", "validation": ["both.bin", "none.bin", str(here / "both.bin")]}
+    Path("run.json").write_text(json.dumps(fields))
+    Path("mine.yaml").write_text("base: demo\nclaim: x\nfaces: both.bin\npairs: [there.bin]\n")
+    monkeypatch.setattr(launch, "train_from_file", lambda *_, **options: None)
+    monkeypatch.setattr(adapt, "adapt", lambda *_: None)
+    monkeypatch.setattr(runner, "reproduce", lambda *_, **options: None)
+    told = {
+        "there": f"there.bin: not in this folder, taken from {root / 'there.bin'}\n",
+        "both": f"both.bin: taken from this folder, not {root / 'both.bin'}\n",
+    }
+    for line, names in (
+        ("train --config run.json --out x", ["there", "both"]),
+        ("adapt --trunk there.bin --faces both.bin --out x", ["there", "both"]),
+        ("adapt --trunk t --faces f --out x --pairs both.bin --pairs both.bin", ["both"]),
+        ("reproduce --scale mine.yaml --only 5", ["there"]),
+        ("reproduce --scale mine.yaml", ["both", "there"]),
+        ("embed x --model none --out x.npz --precision int8 --calibrate both.bin", ["both"]),
+        ("verify x y --model none --calibrate there.bin", ["there"]),
+        ("evaluate --model none --pairs both.bin --calibrate there.bin", ["both", "there"]),
+    ):
+        main(line.split())
+        said = capsys.readouterr().err
+        assert said.startswith("".join(told[name] for name in names)), line
+        assert said.count("taken from") == len(names)

@@ -171,7 +171,7 @@ def test_verify_says_at_which_far_it_accepts(model: Path, tmp_path: Path) -> Non
 
     assert "no threshold of 112&28 is known" in say()
     assert "one person" in say(cosine - 0.01)
-    assert "no FAR of 112&28 is known" in say(cosine - 0.01)
+    assert "its FAR at 112&28 is not known)" in say(cosine - 0.01)
     tar = {"0.01": {"threshold": cosine - 0.02}, "0.001": {"threshold": cosine + 0.03}}
     point = {"threshold": cosine + 0.01, "far": 0.004, "tar": tar}
     before = {"112&28": {"threshold": cosine - 0.1, "far": 0.5, "tar": {}}}  # not the branches'
@@ -188,7 +188,7 @@ def test_verify_says_at_which_far_it_accepts(model: Path, tmp_path: Path) -> Non
     assert "at FAR above 0.01" in say(cosine - 0.03)
     point["tar"] = {}  # too few pairs for any FAR
     (tmp_path / "results" / "adapt.json").write_text(json.dumps({"values": values}))
-    assert "accepts no FAR of 112&28 is known" in say(cosine - 0.03)
+    assert "its FAR at 112&28 is not known)" in say(cosine - 0.03)
     values["after"] = {"112&28": 71.0}  # as an earlier version recorded it
     (tmp_path / "results" / "adapt.json").write_text(json.dumps({"values": values}))
     assert "no threshold of 112&28 is known" in say()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import json
 import tarfile
 import threading
+import urllib.error
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -411,7 +413,8 @@ def test_offline_the_error_says_what_to_do(server: ThreadingHTTPServer, tmp_path
     server.server_close()
     server.shutdown()
     with pytest.raises(
-        DataError, match=r"cannot be downloaded.*faces\.tgz from its authors.*--from"
+        DataError,
+        match=r"cannot be downloaded \(Connection refused\); .*faces\.tgz from its authors.*--from",
     ):
         fetch.download(about, tmp_path)
 
@@ -532,3 +535,14 @@ def test_index_pairs_are_the_packed_pairs(name: str) -> None:
     encoded, same = parse_bin((data_root() / f"{name}.bin").read_bytes(), where=name)
     assert encoded == [packed.image(row[i]) for i in table[name].flatten()]
     assert same.tolist() == (people[table[name][:, 0]] == people[table[name][:, 1]]).tolist()
+
+
+def test_why_a_download_failed_is_told_in_few_words() -> None:
+    refused = urllib.error.HTTPError("http://x/a.tgz", 404, "Not Found\n<html>", {}, None)
+    for error, told in (
+        (refused, "the server answers 404"),
+        (urllib.error.URLError(OSError(113, "No route to host")), "No route to host"),
+        (urllib.error.URLError("unknown url type: ftpx"), "the address is refused"),
+        (http.client.IncompleteRead(b"x" * 99), "IncompleteRead"),
+    ):
+        assert fetch.why(error) == told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +71,14 @@ def test_photographs_give_crops_and_a_list(tmp_path: Path) -> None:
         size = (800, 1280) if name == "tiny.png" else (300, 400)
         (source / name).write_bytes(encode(photo(*places, size=size)))
     (source / "broken.jpg").write_text("<html>")
+    (source / "notes.txt").write_text("x")
     answers = iter([known[name] for name in sorted(known)])
 
     def detect(picture: Tensor) -> list[Detection]:
         return [detection(*place) for place in next(answers)]
 
-    found = align_photos(source, out, detect)
+    with pytest.warns(UserWarning, match=r"left out 1 files that are no images: notes\.txt"):
+        found = align_photos(source, out, detect)
     sides = {name: facts["side"] for name, facts in found["crops"].items()}
     assert sides == {"ann/two.png_0.png": 112, "ann/two.png_1.png": 20, "tiny.png_0.png": 24}
     assert found["crops"]["tiny.png_0.png"]["note"] == "24 pixels, below the detector's 32"
@@ -112,6 +115,7 @@ def test_what_the_detector_gets_and_when_it_lacks(monkeypatch: pytest.MonkeyPatc
             assert image[0, 0].tolist() == [3, 2, 1]  # blue first, as OpenCV
             return [self]
 
+    assert os.environ["ORT_DISABLE_TELEMETRY"]  # before uniface brings onnxruntime
     monkeypatch.setattr(module, "RetinaFace", Fake)
     picture = torch.tensor([1, 2, 3], dtype=torch.uint8)[:, None, None].expand(3, 5, 4)
     (face,) = module.retinaface()(picture)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any
 
 
 class BTNetError(Exception):
@@ -42,47 +42,38 @@ class ReproduceError(BTNetError, RuntimeError):
 
 # ---- fields of configurations ----------------------------------------------------------------
 
-Kind = TypeVar("Kind")
-
-
-def _is(kind: type) -> Callable[[Any], bool]:
-    """Whether a value is of ``kind``; true and false are no numbers."""
-    return lambda value: isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _all(kind: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list | tuple) and all(map(_is(kind), value))
-
-
-EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {  # by annotation
-    "int": (_is(Integral), "an integer"),
-    "float": (_is(Real), "a number"),
-    "float | None": (lambda value: value is None or _is(Real)(value), "a number"),
-    "bool": (_is(bool), "true or false"),
-    "str": (_is(str), "a text"),
-    "tuple[int, ...]": (_all(Integral), "a list of integers"),
-    "tuple[int, int]": (_all(Integral), "a list of two integers"),
-    "tuple[float, ...]": (_all(Real), "a list of numbers"),
-    "tuple[Spec, ...]": (_is(list | tuple), "a list"),
-    "tuple[str, ...]": (_all(str), "a list of texts"),
-    "dict[str, Any]": (_is(Mapping), "fields with their values"),
+# annotation of a field -> type of its value, type of the items in it, and both in words
+EXPECTED: dict[str, tuple[Any, Any, str]] = {
+    "int": (Integral, None, "an integer"),
+    "float": (Real, None, "a number"),
+    "float | None": ((Real, type(None)), None, "a number"),
+    "bool": (bool, None, "true or false"),
+    "str": (str, None, "a text"),
+    "tuple[int, ...]": ((list, tuple), Integral, "a list of integers"),
+    "tuple[int, int]": ((list, tuple), Integral, "a list of two integers"),
+    "tuple[float, ...]": ((list, tuple), Real, "a list of numbers"),
+    "tuple[Spec, ...]": ((list, tuple), None, "a list"),
+    "dict[str, Any]": (Mapping, None, "fields with their values"),
 }
 
 
 def check_types(record: Any) -> None:
     """Raise ConfigError where a field of a dataclass is not what its annotation says."""
     for field in fields(record):
-        fits, expected = EXPECTED.get(str(field.type), (None, ""))
+        kind, inner, expected = EXPECTED.get(str(field.type), (object, None, ""))
         value = getattr(record, field.name)
-        if fits and not fits(value):
+        fits = isinstance(value, kind) and not (
+            inner and any(not isinstance(x, inner) for x in value)
+        )
+        if not fits or (isinstance(value, bool) and kind in (Integral, Real)):
             raise ConfigError(f"{field.name}: got {value!r}, expected {expected}")
 
 
-def from_fields(kind: type[Kind], values: Any, where: str) -> Kind:
+def from_fields(kind: Any, values: Any, where: str) -> Any:
     """A dataclass of the given fields; ConfigError for one that is unknown or missing."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: got {values!r}, expected fields with their values")
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    known = {field.name: field for field in fields(kind)}
     if unknown := values.keys() - known.keys():
         told = f"unknown fields {sorted(map(str, unknown))}; known: {[*known]}"
         raise ConfigError(f"{where}: {told}")

@@ -106,9 +106,7 @@ def integer_table(text: bytes, columns: int, *, where: str) -> np.ndarray:
         rb"(?:[0-9]{1,18}" + rb"[ \t]+[0-9]{1,18}" * (columns - 1) + rb"[ \t]*\r?\n)*"
     )
     tables, start = [np.empty((0, columns), np.int64)], 0
-    while start < len(
-        text
-    ):  # in blocks of whole lines: the regular expression keeps a state per line
+    while start < len(text):  # by blocks: the regular expression keeps a state for each line
         stop = text.find(b"\n", min(start + _BLOCK, len(text) - 1)) + 1
         match = rows.match(text, start, stop)
         if match is None or match.end() != stop:

@@ -81,8 +81,6 @@ def adapt(
 ) -> dict[str, Any]:
     """Train a branch for each resolution on ``faces`` (a spec); write the BTNet into ``out``.
 
-    ``trunk`` is looked for here, then under the data root, as the paths of specs are.
-
     Goes on where an earlier call stopped. Returns what ``compare`` measured, ``left_out`` (why each
     such image was) and ``seconds`` of this call.
 

@@ -102,9 +102,7 @@ def _elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     while place + 8 <= len(data):
         kind, size = struct.unpack_from("<II", data, place)
         start, step = place + 8, size + -size % 8 * (kind != COMPRESSED)
-        if (
-            kind >> 16
-        ):  # a small element: size and type in the first four bytes, content in the next
+        if kind >> 16:  # a small element: size and type in 4 bytes, content in the next 4
             kind, size, start, step = kind & 0xFFFF, min(kind >> 16, 4), place + 4, 0
         if start + size > len(data):
             raise ValueError(f"an element of {size} bytes is longer than what holds it")

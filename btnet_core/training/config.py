@@ -196,15 +196,11 @@ class TrainConfig:
         Raises:
             ConfigError: no mapping, an unknown field, or a value that cannot work.
         """
-        where, inner = "training configuration", {"backbone": BackboneConfig, "resize": Resize}
         if isinstance(values, dict):
-            built = {
-                name: from_fields(kind, values[name], name)
-                for name, kind in inner.items()
-                if values.get(name) is not None
-            }
-            values = values | built
-        return from_fields(cls, values, where)
+            for name, kind in (("backbone", BackboneConfig), ("resize", Resize)):
+                if values.get(name) is not None:
+                    values = values | {name: from_fields(kind, values[name], name)}
+        return from_fields(cls, values, "training configuration")
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:

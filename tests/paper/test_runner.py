@@ -70,6 +70,19 @@ def run(place: Path, **options) -> list[str]:
 pytestmark = pytest.mark.notebook
 
 
+def test_relative_paths_mean_what_they_mean_to_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set in the current folder, or a relative BTNET_DATA, is the one that was checked."""
+    source = "from pathlib import Path\n(Path(run_dir) / 'where.txt').write_text(str(Path.cwd()))"
+    write(tmp_path / "nb", "01_where", source)
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    reproduce("demo", notebooks=tmp_path / "nb", runs="runs", data="d")
+    where = tmp_path / "mine" / "runs" / "demo" / "where.txt"
+    assert where.read_text() == str(tmp_path / "mine")
+
+
 def test_order_outputs_and_skipping_what_is_unchanged(
     place: Path, capsys: pytest.CaptureFixture
 ) -> None:

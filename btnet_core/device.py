@@ -104,13 +104,10 @@ def machine() -> dict[str, Any]:
     """What a recorded time or number was computed on."""
     gpu = torch.cuda.is_available()
     return {
-        "cpu": _processor(),
-        "instruction_sets": instruction_sets(),
-        "cores": len(cores()),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "cpu": _processor(), "instruction_sets": instruction_sets(), "cores": len(cores()),
+        "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if gpu else None,
         "tf32": tf32() if gpu else None,
-    }
+    }  # fmt: skip
 
 
 def cores() -> set[int]:

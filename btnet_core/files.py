@@ -192,18 +192,6 @@ def lock(folder: Path | str, *, wait: bool = False) -> Iterator[None]:
         file_lock.release()
 
 
-def holder(folder: Path | str) -> int:
-    """Number of the process that holds ``folder``; 0: none, -1: one that has not said it yet."""
-    folder = Path(folder)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return 0
-    except Timeout:
-        with suppress(OSError, ValueError):
-            return int((folder / HOLDER).read_text())
-        return -1
-
-
 def _who(folder: Path) -> str:
     """The holder of ``folder`` in words."""
     try:

@@ -162,18 +162,12 @@ class Explorer:
                 "found": self.recognised(name, r, choice.fpir),
             }
         return rule | {
-            "face": face,
-            "person": probe if probe is not None and probe < self.known else None,
-            "native": native,
-            "seen": seen,
-            "error": (seen - face).abs().mean(0).numpy(),
-            "side": {"min": min(w, h), "max": max(w, h), "avg": (w + h) // 2}[indicator],
-            "r": r,
-            "fpir": choice.fpir,
-            "gallery": self.people.gallery,
-            "small": resize(self.probes, r),
+            "face": face, "person": probe if probe is not None and probe < self.known else None,
+            "native": native, "seen": seen, "error": (seen - face).abs().mean(0).numpy(),
+            "side": {"min": min(w, h), "max": max(w, h), "avg": (w + h) // 2}[indicator], "r": r,
+            "fpir": choice.fpir, "gallery": self.people.gallery, "small": resize(self.probes, r),
             "methods": methods,
-        }
+        }  # fmt: skip
 
     @torch.inference_mode()
     def _walk(

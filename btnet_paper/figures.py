@@ -126,10 +126,8 @@ def _about(record: Record, name: str) -> dict[str, Any]:
     return {
         "notebook": record["name"],
         "parameters": {"scale": record["scale"], "seed": record["seed"]},
-        "results": f"results/{name}.json",
-        "commit": record["commit"],
-        "seconds": record["seconds"],
-    }
+        "results": f"results/{name}.json", "commit": record["commit"], "seconds": record["seconds"],
+    }  # fmt: skip
 
 
 def _copy_results(run_dir: Path, out: Path, prefix: str, *, every: bool) -> None:

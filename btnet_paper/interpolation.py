@@ -116,14 +116,11 @@ def _error_at(x: Tensor, r: int, how: Resize) -> dict[str, Tensor]:
     interpolation = (up - g_r).abs()
     paper, complete = paper_bound(x_r), complete_bound(x_r)
     values = {
-        "paper": paper,
-        "complete": complete,
-        "measured": (up - x).abs(),
-        "interpolation": interpolation,
-        "antialiasing": (g_r - x).abs(),
+        "paper": paper, "complete": complete, "measured": (up - x).abs(),
+        "interpolation": interpolation, "antialiasing": (g_r - x).abs(),
         "paper_holds": _holds(interpolation, _cell_max(paper)),
         "complete_holds": _holds(interpolation, complete),
-    }
+    }  # fmt: skip
     return {name: value.mean((1, 2, 3)) for name, value in values.items()}
 
 

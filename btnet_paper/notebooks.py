@@ -78,13 +78,9 @@ def load_notebook(path: Path) -> Notebook:
             raise ReproduceError(f"{path}: parameters are 'name = literal', got {got!r}") from None
     own = content["metadata"].get("btnet", {})
     return Notebook(
-        path=path,
-        cells=cells,
-        parameters=parameters,
-        depends=tuple(own.get("depends", ())),
-        expected=own.get("seconds", {}),
-        always=own.get("always", False),
-    )
+        path=path, cells=cells, parameters=parameters, depends=tuple(own.get("depends", ())),
+        expected=own.get("seconds", {}), always=own.get("always", False),
+    )  # fmt: skip
 
 
 def load_notebooks(folder: str | Path | None = None) -> list[Notebook]:

@@ -91,7 +91,8 @@ def report_or_reason(scale: str, *, runs: str | Path = "runs") -> str:
         return str(report(scale, runs=runs))
     except Exception as error:  # whatever it is, the results must not look lost
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"not made ({why}); the results are complete, once mended: btnet report --scale {scale} --runs {runs}"
+        again = f"btnet report --scale {scale} --runs {runs}"
+        return f"not made ({why}); the results are complete, once mended: {again}"
 
 
 def _check_outputs(run_dir: Path, state: dict[str, Any]) -> None:
@@ -249,15 +250,12 @@ def _front(scale: str, run_dir: Path, ran: dict[str, Any]) -> dict[str, Any]:
     """The tables before the notebooks, as HTML."""
     found = records.everything(run_dir)
     long = records.all_numbers(found)
+    how = "for how many settings, and by how many points (lowest to highest)"
+    recorded = "recorded of the paper's figures and numbers"
     shown = {
         "ran": tables.show(ran, caption=f"scale {scale}", digits=1),
-        "claims": tables.show(
-            claims.verdicts(long),
-            caption="for how many settings, and by how many points (lowest to highest)",
-        ),
-        "coverage": tables.show(
-            claims.coverage(found), caption="recorded of the paper's figures and numbers"
-        ),
+        "claims": tables.show(claims.verdicts(long), caption=how),
+        "coverage": tables.show(claims.coverage(found), caption=recorded),
     }
     shown |= _checked(scale, run_dir)
     front: dict[str, Any] = {name: styled.to_html() for name, styled in shown.items()}

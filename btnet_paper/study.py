@@ -194,18 +194,11 @@ class Study:
         """
         config = {**(config or {}), **{name: asdict(run) for name, run in self.configs.items()}}
         written = results.record(
-            self.run_dir,
-            self.name,
-            dict(values),
-            config=config,
-            data=" ".join(one.checksum for one in data),
-            kernel=kernel,
-            seed=self.seed,
-            seconds=time.monotonic() - self._began,
-            scale=self.scale.name,
-            device=self.device,
+            self.run_dir, self.name, dict(values), config=config,
+            data=" ".join(one.checksum for one in data), kernel=kernel, seed=self.seed,
+            seconds=time.monotonic() - self._began, scale=self.scale.name, device=self.device,
             arrays=arrays,
-        )
+        )  # fmt: skip
         made = [
             self.run_dir / f"figures/{name}.png" for name in figures.save(self.run_dir, self.name)
         ]

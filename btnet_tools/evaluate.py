@@ -93,13 +93,9 @@ def operating_points(
     threshold = float(np.mean([fold.thresholds for fold in folds]))
     positives = int(same.sum()) // ways
     found: dict[str, Any] = {
-        "pairs": pairs,
-        "accuracy": accuracy,
-        "interval": wilson(accuracy, pairs),
-        "threshold": threshold,
-        "far": float(np.mean(similarity[~same] > threshold)),
-        "tar": {},
-    }
+        "pairs": pairs, "accuracy": accuracy, "interval": wilson(accuracy, pairs),
+        "threshold": threshold, "far": float(np.mean(similarity[~same] > threshold)), "tar": {},
+    }  # fmt: skip
     for far in FARS:
         if pairs - positives >= 1 / far:
             point = tar_at_far(similarity, same, far)

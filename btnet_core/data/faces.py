@@ -315,13 +315,9 @@ def record_faces(path: str | Path) -> StoredFaces:
     files = [rec, rec.with_suffix(".idx"), rec.with_name("property")]
     name = rec.parent.name if rec.stem == "train" else rec.stem
     return StoredFaces(
-        name,
-        torch.from_numpy(records.labels),
-        records.num_identities,
-        [file for file in files if file.is_file()],
-        records.image,
-        records.where,
-    )
+        name, torch.from_numpy(records.labels), records.num_identities,
+        [file for file in files if file.is_file()], records.image, records.where,
+    )  # fmt: skip
 
 
 def open_faces(spec: Spec) -> FaceSet:

@@ -28,15 +28,8 @@ from btnet_core.errors import DataError
 from btnet_core.files import checksum, integer_table, reason
 
 # Where ArcFace puts eyes, nose tip and mouth corners in a 112x112 crop: x, y in pixels.
-ARCFACE = np.array(
-    [
-        [38.2946, 51.6963],
-        [73.5318, 51.5014],
-        [56.0252, 71.7366],
-        [41.5493, 92.3655],
-        [70.7299, 92.2041],
-    ]
-)
+ARCFACE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366],
+                    [41.5493, 92.3655], [70.7299, 92.2041]])  # fmt: skip
 PROBES = "probe_mixed"
 LISTS = {"G1": "gallery_G1", "G2": "gallery_G2", PROBES: PROBES}
 TABLES = ("face_tid_mid.txt", "name_5pts_score.txt", "template_pair_label.txt")
@@ -186,13 +179,8 @@ def read_templates(root: str | Path) -> TemplateSet:
     return TemplateSet(
         name=stand_in_note(root) or "IJB-C",
         checksum=checksum([media_path, points_path, pairs_path, *lists.values(), *crops]),
-        images=lambda indices: decode_each(read, indices, (112, 112)),
-        template=template,
-        media=media,
-        score=score,
-        first=pairs[:, 0],
-        second=pairs[:, 1],
-        same=pairs[:, 2].astype(bool),
-        galleries={name: subjects[name] for name in ("G1", "G2")},
+        images=lambda indices: decode_each(read, indices, (112, 112)), template=template,
+        media=media, score=score, first=pairs[:, 0], second=pairs[:, 1],
+        same=pairs[:, 2].astype(bool), galleries={name: subjects[name] for name in ("G1", "G2")},
         probes=subjects[PROBES],
-    )
+    )  # fmt: skip

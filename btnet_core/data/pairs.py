@@ -227,14 +227,9 @@ def _pair_set(
         return decode_each(read, indices, (height, width))
 
     return PairSet(
-        name=name,
-        checksum=digest,
-        first=table[:, 0],
-        second=table[:, 1],
-        same=torch.from_numpy(same),
-        images=images,
-        num_images=len(unique),
-    )
+        name=name, checksum=digest, first=table[:, 0], second=table[:, 1],
+        same=torch.from_numpy(same), images=images, num_images=len(unique),
+    )  # fmt: skip
 
 
 # ---- pairs.txt ----
@@ -334,13 +329,10 @@ def draw_pairs(faces: Spec | FaceSet, count: int = 6000, seed: int = 0) -> PairS
     facts = f"{faces.checksum} {count} {seed} 1"
     return PairSet(
         name=f"{faces.name}, {count} pairs, seed {seed}{', shared identities' * shared}",
-        checksum="sha256:" + hashlib.sha256(facts.encode()).hexdigest(),
-        first=table[:, 0],
-        second=table[:, 1],
-        same=torch.tensor(([True] * half + [False] * half) * 10),
-        images=faces.images,
-        num_images=len(faces),
-    )
+        checksum="sha256:" + hashlib.sha256(facts.encode()).hexdigest(), first=table[:, 0],
+        second=table[:, 1], same=torch.tensor(([True] * half + [False] * half) * 10),
+        images=faces.images, num_images=len(faces),
+    )  # fmt: skip
 
 
 def by_identity(labels: Tensor) -> list[np.ndarray]:

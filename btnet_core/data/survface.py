@@ -165,13 +165,11 @@ def read_open_set(root: str | Path) -> OpenSet:
     warn_of(folder, left_out)
     files = [*gallery, *mated, *unmated]
     return OpenSet(
-        name=stand_in_note(root) or "QMUL-SurvFace",
-        stand_in=bool(stand_in_note(root)),
-        images=Crops(files),
-        checksum=checksum([*sorted(folder.glob("*.mat")), *files]),
+        name=stand_in_note(root) or "QMUL-SurvFace", stand_in=bool(stand_in_note(root)),
+        images=Crops(files), checksum=checksum([*sorted(folder.glob("*.mat")), *files]),
         labels=torch.cat([gallery_ids, mated_ids, torch.full((len(unmated),), -1)]),
         in_gallery=torch.arange(len(files)) < len(gallery),
-    )
+    )  # fmt: skip
 
 
 def training_set(root: str | Path) -> StoredFaces:

@@ -154,14 +154,12 @@ def open_set(
     thresholds = {str(f): max(t, lowest) for f, t in zip(fpir, chosen, strict=True)}
     ranks = sorted({1, 5, 10, 20, rank})
     return {
-        "auc": 100 * area,
-        "thresholds": thresholds,
+        "auc": 100 * area, "thresholds": thresholds,
         "tpir": {f: 100 * float(above(hit, t)) for f, t in thresholds.items()},
         "fpir": {f: 100 * float(above(false, t)) for f, t in thresholds.items()},
-        "ranks": {str(n): 100 * float(np.mean(found.rank <= n)) for n in ranks},
-        "mated": len(hit),
+        "ranks": {str(n): 100 * float(np.mean(found.rank <= n)) for n in ranks}, "mated": len(hit),
         "unmated": len(false),
-    }
+    }  # fmt: skip
 
 
 def _on_a_grid(

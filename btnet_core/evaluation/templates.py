@@ -213,11 +213,8 @@ def score_templates(
     point = tar_at_far(scores, data.same, far, authors=authors)
     result = {"tar": 100 * point.rate, "far": 100 * point.false_rate, "threshold": point.threshold}
     lists: dict[str, Any] = {
-        "galleries": data.galleries,
-        "probes": data.probes,
-        "fpir": fpir,
-        "device": device,
-    }
+        "galleries": data.galleries, "probes": data.probes, "fpir": fpir, "device": device,
+    }  # fmt: skip
     if authors:
         merged = identify_merged(templates, ids, **lists)
         return {**result, "tpir": 100 * merged.rate, "identification": merged._asdict()}

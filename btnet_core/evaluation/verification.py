@@ -84,11 +84,9 @@ def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
     thresholds = [_between(value, fold == k, int(i)) for k, i in enumerate(best)]
     accuracies = correct[np.arange(folds), np.searchsorted(value, thresholds, "right")] / sizes
     return TenFold(
-        float(accuracies.mean()),
-        float(accuracies.std()),
-        tuple(accuracies.tolist()),
+        float(accuracies.mean()), float(accuracies.std()), tuple(accuracies.tolist()),
         tuple(thresholds),
-    )
+    )  # fmt: skip
 
 
 def _between(value: np.ndarray, held: np.ndarray, i: int) -> float:
@@ -311,12 +309,9 @@ def evaluate_pairs(
         ]
         mean = np.mean([row["folds"] for row in done], axis=0)
         results[f"{a}&{b}"] = {
-            "accuracy": float(mean.mean()),
-            "std": float(mean.std()),
-            "folds": mean.tolist(),
-            "auc": float(np.mean([row["auc"] for row in done])),
-            "directions": done,
-        }
+            "accuracy": float(mean.mean()), "std": float(mean.std()), "folds": mean.tolist(),
+            "auc": float(np.mean([row["auc"] for row in done])), "directions": done,
+        }  # fmt: skip
     return results
 
 
@@ -347,8 +342,7 @@ def summarise(results: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[st
         summary[setting] = {
             "accuracy": float(np.mean([row["accuracy"] for row in sets])),
             "std": float(np.mean([row["std"] for row in sets])),
-            "sets": [row["accuracy"] for row in sets],
-            "second_half": float(np.mean(later)),
+            "sets": [row["accuracy"] for row in sets], "second_half": float(np.mean(later)),
             "second_halves": later,
-        }
+        }  # fmt: skip
     return summary

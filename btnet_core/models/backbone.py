@@ -18,12 +18,8 @@ from btnet_core.errors import ConfigError, DataError, check_types
 from btnet_core.models.blocks import Bottleneck, ConvBlock, Stem, Unit
 
 IRESNET_UNITS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 14, 3),
-    100: (3, 13, 30, 3),
-    200: (6, 26, 60, 6),
-}
+    18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6),
+}  # fmt: skip
 # MobileFaceNet (Chen et al. 2018), rows: expansion, channels, repeats, stride of the first
 MOBILEFACENET_ROWS = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
 # InsightFace's: twice the channels between the bottlenecks, as many inside
@@ -159,12 +155,10 @@ def _iresnet(config: BackboneConfig) -> Backbone:
             body[f"S{stage}U{index}"] = Unit(c_in, channels[stage], 2 if index == 1 else 1)
     cells = (config.size[0] // 16) * (config.size[1] // 16)
     head = OrderedDict(
-        bn=nn.BatchNorm2d(channels[4]),
-        dropout=nn.Dropout(0.0, inplace=True),
-        flatten=nn.Flatten(),
+        bn=nn.BatchNorm2d(channels[4]), dropout=nn.Dropout(0.0, inplace=True), flatten=nn.Flatten(),
         fc=nn.Linear(channels[4] * cells, config.embedding),
         features=nn.BatchNorm1d(config.embedding),
-    )
+    )  # fmt: skip
     backbone = Backbone(body, nn.Sequential(head), config)
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):

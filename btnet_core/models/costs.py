@@ -7,6 +7,7 @@ and the final fully connected layer are counted, element-wise work is not.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,18 +51,11 @@ def route_cost(btnet: BTNet, r: int) -> Cost:
         stored = _count(route.trainable(bn="all").values())
         authors = _count(route.trainable(bn="authors").values())
     return Cost(
-        r=r,
-        couple_at=couple_at,
-        route=_count(route.parameters()),
-        branch=branch,
-        stored=stored,
+        r=r, couple_at=couple_at, route=_count(route.parameters()), branch=branch, stored=stored,
         authors=authors,
-        running=_count(
-            t for name, t in state.items() if name.endswith(("running_mean", "running_var"))
-        ),
-        share=stored / whole,
-        macs=count_macs(route, btnet.input_size(r)),
-    )
+        running=_count(t for name, t in state.items() if re.search("running_(mean|var)$", name)),
+        share=stored / whole, macs=count_macs(route, btnet.input_size(r)),
+    )  # fmt: skip
 
 
 def cost_table(btnet: BTNet) -> list[Cost]:

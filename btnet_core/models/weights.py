@@ -287,13 +287,9 @@ def _iresnet_name(name: str) -> str:
         return f"body.S{match[1]}U{int(match[2]) + 1}.{rest}"
     first, _, rest = name.partition(".")
     ours = {
-        "conv1": "body.stem.conv",
-        "bn1": "body.stem.bn",
-        "prelu": "body.stem.prelu",
-        "bn2": "head.bn",
-        "fc": "head.fc",
-        "features": "head.features",
-    }
+        "conv1": "body.stem.conv", "bn1": "body.stem.bn", "prelu": "body.stem.prelu",
+        "bn2": "head.bn", "fc": "head.fc", "features": "head.features",
+    }  # fmt: skip
     return f"{ours[first]}.{rest}" if first in ours else name
 
 

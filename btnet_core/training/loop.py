@@ -399,15 +399,11 @@ def _finish(run: Run, progress: Progress) -> dict[str, Any]:
     accuracy = run.validation[-1]["accuracy"] if run.validation else None
     last = {k: v for k, v in progress.row.items() if k not in ("step", "epoch", "seconds")}
     metrics = {
-        **last,
-        "steps": run.total,
-        "seconds": seconds,
+        **last, "steps": run.total, "seconds": seconds,
         "images_per_second": run.total * run.config.batch / seconds,
-        "parameters": sum(p.numel() for p in run.trainable.values()),
-        "skipped_steps": run.skipped,
-        "precision": run.precision,
-        "validation": mean_accuracy(accuracy) if accuracy else {},
-    }
+        "parameters": sum(p.numel() for p in run.trainable.values()), "skipped_steps": run.skipped,
+        "precision": run.precision, "validation": mean_accuracy(accuracy) if accuracy else {},
+    }  # fmt: skip
     if distributed.rank() == 0:
         shutil.rmtree(run.out / "cache", ignore_errors=True)
         record = {**run.identity, "versions": checkpoint.versions(), "metrics": metrics}

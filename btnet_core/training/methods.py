@@ -61,12 +61,8 @@ def phi_bt(
 ) -> TrainConfig:
     """BTNet's branch of r: Eq. 3 moves B_r and batch norms; kappa* and T_r's convolutions stay."""
     own = {
-        "name": f"phi_bt_{r}",
-        "data": data,
-        "resolution": r,
-        "init": trunk,
-        "branch_weight": 0.5,
-    }
+        "name": f"phi_bt_{r}", "data": data, "resolution": r, "init": trunk, "branch_weight": 0.5,
+    }  # fmt: skip
     bct = {"classifier": kappa, "fix_classifier": True}
     return TrainConfig(**{**own, **bct, **BRANCH, **changes})
 

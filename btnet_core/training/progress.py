@@ -69,14 +69,10 @@ class Progress:
             return
         row: dict[str, Any] = {key: value / self.count for key, value in self.sums.items()}
         row |= {
-            "step": step,
-            "epoch": step / self.steps,
-            "lr": lr,
+            "step": step, "epoch": step / self.steps, "lr": lr,
             "images_per_second": self.images / max(now - self.last, 1e-9),
-            "seconds": now - self.began,
-            "memory_gb": memory_gb(),
-            **self.extra,
-        }
+            "seconds": now - self.began, "memory_gb": memory_gb(), **self.extra,
+        }  # fmt: skip
         if late or self.bar is not None or step == self.total:
             self._show(row, now)
         if ended:

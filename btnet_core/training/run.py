@@ -56,12 +56,9 @@ class Run:
         if self.kappa is not None and self.kappa.weight.requires_grad:
             self.learns["kappa"] = self.kappa.weight
         self.optimiser = torch.optim.SGD(
-            self.learns.values(),
-            lr=config.peak_lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+            self.learns.values(), lr=config.peak_lr, momentum=config.momentum,
+            weight_decay=config.weight_decay, fused=True,
+        )  # fmt: skip
         for parameter in self.learns.values():  # at 0, so that a first step may be skipped
             self.optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")

@@ -85,8 +85,10 @@ def images(counts: list[int], draws: list[int], steps: int) -> dict[str, Any]:
 
 
 def classifier_step(kappa: Classifier, optimiser: torch.optim.Optimizer | None, batch: int) -> None:
-    z = torch.randn(batch, WIDTH, requires_grad=True)
-    kappa(z, torch.randint(0, kappa.num_classes, (batch,))).backward()
+    """Forward, backward and, where the classifier learns, a step; on its device."""
+    where = kappa.weight.device
+    z = torch.randn(batch, kappa.weight.shape[1], device=where, requires_grad=True)
+    kappa(z, torch.randint(0, kappa.num_classes, (batch,), device=where)).backward()
     if optimiser:
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)

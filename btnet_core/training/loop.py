@@ -253,13 +253,18 @@ def _machine(
     config: TrainConfig, device: torch.device, state: dict | None
 ) -> AbstractContextManager:
     """torch as the run needs it; a resumed run keeps its threads, and so the order of sums."""
-    torch.set_float32_matmul_precision(config.matmul)
-    torch.backends.cudnn.allow_tf32 = config.matmul != "highest"  # convolutions, too
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+    torch_settings(config, device)
     if device.type != "cpu":
         return nullcontext()
     kept = state["threads"] if state else 0
     return threads(config.threads or kept, distributed.neighbours())
+
+
+def torch_settings(config: TrainConfig, device: torch.device) -> None:
+    """How float32 products are computed, and that cuDNN tries which of its kernels is fastest."""
+    torch.set_float32_matmul_precision(config.matmul)
+    torch.backends.cudnn.allow_tf32 = config.matmul != "highest"  # convolutions, too
+    torch.backends.cudnn.benchmark = device.type == "cuda"
 
 
 def _train(

@@ -114,7 +114,7 @@ def test_a_run_that_is_stopped_keeps_what_it_has(
 
 def test_what_is_not_installed_is_told_in_a_line(tmp_path: Path) -> None:
     """Without tqdm btnet_core cannot be imported: the rates are measured all the same."""
-    missing = {name: None for name in (*FOREIGN, "tqdm", "pytest", "matplotlib")}
+    missing = dict.fromkeys((*FOREIGN, "tqdm", "pytest", "matplotlib"))
     arguments = ["gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path / "gpu.json")]
     code = (
         f"import sys, runpy; sys.modules.update({missing}); sys.argv = {arguments}; "

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from btnet_core.evaluation import identification
-from btnet_core.evaluation.neighbours import Neighbours, search
+from btnet_tools.neighbours import Neighbours, search
 
 WIDTH = 512
 
@@ -70,7 +70,7 @@ def against_exact(
 def main() -> None:
     began, parser = time.monotonic(), bench.options(__doc__)
     parser.add_argument("--entries", type=int, default=1_000_000)
-    parser.add_argument("--probes", type=int, default=2000)
+    parser.add_argument("--probes", type=int, default=1000)
     options = parser.parse_args()
     entries, probes = (4000, 100) if options.quick else (options.entries, options.probes)
     torch.set_num_threads(1)

@@ -135,7 +135,7 @@ class ArcFace(Margin):
     default_margin = 0.5
 
     def positive(self, cosine: Tensor, norms: Tensor | None) -> Tensor:
-        m = cosine.new_tensor(self.margin)
+        m = cosine.new_full((), self.margin)
         return torch.where(cosine > -m.cos(), _add_angle(cosine, m), cosine - m * m.sin())
 
 
@@ -156,7 +156,7 @@ class CurricularFace(ArcFace):
         self.t.lerp_(target.mean().to(self.t.dtype), self.alpha)
 
     def negatives(self, cosine: Tensor, target: Tensor) -> Tensor:
-        m = cosine.new_tensor(self.margin)
+        m = cosine.new_full((), self.margin)
         threshold = _extended(lambda inner: _add_angle(inner, m), target)[:, None]
         return torch.where(cosine > threshold, cosine * (self.t + cosine), cosine)
 

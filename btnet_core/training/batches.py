@@ -170,15 +170,16 @@ def free_memory() -> float:
 
 
 def transfer(rows: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for the copy where there is one to make."""
-    if device.type == "cuda":
+    """To the device, without waiting for the copy, or for the work before it, on a GPU."""
+    if device.type == "cuda" and rows.device.type == "cpu":
         return rows.pin_memory().to(device, non_blocking=True)
     return rows.to(device)
 
 
 def mirrored(pixels: Tensor, flip: Tensor) -> Tensor:
     """Images with ``flip`` set are mirrored left to right (paper-and-code: teacher)."""
-    return torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
+    flip = transfer(flip, pixels.device)
+    return torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
 
 
 def moved(pixels: Tensor, shift: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ def moved(pixels: Tensor, shift: Tensor) -> Tensor:
     Returns float32; edges go on.
     """
     rows, columns = pixels.shape[-2:]
-    step = 2 * shift.to(pixels.device) / torch.tensor([columns, rows], device=pixels.device)
+    step = transfer(2 * shift / torch.tensor([columns, rows]), pixels.device)
     matrix = torch.eye(2, 3, device=pixels.device).repeat(len(pixels), 1, 1)
     matrix[:, :, 2] = -step
     grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
@@ -199,7 +200,7 @@ def trunk_input(trunk: Backbone, pixels: Tensor, size: Tensor, how: Resize) -> T
     pixels = trunk.crop(pixels)
     faces = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
     for rows in size.unique().tolist():
-        members = torch.nonzero(size == rows).flatten().to(pixels.device)
+        members = transfer(torch.nonzero(size == rows).flatten(), pixels.device)
         faces[members] = degrade(pixels[members], rows, how)
     return trunk.normalise(faces).contiguous(memory_format=torch.channels_last)
 

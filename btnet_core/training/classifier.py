@@ -13,6 +13,7 @@ from btnet_core.errors import CheckpointError, ConfigError
 from btnet_core.files import read_safetensors, write_safetensors
 from btnet_core.losses import Margin
 from btnet_core.training import distributed
+from btnet_core.training.batches import transfer
 
 
 def shard(num_classes: int) -> tuple[int, int]:
@@ -72,11 +73,12 @@ class Classifier(nn.Module):
         if self.sample_rate == 1 or not self.training:
             return self.weight, column
         seed = hash((self.seed, self.step, distributed.rank())) % 2**63
-        priority = torch.rand(count, generator=torch.Generator().manual_seed(seed))
-        priority = priority.to(labels.device)
-        present = torch.unique(column[column >= 0])
-        priority[present] = 2.0  # every class of the batch takes part, however many there are
-        wanted = max(round(count * self.sample_rate), len(present))
+        drawn = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+        priority = F.pad(transfer(drawn, labels.device), (0, 1))  # one more, for labels elsewhere
+        priority.index_fill_(0, torch.where(column >= 0, column, count), 2.0)  # of the batch
+        priority, wanted = priority[:count], round(count * self.sample_rate)
+        if wanted < len(labels):  # else there is room for all of them, and a GPU is not asked
+            wanted = max(wanted, int((priority == 2).sum()))
         chosen = priority.topk(wanted).indices.sort().values
         place = torch.searchsorted(chosen, column.clamp_min(0))
         return self.weight[chosen], torch.where(column >= 0, place, -1)

@@ -8,7 +8,8 @@ every function here is the identity.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btnet_core.device import resolve_device
+
+BUCKET = 2**22  # gradients that are exchanged together, in numbers: 16 MiB
 
 
 def start(device: str = "auto") -> torch.device:
@@ -141,15 +144,39 @@ def sharded_cross_entropy(logits: Tensor, column: Tensor) -> Tensor:
     return _ShardedSoftmax.apply(logits, column) if world() > 1 else F.cross_entropy(logits, column)
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over processes (one exchange for all of them)."""
-    if world() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+@contextmanager
+def summed_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gradients of the backward pass inside become their sums over processes, at its end.
+
+    They are exchanged while the pass goes on, BUCKET numbers at a time in the order they are ready.
+    """
+    ready: list[Tensor] = []
+    sent: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
+
+    def send() -> None:
+        flat = torch.cat([gradient.flatten() for gradient in ready])
+        sent.append((dist.all_reduce(flat, async_op=True), flat, ready.copy()))
+        ready.clear()
+
+    def add(parameter: nn.Parameter) -> None:
+        ready.append(parameter.grad)
+        if sum(gradient.numel() for gradient in ready) >= BUCKET:
+            send()
+
+    chosen = [p for p in parameters if p.requires_grad] if world() > 1 else []
+    hooks = [parameter.register_post_accumulate_grad_hook(add) for parameter in chosen]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if ready:
+        send()
+    for work, flat, gradients in sent:
+        work.wait()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def average_statistics(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ READ_EVERY = 10  # steps on a GPU, which is not waited for in between
 
 
 def fit(run: Run, progress: Progress) -> None:
-    """Train from ``run.step`` to the end: load, forward, backward, reduce, clip, step, save."""
+    """Train from ``run.step`` to the end: load, forward, backward, clip, step, save."""
     network = list(run.trainable.values())
     readings = Readings(run, progress)
     run.modes(training=True)
@@ -47,7 +47,6 @@ def fit(run: Run, progress: Progress) -> None:
             lr = _set_lr(run)
             run.optimiser.zero_grad(set_to_none=True)
             terms = backward(run, batch, pixels)
-            distributed.sum_gradients(network)
             norm = unscale_and_clip(run, network)
             readings.add(batch, lr, terms, norm, stop.is_set())
             run.grad_scaler.step(run.optimiser)
@@ -75,7 +74,7 @@ def _set_lr(run: Run) -> float:
 
 
 def backward(run: Run, batch: Batch, pixels: Tensor | None) -> dict[str, Tensor]:
-    """Add the gradients of L, part by part of the batch; returns the terms of L.
+    """The gradients of L, part by part of the batch, summed over processes; returns L's terms.
 
     The parts are means over as many faces each, so that they add up to the mean over the batch.
     Deviation where ``accumulate`` is above 1: batch norms see a part, and CurricularFace's t moves
@@ -84,9 +83,10 @@ def backward(run: Run, batch: Batch, pixels: Tensor | None) -> dict[str, Tensor]
     parts = run.config.accumulate
     faces = pixels.chunk(parts) if pixels is not None else [None] * parts
     total: dict[str, Tensor] = {}
-    for part, some in zip(batch.split(parts), faces, strict=True):
+    for index, (part, some) in enumerate(zip(batch.split(parts), faces, strict=True), 1):
         L, terms = losses_of(run, part, some)
-        run.grad_scaler.scale(L / parts).backward()
+        with distributed.summed_gradients(run.trainable.values() if index == parts else ()):
+            run.grad_scaler.scale(L / parts).backward()
         for name, term in terms.items():
             total[name] = total.get(name, 0) + term.detach() / parts
     return total

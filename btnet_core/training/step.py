@@ -67,7 +67,7 @@ def influence(run: Run, z: Tensor | None, labels: Tensor) -> Tensor | float:
     """L_influence (Eq. 1) of embeddings ``(b, D)``: the mean over all processes' batch."""
     if not run.config.influence_weight:
         return 0.0
-    labels = labels.to(run.device)
+    labels = transfer(labels, run.device)
     loss = z.new_zeros(())
     if run.kappa is not None:
         run.kappa.step = run.step

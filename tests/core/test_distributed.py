@@ -76,7 +76,6 @@ def probe(config: TrainConfig, out: Path) -> None:
     run.modes(training=True)
     batch = run.sampler.batch(0)
     terms = backward(run, batch, run.pixels.get(batch.records))
-    distributed.sum_gradients(run.trainable.values())
     gradients = {name: parameter.grad.clone() for name, parameter in run.trainable.items()}
     if "kappa" in run.learns:
         gradients["kappa"] = run.kappa.whole(run.kappa.weight.grad)

@@ -1,38 +1,58 @@
 """Training on a CUDA device: the CPU's losses, mixed precision, memory, copies, resuming, several GPUs.
 
-Without a device these are skipped; `pytest -m gpu` without one is an error (conftest.py).
+Without a device these are skipped; `pytest -m gpu` without one is an error (conftest.py). BTNET_GPU_TESTS=cpu runs the same
+functions on the CPU, but for those that ask CUDA itself: it shows that the tests are right, where there is no GPU.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from btnet_core.evaluation.embedders import UpsamplingEmbedder
+from btnet_core.data.pairs import open_pairs
+from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
+from btnet_core.evaluation.identification import identify, search
+from btnet_core.evaluation.verification import evaluate_pairs
 from btnet_core.files import read_safetensors
-from btnet_core.models.backbone import BackboneConfig
+from btnet_core.models.backbone import BackboneConfig, build_backbone
+from btnet_core.models.btnet import BTNet
 from btnet_core.models.weights import load_backbone
 from btnet_core.training import checkpoint, loop, methods
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.launch import train_in_subprocess
-from btnet_core.training.loop import backward, train
+from btnet_core.training.loop import backward, fill_cache, train, unscale_and_clip
 from btnet_core.training.progress import read_metrics
 from btnet_core.training.run import Run, prepare
 from btnet_core.training.step import branch_inputs
 
-pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
+DEVICE = os.environ.get("BTNET_GPU_TESTS", "cuda")
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
+cuda_alone = pytest.mark.skipif(DEVICE != "cuda", reason="asks CUDA itself")
 FACES = {"kind": "synthetic", "identities": 8, "images": 8, "seed": 0}
 PAIRS = {"kind": "drawn", "faces": {**FACES, "first": 50}, "count": 40, "seed": 0}
 SMALL = BackboneConfig(name="iresnet18", width=0.25, embedding=64)
 QUICK = {"batch": 16, "epochs": 2, "warmup_epochs": 0.0, "lr": 0.1}
+GENTLE = functools.partial(torch.amp.GradScaler, init_scale=16.0)  # 2^16 skips first steps here
 
 
 def whole(**changes) -> TrainConfig:
     return methods.phi_mr(FACES, backbone=SMALL, **{**QUICK, **changes})
+
+
+def branch(folder: Path, **changes) -> TrainConfig:
+    """phi_bt of 14 px from a trunk that is trained in ``folder`` first."""
+    if not (folder / "trunk" / "trunk.safetensors").is_file():
+        train(whole(), folder / "trunk", device=DEVICE, show="none")
+    files = [str(folder / "trunk" / f"{name}.safetensors") for name in ("trunk", "classifier")]
+    return methods.phi_bt(FACES, 14, *files, **{**QUICK, "precision": "fp32", **changes})
 
 
 def losses(out: Path, device: str, **changes) -> list[float]:
@@ -50,8 +70,7 @@ def test_float32_is_the_cpu_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_amp_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    gentle = functools.partial(torch.amp.GradScaler, init_scale=16.0)  # 2^16 skips first steps here
-    monkeypatch.setattr(torch.amp, "GradScaler", gentle)
+    monkeypatch.setattr(torch.amp, "GradScaler", GENTLE)
     exact = losses(tmp_path / "fp32", DEVICE, precision="fp32")
     mixed = losses(tmp_path / precision, DEVICE, precision=precision)
     assert mixed == pytest.approx(exact, rel=0.05)
@@ -68,8 +87,7 @@ def test_fp16_overflow_is_skipped_counted_and_recovered_from(
         kept.append([p.detach().clone() for p in run.learns.values()])
         return original(run, network)
 
-    gentle = functools.partial(torch.amp.GradScaler, init_scale=16.0)
-    monkeypatch.setattr(torch.amp, "GradScaler", gentle)
+    monkeypatch.setattr(torch.amp, "GradScaler", GENTLE)
     monkeypatch.setattr(loop, "unscale_and_clip", overflowing)
     metrics = train(whole(precision="fp16"), tmp_path, device=DEVICE, show="none")
     assert metrics["skipped_steps"] == 2
@@ -106,12 +124,9 @@ def test_compiled_gives_the_same_losses(tmp_path: Path) -> None:
 
 
 def test_the_cached_teacher_gives_the_same_losses(tmp_path: Path) -> None:
-    train(whole(), tmp_path / "trunk", device=DEVICE, show="none")
-    files = [str(tmp_path / "trunk" / f"{name}.safetensors") for name in ("trunk", "classifier")]
     rows = {}
     for cache in ("", str(tmp_path / "kept")):
-        changes = {**QUICK, "precision": "fp32", "cache_dir": cache}
-        config = methods.phi_bt(FACES, 14, *files, **changes)
+        config = branch(tmp_path, cache_dir=cache)
         out = tmp_path / ("cached" if cache else "computed")
         train(config, out, device=DEVICE, show="none")
         rows[bool(cache)] = [row["loss"] for row in read_metrics(out)]
@@ -119,24 +134,92 @@ def test_the_cached_teacher_gives_the_same_losses(tmp_path: Path) -> None:
     assert rows[True][0] == pytest.approx(rows[False][0], rel=1e-4)
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = whole(precision="fp32", epochs=3)
-    train(config, tmp_path / "whole", device=DEVICE, show="none")
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """The training inside stops there, as by Ctrl-C, with a checkpoint."""
     add = loop.Readings.add
 
     def asked(self, batch, lr, terms, norm, stop):
-        add(self, batch, lr, terms, norm, self.run.step + 1 == 8)
+        add(self, batch, lr, terms, norm, self.run.step + 1 == step)
 
-    monkeypatch.setattr(loop.Readings, "add", asked)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "cut", device=DEVICE, show="none")
-    monkeypatch.undo()
-    train(config, tmp_path / "cut", device=DEVICE, show="none")
-    resumed, straight = (
-        read_safetensors(tmp_path / name / "trunk.safetensors")[0] for name in ("cut", "whole")
-    )
-    for name, tensor in straight.items():  # kernels of a GPU need not sum in one order
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Readings, "add", asked)
+        yield
+
+
+def alike(first: Path, second: Path) -> None:
+    """The weights of two files agree; kernels of a GPU need not sum in one order."""
+    resumed, straight = (read_safetensors(path)[0] for path in (first, second))
+    assert resumed.keys() == straight.keys()
+    for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stopped_run_goes_on(tmp_path: Path, precision: str) -> None:
+    config = whole(precision=precision, epochs=3)
+    train(config, tmp_path / "whole", device=DEVICE, show="none")
+    with stopped_after(8):
+        train(config, tmp_path / "cut", device=DEVICE, show="none")
+    assert checkpoint.load_state(tmp_path / "cut")["step"] == 8
+    train(config, tmp_path / "cut", device=DEVICE, show="none")
+    for name in ("trunk.safetensors", "classifier.safetensors"):
+        alike(tmp_path / "cut" / name, tmp_path / "whole" / name)
+
+
+def test_a_branch_with_kept_answers_goes_on_from_what_is_on_the_disk(tmp_path: Path) -> None:
+    """The second session reads the files of the first: not a byte of them is written again."""
+    config = branch(tmp_path, cache_dir=str(tmp_path / "kept"), epochs=3)
+    train(config, tmp_path / "whole", device=DEVICE, show="none")
+    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"x.bin", "z_s.bin", "complete"}
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    time.sleep(0.02)
+    with stopped_after(8):
+        train(config, tmp_path / "cut", device=DEVICE, show="none")
+    train(config, tmp_path / "cut", device=DEVICE, show="none")
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    alike(*(tmp_path / name / "btnet" / "branch_14.safetensors" for name in ("cut", "whole")))
+
+
+def test_the_gradient_scalers_state_is_in_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that overflows halves the scale; a stop later, another process goes on with that scale and count."""
+    original = loop.unscale_and_clip
+
+    def overflowing(run: Run, network: list) -> torch.Tensor:
+        if run.step == 1:
+            network[3].grad[...] = float("inf")
+        return original(run, network)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", GENTLE)
+    monkeypatch.setattr(loop, "unscale_and_clip", overflowing)
+    config = whole(precision="fp16", epochs=3)
+    with stopped_after(8):
+        train(config, tmp_path, device=DEVICE, show="none")
+    state = checkpoint.load_state(tmp_path)
+    assert (state["grad_scaler"]["scale"], state["grad_scaler"]["_growth_tracker"]) == (8.0, 6)
+    run = prepare(config, tmp_path, torch.device(DEVICE))
+    checkpoint.restore(run, state)
+    assert (run.grad_scaler.get_scale(), run.skipped) == (8.0, 1)
+    metrics = train(config, tmp_path, device=DEVICE, show="none")
+    assert metrics["skipped_steps"] == 1
+    assert metrics["grad_scale"] == 8.0
+
+
+def test_overflows_of_its_own_are_recovered_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a scale that no fp16 gradient bears the run comes down by itself, and learns."""
+    high = functools.partial(torch.amp.GradScaler, init_scale=2.0**36)
+    monkeypatch.setattr(torch.amp, "GradScaler", high)
+    config = whole(precision="fp16", epochs=10)
+    metrics = train(config, tmp_path, device=DEVICE, show="none")
+    assert 0 < metrics["skipped_steps"] < 35  # of 40
+    assert metrics["grad_scale"] == 2.0 ** (36 - metrics["skipped_steps"])
+    weights = read_safetensors(tmp_path / "trunk.safetensors")[0]
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_validation_and_embedding_on_the_device(tmp_path: Path) -> None:
@@ -152,13 +235,73 @@ def test_validation_and_embedding_on_the_device(tmp_path: Path) -> None:
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
 
 
+def test_pair_accuracy_on_the_device_is_the_cpus() -> None:
+    torch.manual_seed(0)
+    net, pairs = BTNet(build_backbone(SMALL), (14,)), open_pairs(PAIRS)
+    cpu, device = (
+        evaluate_pairs(BranchEmbedder(net, device=where, precision="fp32"), pairs, [(112, 14), (14, 14)])
+        for where in ("cpu", DEVICE)
+    )  # fmt: skip
+    for setting in ("112&14", "14&14"):
+        assert device[setting]["auc"] == pytest.approx(cpu[setting]["auc"], abs=1.0)
+        assert device[setting]["accuracy"] == pytest.approx(cpu[setting]["accuracy"], abs=5.1)
+
+
+def test_identification_on_the_device_is_the_cpus() -> None:
+    """1:N in blocks: ranks, scores and rates, with mates far down among the entries, and none at all."""
+    generator = torch.Generator().manual_seed(0)
+    gallery = torch.randn(300, 64, generator=generator)
+    mates = np.where(np.arange(200) % 3 == 0, -1, np.arange(200))
+    noise = torch.randn(200, 64, generator=generator)
+    probes = noise + torch.where(torch.from_numpy(mates >= 0)[:, None], 0.6 * gallery[:200], 0)
+    cpu, device = (
+        search(probes, gallery, mates, lowest_rank=20, device=where, chunk=7000) for where in ("cpu", DEVICE)
+    )  # fmt: skip
+    assert len(np.unique(cpu.rank)) > 10
+    assert np.mean(device.rank != cpu.rank) <= 0.02  # scores that are equal but for rounding
+    np.testing.assert_allclose(device.mate, cpu.mate, atol=1e-4)
+    np.testing.assert_allclose(device.unmated, cpu.unmated, atol=1e-4)
+    assert device.lowest == pytest.approx(cpu.lowest, abs=1e-4)
+    labels = np.arange(300), np.where(mates < 0, -1, mates)
+    one, two = (
+        identify(gallery, labels[0], probes, labels[1], device=where) for where in ("cpu", DEVICE)
+    )
+    assert two["tpir"] == pytest.approx(one["tpir"], abs=2.0)
+
+
 def one_step(run: Run, step: int) -> None:
     batch = run.sampler.batch(step)
     run.optimiser.zero_grad(set_to_none=True)
-    backward(run, batch, run.pixels.get(batch.records))
-    run.optimiser.step()
+    pixels = None if run.cache is not None else run.pixels.get(batch.records)
+    backward(run, batch, pixels)
+    unscale_and_clip(run, list(run.trainable.values()))
+    run.grad_scaler.step(run.optimiser)
+    run.grad_scaler.update()
 
 
+@cuda_alone
+@pytest.mark.parametrize("what", ["trunk", "PartialFC", "fp16", "branch", "cached branch"])
+def test_an_ordinary_step_does_not_wait_for_the_device(tmp_path: Path, what: str) -> None:
+    """CUDA itself raises where the host would wait: for a value, a list of indices or a copy."""
+    changes = {"PartialFC": {"sample_rate": 0.5, "batch": 2}, "fp16": {"precision": "fp16"}}
+    faces = {**FACES, "identities": 16} if what == "PartialFC" else FACES
+    config = whole(data=faces, **changes.get(what, {}))
+    if "branch" in what:
+        config = branch(tmp_path, cache_dir=str(tmp_path / "kept") if "cached" in what else "")
+    run = prepare(config, tmp_path, torch.device(DEVICE))
+    if "cached" in what:
+        fill_cache(run, loop.Progress(tmp_path, "", 1, 0, 1, show="none", speak=False))
+    run.modes(training=True)
+    one_step(run, 0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one_step(run, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda_alone
 def test_memory_does_not_grow(tmp_path: Path) -> None:
     config = methods.phi_hr(FACES, backbone=SMALL, **QUICK)
     run = prepare(config, tmp_path, torch.device(DEVICE))
@@ -191,11 +334,58 @@ def test_overlapping_copies_carry_the_right_images(tmp_path: Path) -> None:
         assert (x.cpu() - expected).abs().mean() < 0.2  # another kernel, the same faces
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_with_shared_batch_statistics_are_one(tmp_path: Path) -> None:
-    config = whole(precision="fp32", sync_bn=True)
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        train_in_subprocess(config, out, device=DEVICE, processes=processes)
-    one, two = ([row["loss"] for row in read_metrics(tmp_path / n)] for n in ("1", "2"))
-    assert two == pytest.approx(one, rel=5e-3)
+# ---- two GPUs; on the CPU two processes, whose batch norms see their own halves ------------------
+
+two_devices = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs"
+)
+SHARED = {"precision": "fp32", "sync_bn": DEVICE == "cuda"}
+ROUNDING = 5e-3 if DEVICE == "cuda" else 0.3
+
+
+def on(processes: int, config: TrainConfig, out: Path) -> list[float]:
+    """Losses of the training in that many processes."""
+    train_in_subprocess(config, out, device=DEVICE, processes=processes)
+    return [row["loss"] for row in read_metrics(out) if "loss" in row]
+
+
+@two_devices
+@pytest.mark.parametrize("loss", ["curricularface", "arcface"])
+def test_two_gpus_with_shared_batch_statistics_are_one(tmp_path: Path, loss: str) -> None:
+    """Gradients, the classifier's shards and its softmax over both: the losses of one device."""
+    config = whole(loss=loss, **SHARED)
+    one, two = (on(n, config, tmp_path / str(n)) for n in (1, 2))
+    assert two == pytest.approx(one, rel=ROUNDING)
+    assert two[0] == pytest.approx(one[0], rel=ROUNDING / 5)
+
+
+@two_devices
+def test_two_gpus_share_class_means_kept_answers_and_validation(tmp_path: Path) -> None:
+    pairs = ({**PAIRS, "seed": 0}, {**PAIRS, "seed": 1})
+    config = branch(
+        tmp_path,
+        validation=pairs,
+        epochs=3,
+        classifier="class_means",
+        cache="auto",
+        **{"bn": "frozen_bn"},
+    )
+    one, two = (on(n, config, tmp_path / str(n)) for n in (1, 2))
+    assert two == pytest.approx(one, rel=5e-2)
+    records = [checkpoint.read_record(tmp_path / n)["metrics"]["validation"] for n in ("1", "2")]
+    assert records[1].keys() == records[0].keys()
+    assert records[1] == pytest.approx(records[0], abs=10.0)
+
+
+@two_devices
+def test_a_checkpoint_of_one_gpu_goes_on_on_two(tmp_path: Path) -> None:
+    """Part of the negative classes, momentum and all: cut over two devices where one had them whole."""
+    config = whole(sample_rate=0.5, epochs=3, **SHARED)
+    with stopped_after(8):
+        train(config, tmp_path / "cut", device=DEVICE, show="none")
+    rows = on(2, config, tmp_path / "cut")
+    assert len(rows) == len(on(1, config, tmp_path / "whole"))
+    assert np.isfinite(rows).all()
+    weight = read_safetensors(tmp_path / "cut" / "classifier.safetensors")[0]["weight"]
+    assert weight.shape == (8, 64)
+    assert (weight.norm(dim=1) > 0).all()

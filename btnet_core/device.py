@@ -25,17 +25,21 @@ INSTRUCTIONS = (
 def resolve_device(device: str = "auto") -> torch.device:
     """Returns the device of that name; "auto" is CUDA where there is one, else the CPU.
 
+    Of several GPUs a process that torchrun started gets its own, unless a number is named.
+
     Raises:
         ConfigError: torch knows no such device, or sees no CUDA device.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device: got {device!r}, expected auto, cpu, cuda or cuda:N") from None
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {device!r} was asked for, but torch sees no CUDA device")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return resolved
 
 

@@ -361,19 +361,31 @@ def value_of(text: str) -> Any:
 
 @command("btnet embed faces/ --model my_btnet --out embeddings.npz")
 @click.argument("source", metavar="FOLDER")
-@option("--out", required=True, metavar="FILE.npz", help="Receives a row for each image.")
+@option("--out", required=True, metavar="FILE.npz|DIR", help="One file; or a folder of shards.")
+@option("--shard", type=click.IntRange(min=1), default=10_000, help="Images a shard (10,000).")
 @option("--keep-going", is_flag=True, help="Leave out unreadable images and list them.")
 @select_option
 @model_options
-def embed(source: str, out: str, keep_going: bool, select: str, **model: Any) -> int:
-    """Embed all face images under a folder, of any sizes, into one .npz file."""
-    from btnet_tools.embed import embed_folder
+def embed(source: str, out: str, shard: int, keep_going: bool, select: str, **model: Any) -> int:
+    """Embed all face images under a folder, of any sizes.
 
-    count, failed = embed_folder(open_model(**model), source, out, select, keep_going)
-    click.echo(f"{count:,} embeddings in {out}")
-    for name, reason in failed.items():
-        click.echo(f"left out {name}: {reason}", err=True)
-    return 1 if failed else 0
+    Into one .npz file; or, where --out is a folder, into shards that are written as it goes, with
+    an index.json. The same command goes on; under torchrun each process takes its share.
+    """
+    from btnet_tools.embed import embed_folder, embed_shards
+
+    net, bad = open_model(**model), False
+    click.get_current_context().command.resumes = not out.endswith(".npz")  # type: ignore
+    if out.endswith(".npz"):
+        parts = iter([(out, *embed_folder(net, source, out, select, keep_going))])
+    else:
+        parts = embed_shards(net, source, out, select, keep_going, shard)
+    for file, count, failed in parts:
+        click.echo(f"{count:,} embeddings in {file}")
+        for name, reason in failed.items():
+            click.echo(f"left out {name}: {reason}", err=True)
+        bad = bad or bool(failed)
+    return int(bad)
 
 
 @command("btnet verify passport.jpg camera.png --model my_btnet")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from btnet_core.data.folders import find_images, warn_of
+from btnet_core.data.folders import find_images, split_images, walk, warn_of
 from btnet_core.device import threads
 from btnet_core.errors import DataError
 from btnet_core.files import write_atomically
 from btnet_core.images import decode, read
-from btnet_core.models.btnet import BTNet, select_branch
+from btnet_core.kinds import what_is
+from btnet_core.models.btnet import BTNet, select_branch, weights_digest
+from btnet_core.training.distributed import neighbours
 from btnet_paper.quality import optical_resolution
 
 BATCH = 64  # faces of one branch that pass through the model together
 COLUMNS = ("size", "resize_factor", "reliability")  # of the .npz, as in Face
+INDEX = "index.json"  # of a folder of shards
 LARGEST, WIDEST = 512, 2  # pixels a side, and times the shorter side, of what may be a crop
 
 
@@ -115,11 +121,7 @@ def embed_files(
 def embed_folder(
     btnet: BTNet, source: str, out: str, select: str = "max+ceil", keep_going: bool = False
 ) -> tuple[int, dict[str, str]]:
-    """Embed every image under ``source`` into the .npz ``out``: one row an image in each array.
-
-    ``names`` (relative to ``source``), ``embeddings`` (n, D) of unit length, ``branch`` (n,),
-    ``size`` (n, 2: rows, columns of the picture), ``resize_factor`` (n, 2), ``reliability`` (n,:
-    rows of detail, see quality.py), and ``failed``, the names of those left out.
+    """Embed every image under ``source`` into the .npz ``out``, see ``columns_of``.
 
     Returns:
         The number of embeddings, and {name: reason} of the images left out (with ``keep_going``).
@@ -129,28 +131,140 @@ def embed_folder(
     """
     if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
         raise DataError(f"--out {out}: expected a file in a folder that is there")
-    files = find_files(Path(source))
-    reader = Reader(btnet, select)
+    files, reader = find_files(Path(source)), Reader(btnet, select)
+    with threads():  # as many as cores are idle
+        return _embed_into(Path(out), btnet, files, reader, keep_going)
+
+
+def embed_shards(
+    btnet: BTNet, source: str, out: str, select: str = "max+ceil", keep_going: bool = False,
+    images: int = 10_000,
+) -> Iterator[tuple[str, int, dict[str, str]]]:  # fmt: skip
+    """Embed every image under ``source`` into the folder ``out``, ``images`` of them a file.
+
+    Memory holds one such shard. What is there already is not done again; under torchrun each
+    process takes its share, and the last one writes the ``index.json`` that lists all shards.
+
+    Yields:
+        File, number of embeddings and the images left out, for each shard that was made.
+
+    Raises:
+        DataError: as ``embed_folder``; ``out`` was made by another model, rule or shard size, or
+            of other images.
+    """
+    folder, reader = Path(out), Reader(btnet, select)
+    facts = {
+        "model": f"{weights_digest(btnet)} {btnet.inference}".strip(),
+        "select": select,
+        "images_a_shard": images,
+    }
+    _check_index(folder, facts)
+    rank, world = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1)))
+    made = []
+    for number, names in enumerate(_parts(image_names(Path(source)), images)):
+        path = folder / f"shard_{number:06d}.npz"
+        made.append(path)
+        if path.is_file():
+            _check_names(path, names)
+        elif number % world == rank:
+            root = Path(source) if Path(source).is_dir() else Path(source).parent
+            files = {name: root / name for name in names}
+            with threads(processes=neighbours()):
+                yield (path.name, *_embed_into(path, btnet, files, reader, keep_going))
+    if not made:
+        raise DataError(f"{source}: no images")
+    if all(path.is_file() for path in made):
+        _write_index(folder, facts, [_entry(path) for path in made])
+
+
+def _embed_into(
+    path: Path, btnet: BTNet, files: dict[str, Path], reader: Reader, keep_going: bool
+) -> tuple[int, dict[str, str]]:
+    """Write the embeddings of ``files``; their number, and the images left out with reasons."""
     try:
-        with threads():  # as many as cores are idle
-            found = embed_files(btnet, list(files.values()), reader, keep_going)
+        found = embed_files(btnet, list(files.values()), reader, keep_going)
     except DataError as error:
         raise DataError(f"{error}; --keep-going leaves such images out") from error
-    rows, failed = {}, {}
-    for name, face in zip(files, found, strict=True):
-        if isinstance(face, DataError):
-            failed[name] = str(face)
-        else:
-            rows[name] = face
+    rows = {n: face for n, face in zip(files, found, strict=True) if isinstance(face, Face)}
+    failed = {n: str(one) for n, one in zip(files, found, strict=True) if n not in rows}
     warn_of_photographs(rows)
-    columns: dict[str, Any] = {
-        key: np.array([getattr(face, key) for face in rows.values()]) for key in COLUMNS
-    }
-    columns["branch"] = np.array([face.r for face in rows.values()], np.int64)
-    columns["names"], columns["failed"] = (np.array(list(x), np.str_) for x in (rows, failed))
-    columns["embeddings"] = np.array([face.embedding for face in rows.values()], np.float32)
-    write_atomically(out, lambda file: np.savez(file, **columns))
+    columns = columns_of(rows, failed)
+    write_atomically(path, lambda file: np.savez(file, **columns))
     return len(rows), failed
+
+
+def columns_of(faces: dict[str, Face], failed: dict[str, str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, a row an image.
+
+    ``names`` (relative to the folder), ``embeddings`` (n, D) of unit length, ``branch`` (n,),
+    ``size`` (n, 2: rows, columns of the picture), ``resize_factor`` (n, 2), ``reliability`` (n,:
+    rows of detail, see quality.py), and ``failed``, the names of those left out.
+    """
+    columns = {key: np.array([getattr(face, key) for face in faces.values()]) for key in COLUMNS}
+    columns["branch"] = np.array([face.r for face in faces.values()], np.int64)
+    columns["names"], columns["failed"] = (np.array(list(x), np.str_) for x in (faces, failed))
+    columns["embeddings"] = np.array([face.embedding for face in faces.values()], np.float32)
+    return columns
+
+
+def _parts(items: Iterator[str], size: int) -> Iterator[list[str]]:
+    """``items`` in lists of ``size``, the last one perhaps shorter."""
+    while part := list(islice(items, size)):
+        yield part
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """What the index says of a shard."""
+    with np.load(path) as table:
+        names, failed = table["names"], table["failed"]
+    return {"file": path.name, "images": len(names), "failed": len(failed),
+            "first": str(min([*names[:1], *failed[:1]]))}  # fmt: skip
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    """Raise DataError unless the shard holds just these images."""
+    try:
+        with np.load(path) as table:
+            there = {*table["names"].tolist(), *table["failed"].tolist()}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: no shard of embeddings, but {what_is(path)}") from error
+    if there != set(names):
+        first = min(there ^ set(names))
+        told = f"made of other images than are there now ({first}, for one)"
+        raise DataError(f"{path}: {told}; choose another --out")
+
+
+def _check_index(folder: Path, facts: dict[str, Any]) -> None:
+    """Raise DataError where ``folder`` was made otherwise; a new one gets an index without shards."""
+    path = folder / INDEX
+    if not path.is_file():
+        _write_index(folder, facts, [])
+    try:
+        there = json.loads(path.read_text())
+        changed = [
+            f"{key} {there[key]!r} -> {now!r}" for key, now in facts.items() if there[key] != now
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no index of embeddings, but {what_is(path)}") from error
+    if changed:
+        raise DataError(
+            f"{folder}: made with other settings ({'; '.join(changed)}); choose another --out"
+        )
+
+
+def _write_index(folder: Path, facts: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    write_atomically(folder / INDEX, json.dumps({**facts, "shards": shards}, indent=1) + "\n")
+
+
+def image_names(source: Path) -> Iterator[str]:
+    """Images under a folder by their names, folder by folder, as they are met."""
+    if source.is_file():
+        yield source.name
+        return
+    for _, files in walk(source):
+        images, left_out = split_images(files)
+        warn_of(source, left_out)
+        yield from (str(file.relative_to(source)) for file in images)
 
 
 def find_files(source: Path) -> dict[str, Path]:

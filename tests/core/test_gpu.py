@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -134,17 +132,17 @@ def test_the_cached_teacher_gives_the_same_losses(tmp_path: Path) -> None:
     assert rows[True][0] == pytest.approx(rows[False][0], rel=1e-4)
 
 
-@contextmanager
-def stopped_after(step: int) -> Iterator[None]:
-    """The training inside stops there, as by Ctrl-C, with a checkpoint."""
+def stopped_after(step: int, config: TrainConfig, out: Path) -> None:
+    """Train and stop there, as by Ctrl-C: a checkpoint is saved."""
     add = loop.Readings.add
 
     def asked(self, batch, lr, terms, norm, stop):
         add(self, batch, lr, terms, norm, self.run.step + 1 == step)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Readings, "add", asked)
-        yield
+        with pytest.raises(KeyboardInterrupt):
+            train(config, out, device=DEVICE, show="none")
 
 
 def alike(first: Path, second: Path) -> None:
@@ -159,8 +157,7 @@ def alike(first: Path, second: Path) -> None:
 def test_a_stopped_run_goes_on(tmp_path: Path, precision: str) -> None:
     config = whole(precision=precision, epochs=3)
     train(config, tmp_path / "whole", device=DEVICE, show="none")
-    with stopped_after(8):
-        train(config, tmp_path / "cut", device=DEVICE, show="none")
+    stopped_after(8, config, tmp_path / "cut")
     assert checkpoint.load_state(tmp_path / "cut")["step"] == 8
     train(config, tmp_path / "cut", device=DEVICE, show="none")
     for name in ("trunk.safetensors", "classifier.safetensors"):
@@ -175,8 +172,7 @@ def test_a_branch_with_kept_answers_goes_on_from_what_is_on_the_disk(tmp_path: P
     assert {path.name for path in files} >= {"x.bin", "z_s.bin", "complete"}
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     time.sleep(0.02)
-    with stopped_after(8):
-        train(config, tmp_path / "cut", device=DEVICE, show="none")
+    stopped_after(8, config, tmp_path / "cut")
     train(config, tmp_path / "cut", device=DEVICE, show="none")
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     alike(*(tmp_path / name / "btnet" / "branch_14.safetensors" for name in ("cut", "whole")))
@@ -196,8 +192,7 @@ def test_the_gradient_scalers_state_is_in_the_checkpoint(
     monkeypatch.setattr(torch.amp, "GradScaler", GENTLE)
     monkeypatch.setattr(loop, "unscale_and_clip", overflowing)
     config = whole(precision="fp16", epochs=3)
-    with stopped_after(8):
-        train(config, tmp_path, device=DEVICE, show="none")
+    stopped_after(8, config, tmp_path)
     state = checkpoint.load_state(tmp_path)
     assert (state["grad_scaler"]["scale"], state["grad_scaler"]["_growth_tracker"]) == (8.0, 6)
     run = prepare(config, tmp_path, torch.device(DEVICE))
@@ -381,8 +376,7 @@ def test_two_gpus_share_class_means_kept_answers_and_validation(tmp_path: Path) 
 def test_a_checkpoint_of_one_gpu_goes_on_on_two(tmp_path: Path) -> None:
     """Part of the negative classes, momentum and all: cut over two devices where one had them whole."""
     config = whole(sample_rate=0.5, epochs=3, **SHARED)
-    with stopped_after(8):
-        train(config, tmp_path / "cut", device=DEVICE, show="none")
+    stopped_after(8, config, tmp_path / "cut")
     rows = on(2, config, tmp_path / "cut")
     assert len(rows) == len(on(1, config, tmp_path / "whole"))
     assert np.isfinite(rows).all()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from importlib.util import find_spec
@@ -17,8 +21,9 @@ from btnet_core.errors import DataError
 from btnet_core.images import encode, resize
 from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet
+from btnet_tools import embed as tool
 from btnet_tools.cli import main
-from btnet_tools.embed import Face, Reader, ahead, embed_folder, warn_of_photographs
+from btnet_tools.embed import Face, Reader, ahead, embed_folder, embed_shards, warn_of_photographs
 
 SIDES = {"a/big.png": 112, "a/small.jpg": 20, "b.bmp": 7}
 
@@ -209,3 +214,195 @@ def test_the_package_exports_btnet_lazily() -> None:
     assert btnet_core.BTNet is BTNet
     with pytest.raises(AttributeError, match="BTNets"):
         btnet_core.BTNets  # noqa: B018
+
+
+# ---- shards ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Seven pictures in two folders and one beside them."""
+    for index, name in enumerate(("0.png", *(f"{k}/{i}.png" for k in "ab" for i in range(3)))):
+        (tmp_path / "many" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (9 + index, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "many" / name)
+    return tmp_path / "many"
+
+
+def shards(out: Path) -> dict[str, np.ndarray]:
+    """{name: embedding} of all shards that the index lists."""
+    index, found = json.loads((out / "index.json").read_text()), {}
+    for shard in index["shards"]:
+        with np.load(out / shard["file"]) as table:
+            assert len(table["names"]) == shard["images"]
+            found |= dict(zip(table["names"].tolist(), table["embeddings"], strict=True))
+    return found
+
+
+def test_shards_hold_what_one_file_does(model: Path, many: Path, tmp_path: Path, capsys) -> None:
+    line = ["embed", str(many), "--model", str(model), "--out"]
+    assert main([*line, str(tmp_path / "e.npz")]) == 0
+    assert main([*line, str(tmp_path / "out"), "--shard", "3"]) == 0
+    assert "3 embeddings in shard_000001.npz" in capsys.readouterr().out
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert [shard["images"] for shard in index["shards"]] == [3, 3, 1]
+    assert [shard["first"] for shard in index["shards"]] == ["0.png", "a/2.png", "b/2.png"]
+    with np.load(tmp_path / "e.npz") as table:
+        whole = dict(zip(table["names"].tolist(), table["embeddings"], strict=True))
+    together = shards(tmp_path / "out")
+    assert together.keys() == whole.keys()
+    for name, embedding in whole.items():
+        np.testing.assert_allclose(together[name], embedding, atol=1e-5)
+
+
+def test_shards_that_are_there_are_not_made_again(model: Path, many: Path, tmp_path: Path) -> None:
+    net, out = BTNet.load(model).eval(), tmp_path / "out"
+    made = embed_shards(net, str(many), str(out), images=3)
+    next(made)
+    made.close()  # stopped after the first
+    before = (out / "shard_000000.npz").stat().st_mtime_ns
+    assert not json.loads((out / "index.json").read_text())["shards"]
+    assert [name for name, *_ in embed_shards(net, str(many), str(out), images=3)] == [
+        "shard_000001.npz",
+        "shard_000002.npz",
+    ]
+    assert (out / "shard_000000.npz").stat().st_mtime_ns == before
+    assert len(shards(out)) == 7
+    assert not list(embed_shards(net, str(many), str(out), images=3))
+
+
+def test_each_process_makes_its_share_and_the_last_one_the_index(
+    model: Path, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, out = BTNet.load(model).eval(), tmp_path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = {}
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        made[rank] = [name for name, *_ in embed_shards(net, str(many), str(out), images=2)]
+        done = json.loads((out / "index.json").read_text())["shards"]
+        assert len(done) == (0 if rank == "1" else 4)
+    assert made == {
+        "1": ["shard_000001.npz", "shard_000003.npz"],
+        "0": ["shard_000000.npz", "shard_000002.npz"],
+    }
+    assert len(shards(out)) == 7
+
+
+def test_a_kill_in_the_middle_costs_one_shard_at_most(
+    model: Path, many: Path, tmp_path: Path
+) -> None:
+    """SIGKILL in the third shard, with a picture of it already embedded: two stay, the rest is made by the next call."""
+    code = (
+        "import os, signal, sys\n"
+        "from btnet_tools import embed\n"
+        "from btnet_tools.cli import main\n"
+        "files = embed.embed_files\n"
+        "def killed(net, paths, *more):\n"
+        "    found = files(net, paths, *more)\n"
+        "    killed.calls += 1\n"
+        "    if killed.calls == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return found\n"
+        "killed.calls, embed.embed_files = 0, killed\n"
+        "main(sys.argv[1:])\n"
+    )
+    line = [
+        "embed",
+        str(many),
+        "--model",
+        str(model),
+        "--out",
+        str(tmp_path / "out"),
+        "--shard",
+        "2",
+    ]
+    done = subprocess.run([sys.executable, "-c", code, *line], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("*.npz")) == [
+        "shard_000000.npz",
+        "shard_000001.npz",
+    ]
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.npz")}
+    assert main(line) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(shards(out)) == 7
+
+
+def test_memory_holds_one_shard(model: Path, many: Path, tmp_path: Path, monkeypatch) -> None:
+    held: list[int] = []
+    files = tool.embed_files
+    monkeypatch.setattr(
+        tool,
+        "embed_files",
+        lambda net, paths, *more: held.append(len(paths)) or files(net, paths, *more),
+    )
+    list(embed_shards(BTNet.load(model).eval(), str(many), str(tmp_path / "out"), images=3))
+    assert held == [3, 3, 1]
+
+
+@pytest.mark.parametrize("what", ["images", "select", "model", "size", "shard", "index", "nothing"])
+def test_a_folder_of_other_embeddings_is_refused(
+    what: str, model: Path, many: Path, tmp_path: Path, capsys
+) -> None:
+    line = [
+        "embed",
+        str(many),
+        "--model",
+        str(model),
+        "--out",
+        str(tmp_path / "out"),
+        "--shard",
+        "3",
+    ]
+    assert main(line) == 0
+    if what == "images":
+        (many / "a" / "1.png").rename(many / "a" / "11.png")
+    elif what == "select":
+        line += ["--select", "max+near"]
+    elif what == "model":
+        net = BTNet.load(model)
+        with torch.no_grad():
+            net.trunk.head.fc.weight += 1
+        net.save(tmp_path / "other")
+        line[3] = str(tmp_path / "other")
+    elif what == "size":
+        line[-1] = "4"
+    elif what == "nothing":
+        (tmp_path / "empty").mkdir()
+        line[1] = str(tmp_path / "empty")
+    else:
+        (tmp_path / "out" / {"shard": "shard_000001.npz", "index": "index.json"}[what]).write_text(
+            "["
+        )
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert main(line) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    named = {"images": "a/1", "select": "select", "model": "model", "size": "images_a_shard 3 -> 4",
+             "shard": "shard_000001.npz", "index": "index.json", "nothing": "no images"}  # fmt: skip
+    assert named[what] in error
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_an_unreadable_image_stops_the_shards_or_is_listed(
+    model: Path, many: Path, tmp_path: Path, capsys
+) -> None:
+    (many / "b" / "1.png").write_bytes(b"no picture")
+    line = [
+        "embed",
+        str(many),
+        "--model",
+        str(model),
+        "--out",
+        str(tmp_path / "out"),
+        "--shard",
+        "3",
+    ]
+    assert main(line) == 1
+    assert "--keep-going" in capsys.readouterr().err
+    assert (tmp_path / "out" / "shard_000000.npz").is_file()
+    assert main([*line, "--keep-going"]) == 1
+    assert "left out b/1.png" in capsys.readouterr().err
+    assert len(shards(tmp_path / "out")) == 6

@@ -72,29 +72,30 @@ def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
     sizes = count // folds + (np.arange(folds) < count % folds)
     order = np.argsort(similarity)
     value, label, fold = similarity[order], same[order], np.repeat(np.arange(folds), sizes)[order]
-    # correct[k, i]: right decisions in fold k when the i lowest of all scores are rejected.
+    # correct[k, i]: right decisions in fold k when the i highest of all scores are accepted.
     steps = np.zeros((folds, count + 1), np.int32)
-    steps.ravel()[fold * (count + 1) + np.arange(1, count + 1)] = 1 - 2 * label
-    steps[:, 0] = np.bincount(fold[label], minlength=folds)
+    steps.ravel()[fold[::-1] * (count + 1) + np.arange(1, count + 1)] = 2 * label[::-1] - 1
+    steps[:, 0] = np.bincount(fold[~label], minlength=folds)
     correct = np.cumsum(steps, axis=1, dtype=np.int32)
     training = correct.sum(0, dtype=np.int32) - correct
     equal = np.flatnonzero(value[1:] == value[:-1]) + 1
-    training[:, equal] = -1  # no threshold parts equal scores
-    best = count - np.argmax(training[:, ::-1], axis=1)
-    thresholds = [_between(value, fold == k, int(i)) for k, i in enumerate(best)]
-    accuracies = correct[np.arange(folds), np.searchsorted(value, thresholds, "right")] / sizes
+    training[:, count - equal] = -1  # no threshold parts equal scores
+    best = np.argmax(training, axis=1)  # the first: the fewest accepted
+    thresholds = [_between(value, fold, k, count - int(i)) for k, i in enumerate(best)]
+    accepted = count - np.searchsorted(value, thresholds, "right")
+    accuracies = correct[np.arange(folds), accepted] / sizes
     return TenFold(
         float(accuracies.mean()), float(accuracies.std()), tuple(accuracies.tolist()),
         tuple(thresholds),
     )  # fmt: skip
 
 
-def _between(value: np.ndarray, held: np.ndarray, i: int) -> float:
-    """The candidate that parts scores not ``held`` among ascending ``value[:i]`` from the rest."""
+def _between(value: np.ndarray, fold: np.ndarray, k: int, i: int) -> float:
+    """The candidate that parts scores of other folds among ascending ``value[:i]`` from the rest."""
     below, above = i - 1, i
-    while below >= 0 and held[below]:
+    while below >= 0 and fold[below] == k:
         below -= 1
-    while above < len(value) and held[above]:
+    while above < len(value) and fold[above] == k:
         above += 1
     if above == len(value):
         return float(value[below])

@@ -71,11 +71,12 @@ def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
     count = len(same)
     sizes = count // folds + (np.arange(folds) < count % folds)
     order = np.argsort(similarity)
-    value, label, fold = similarity[order], same[order], np.repeat(np.arange(folds), sizes)[order]
+    value, fold = similarity[order], np.repeat(np.arange(folds), sizes)[order]
     # correct[k, i]: right decisions in fold k when the i highest of all scores are accepted.
     steps = np.zeros((folds, count + 1), np.int32)
-    steps.ravel()[fold[::-1] * (count + 1) + np.arange(1, count + 1)] = 2 * label[::-1] - 1
-    steps[:, 0] = np.bincount(fold[~label], minlength=folds)
+    place = fold[::-1] * (count + 1) + np.arange(1, count + 1)
+    steps.ravel()[place] = np.where(same, np.int32(1), np.int32(-1))[order[::-1]]
+    steps[:, 0] = np.add.reduceat(~same, np.cumsum(sizes) - sizes, dtype=np.int32)
     correct = np.cumsum(steps, axis=1, dtype=np.int32)
     training = correct.sum(0, dtype=np.int32) - correct
     equal = np.flatnonzero(value[1:] == value[:-1]) + 1

@@ -204,7 +204,9 @@ def embed_images(
     parts = []
     for start in range(0, count, batch_size):
         indices = np.arange(start, min(start + batch_size, count))
-        pixels = resize(images(indices), CANONICAL, how)
+        pixels = images(indices)
+        if pixels.shape[-2:] != (CANONICAL, CANONICAL):  # else 8 bits a pixel go to the device
+            pixels = resize(pixels, CANONICAL, how)
         z = embedder(pixels, r).float().cpu()
         if mirror is not None:
             z = z + embedder(pixels.flip(-1), mirror).float().cpu()

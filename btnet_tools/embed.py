@@ -160,8 +160,9 @@ def embed_shards(
     }
     _check_index(folder, facts)
     rank, world = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1)))
-    made = []
-    for number, names in enumerate(_parts(image_names(Path(source)), images)):
+    found, made = image_names(Path(source)), []
+    while names := list(islice(found, images)):
+        number = len(made)
         path = folder / f"shard_{number:06d}.npz"
         made.append(path)
         if path.is_file():
@@ -174,7 +175,7 @@ def embed_shards(
     if not made:
         raise DataError(f"{source}: no images")
     if all(path.is_file() for path in made):
-        _write_index(folder, facts, [_entry(path) for path in made])
+        _write_index(folder, facts, made)
 
 
 def _embed_into(
@@ -207,52 +208,43 @@ def columns_of(faces: dict[str, Face], failed: dict[str, str]) -> dict[str, np.n
     return columns
 
 
-def _parts(items: Iterator[str], size: int) -> Iterator[list[str]]:
-    """``items`` in lists of ``size``, the last one perhaps shorter."""
-    while part := list(islice(items, size)):
-        yield part
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    """What the index says of a shard."""
-    with np.load(path) as table:
-        names, failed = table["names"], table["failed"]
-    return {"file": path.name, "images": len(names), "failed": len(failed),
-            "first": str(min([*names[:1], *failed[:1]]))}  # fmt: skip
+def _contents(path: Path) -> tuple[list[str], list[str]]:
+    """Names in a shard: embedded, and left out; DataError if it is none."""
+    try:
+        with np.load(path) as table:
+            return table["names"].tolist(), table["failed"].tolist()
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: no shard of embeddings, but {what_is(path)}") from error
 
 
 def _check_names(path: Path, names: list[str]) -> None:
-    """Raise DataError unless the shard holds just these images."""
-    try:
-        with np.load(path) as table:
-            there = {*table["names"].tolist(), *table["failed"].tolist()}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: no shard of embeddings, but {what_is(path)}") from error
-    if there != set(names):
-        first = min(there ^ set(names))
-        told = f"made of other images than are there now ({first}, for one)"
+    """Raise DataError unless the shard was made of just these images."""
+    differ = set(names).symmetric_difference(*_contents(path))
+    if differ:
+        told = f"made of other images than are there now ({min(differ)}, for one)"
         raise DataError(f"{path}: {told}; choose another --out")
 
 
 def _check_index(folder: Path, facts: dict[str, Any]) -> None:
-    """Raise DataError where ``folder`` was made otherwise; a new one gets an index without shards."""
+    """Raise DataError where ``folder`` was made otherwise; a new one gets an empty index."""
     path = folder / INDEX
     if not path.is_file():
         _write_index(folder, facts, [])
     try:
         there = json.loads(path.read_text())
-        changed = [
-            f"{key} {there[key]!r} -> {now!r}" for key, now in facts.items() if there[key] != now
-        ]
+        differ = [key for key in facts if there[key] != facts[key]]
+        changed = [f"{key} {there[key]!r} -> {facts[key]!r}" for key in differ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no index of embeddings, but {what_is(path)}") from error
     if changed:
-        raise DataError(
-            f"{folder}: made with other settings ({'; '.join(changed)}); choose another --out"
-        )
+        told = f"made with other settings ({'; '.join(changed)})"
+        raise DataError(f"{folder}: {told}; choose another --out")
 
 
-def _write_index(folder: Path, facts: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+def _write_index(folder: Path, facts: dict[str, Any], made: list[Path]) -> None:
+    """List the shards, with the number of images in each and of those left out."""
+    found = {path.name: [len(names) for names in _contents(path)] for path in made}
+    shards = [{"file": file, "images": n, "failed": m} for file, (n, m) in found.items()]
     write_atomically(folder / INDEX, json.dumps({**facts, "shards": shards}, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
-"""1:N search in millions of entries: the nearest few of a probe by an index of faiss, an option.
+"""1:N search in millions of entries by an index of faiss: `pip install -e '.[search]'`.
 
-Exact blocks (``identification.search``) are the default. `pip install -e '.[search]'` brings faiss.
+An option: exact blocks (``identification.search``) are the default and need no index.
 """
 
 from __future__ import annotations
@@ -24,65 +24,46 @@ BLOCK = 65_536  # entries or probes handed over together
 
 
 class Neighbours:
-    """Gallery entries ``(K, D)`` in an index; similarity is the cosine.
+    """Gallery entries ``(K, D)`` in lists around sqrt(K) centres; similarity is the cosine.
 
     Args:
-        kind: faiss's name of the index; "": entries as they are, in lists around sqrt(K) centres.
-            "IVF1000,SQ8" keeps a byte instead of four a number.
+        stored: "Flat" as they are; "SQ8" a byte instead of four a number.
         probed: lists that a probe is compared with; more find more and take longer.
 
     Raises:
-        ConfigError: faiss is not installed, or knows no such index.
+        ConfigError: faiss is not installed.
     """
 
-    def __init__(self, gallery: Tensor, kind: str = "", probed: int = 32) -> None:
+    def __init__(self, gallery: Tensor, stored: str = "Flat", probed: int = 32) -> None:
         if faiss is None:
             raise ConfigError("an index needs faiss: pip install -e '.[search]'")
-        count, width = gallery.shape
-        lists = max(1, round(math.sqrt(count)))
-        name = kind or f"IVF{lists},Flat"
-        try:
-            self.index = faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError:
-            raise ConfigError(f"kind: got {kind!r}, expected an index of faiss") from None
-        if not self.index.is_trained:
-            step = max(1, count // (40 * lists))  # 39 entries a list are faiss's least
-            self.index.train(_unit(gallery[::step]))
+        self.gallery, self.probed, count = gallery, probed, len(gallery)
+        lists = round(math.sqrt(count))
+        name = f"IVF{lists},{stored}"
+        self.index = faiss.index_factory(gallery.shape[1], name, faiss.METRIC_INNER_PRODUCT)
+        self.index.train(_unit(gallery[:: max(1, count // (40 * lists))]))  # 39 a list at least
         for part in gallery.split(BLOCK):
             self.index.add(_unit(part))
-        self.probed = probed
 
-    def nearest(self, probes: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and rows ``(n, count)`` of the nearest entries, best first; -1: none found."""
-        if isinstance(self.index, faiss.IndexIVF):
-            self.index.nprobe = self.probed
+    def nearest(self, probes: Tensor, count: int = 20) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and rows ``(n, count)`` of the nearest entries, best first; row -1: no more."""
+        self.index.nprobe = self.probed
         found = [self.index.search(_unit(part), count) for part in probes.split(BLOCK)]
         return np.concatenate([s for s, _ in found]), np.concatenate([r for _, r in found])
 
+    def search(self, probes: Tensor, mates: np.ndarray, depth: int = 20) -> Search:
+        """As ``identification.search``, from the ``depth`` nearest entries that the index finds.
 
-def search(
-    probes: Tensor, gallery: Tensor, mates: np.ndarray, *, depth: int = 20, kind: str = "",
-    probed: int = 32, index: Neighbours | None = None, **exact: object,
-) -> Search:  # fmt: skip
-    """As ``identification.search``, from the ``depth`` nearest entries that the index finds.
-
-    A mate that is not among them has the last rank: nobody who uses the index would see it.
-    ``index``: one that has been made of ``gallery``. ``exact`` is not used (device, chunk).
-    """
-    if exact.get("lowest_rank"):
-        raise ConfigError("the authors' grid of thresholds needs the exact search")
-    index = index or Neighbours(gallery, kind, probed)
-    scores, rows = index.nearest(probes, min(depth, len(gallery)))
-    mated = mates >= 0
-    own = (
-        F.normalize(probes[torch.from_numpy(mated)].float())
-        * F.normalize(gallery[torch.from_numpy(mates[mated])].float())
-    ).sum(1)
-    here = rows[mated] == mates[mated][:, None]
-    place = scores[mated][here.any(1), here.argmax(1)[here.any(1)]]
-    rank = np.full(mated.sum(), len(gallery), np.int64)
-    rank[here.any(1)] = (scores[mated][here.any(1)] >= place[:, None]).sum(1)
-    return Search(own.double().numpy(), rank, scores[~mated, 0].astype(float), float("inf"))
+        A mate that is not among them has the last rank: nobody who uses the index would see it.
+        """
+        scores, rows = self.nearest(probes, depth)
+        mated, own = np.flatnonzero(mates >= 0), torch.from_numpy(mates[mates >= 0])
+        faces = F.normalize(probes[torch.from_numpy(mated)].float())
+        mate = (faces * F.normalize(self.gallery[own].float())).sum(1).double().numpy()
+        here = rows[mated] == mates[mated, None]
+        at = np.where(here, scores[mated], -np.inf).max(1, keepdims=True)
+        rank = np.where(here.any(1), (scores[mated] >= at).sum(1), len(self.gallery))
+        return Search(mate, rank, scores[mates < 0, 0].astype(float), float("inf"))
 
 
 def _unit(rows: Tensor) -> np.ndarray:

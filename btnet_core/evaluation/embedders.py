@@ -24,13 +24,9 @@ class Embedder(ABC):
     """Base: batching, inference mode, autocast, channels_last; ``_embed`` embeds one batch."""
 
     def __init__(
-        self,
-        *modules: nn.Module,
-        how: Resize | None,
-        device: str = "auto",
-        precision: str = "auto",
-        batch_size: int = 128,
-    ) -> None:
+        self, *modules: nn.Module, how: Resize | None, device: str = "auto",
+        precision: str = "auto", batch_size: int = 128,
+    ) -> None:  # fmt: skip
         self.device, self.how = resolve_device(device), how or Resize()
         self.precision = resolve_precision(precision, self.device)
         self.batch_size = batch_size

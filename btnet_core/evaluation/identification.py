@@ -70,12 +70,9 @@ def mate_rows(gallery_labels: Any, probe_labels: Any) -> np.ndarray:
 
 
 def score_chunks(
-    probes: Tensor,
-    rows: np.ndarray,
-    gallery: Tensor,
-    device: torch.device | str = "auto",
+    probes: Tensor, rows: np.ndarray, gallery: Tensor, device: torch.device | str = "auto",
     chunk: int = CHUNK,
-) -> Iterator[tuple[slice, Tensor]]:
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Cosines of ``probes[rows]`` (n, D) with ``gallery`` (K, D), block by block in one buffer."""
     device = resolve_device(str(device))
     unit = F.normalize(gallery.to(device).float()).T
@@ -89,14 +86,9 @@ def score_chunks(
 
 @torch.inference_mode()
 def search(
-    probes: Tensor,
-    gallery: Tensor,
-    mates: np.ndarray,
-    *,
-    lowest_rank: int | None = None,
-    device: torch.device | str = "auto",
-    chunk: int = CHUNK,
-) -> Search:
+    probes: Tensor, gallery: Tensor, mates: np.ndarray, *, lowest_rank: int | None = None,
+    device: torch.device | str = "auto", chunk: int = CHUNK,
+) -> Search:  # fmt: skip
     """Score (n, D) probes against a (K, D) gallery of one entry an identity; ``mates`` as from
     ``mate_rows``.
 
@@ -176,17 +168,10 @@ def _on_a_grid(
 
 
 def identify(
-    gallery: Tensor,
-    gallery_labels: Any,
-    probes: Tensor,
-    probe_labels: Any,
-    *,
-    fpir: Sequence[float] = FPIR,
-    rank: int = 20,
-    normalised: bool = False,
-    authors: bool = False,
+    gallery: Tensor, gallery_labels: Any, probes: Tensor, probe_labels: Any, *,
+    fpir: Sequence[float] = FPIR, rank: int = 20, normalised: bool = False, authors: bool = False,
     device: torch.device | str = "auto",
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """``open_set`` from image features and labels; unmated are probes whose label it lacks (-1)."""
     labels, entries = prototypes(gallery, gallery_labels, normalised=normalised)
     mates = mate_rows(labels, probe_labels)
@@ -195,15 +180,10 @@ def identify(
 
 
 def native_embedder(
-    embedder: Embedder,
-    image: Callable[[int], Tensor],
-    *,
-    upsample: bool = False,
-    how: Resize | None = None,
-    crop: Callable[[Tensor], Tensor] = lambda pixels: pixels,
-    size: tuple[int, int] = (CANONICAL, CANONICAL),
-    batch_size: int = 256,
-) -> Callable[[np.ndarray, int], Tensor]:
+    embedder: Embedder, image: Callable[[int], Tensor], *, upsample: bool = False,
+    how: Resize | None = None, crop: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+    size: tuple[int, int] = (CANONICAL, CANONICAL), batch_size: int = 256,
+) -> Callable[[np.ndarray, int], Tensor]:  # fmt: skip
     """embed(indices, r) -> (n, D) of native faces ``image(i)`` (3, h, w), each resized once to r.
 
     ``upsample`` makes a baseline's: every face goes to S and r is not used. ``crop`` and ``size``
@@ -222,15 +202,10 @@ def native_embedder(
 
 
 def evaluate_strategies(
-    embed: Callable[[np.ndarray, int], Tensor],
-    sizes: Any,
-    labels: Any,
-    in_gallery: Any,
-    *,
+    embed: Callable[[np.ndarray, int], Tensor], sizes: Any, labels: Any, in_gallery: Any, *,
     strategies: Sequence[tuple[str, str]] = STRATEGIES,
-    resolutions: Sequence[int] = (7, 14, 28, 112),
-    **options: Any,
-) -> dict[str, dict[str, Any]]:
+    resolutions: Sequence[int] = (7, 14, 28, 112), **options: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Table 2's lower half: {"max+ceil": ``identify`` (which takes ``options``), branches, scale}.
 
     ``sizes`` (N, 2) native (width, height), ``labels`` (N,) with -1 for unmated probes,

@@ -188,15 +188,9 @@ def check_pairs(pairs: Any, folds: int = 10) -> None:
 
 @torch.inference_mode()
 def embed_images(
-    embedder: Embedder,
-    images: Callable[[np.ndarray], Tensor],
-    count: int,
-    r: int,
-    *,
-    mirror: int | None = None,
-    how: Resize | None = None,
-    batch_size: int = 256,
-) -> Tensor:
+    embedder: Embedder, images: Callable[[np.ndarray], Tensor], count: int, r: int, *,
+    mirror: int | None = None, how: Resize | None = None, batch_size: int = 256,
+) -> Tensor:  # fmt: skip
     """(count, D) un-normalised f_r(image), plus f_mirror(flipped image) if ``mirror`` is given.
 
     ``images(indices)`` gives pixels; other sizes than 112x112 are brought to it first with ``how``.
@@ -215,15 +209,9 @@ def embed_images(
 
 
 def unit_embeddings(
-    embedder: Embedder,
-    pairs: Any,
-    resolutions: Iterable[int],
-    *,
-    flip: bool = True,
-    keep: Path | None = None,
-    how: Resize | None = None,
-    batch_size: int = 256,
-) -> dict[int, Tensor]:
+    embedder: Embedder, pairs: Any, resolutions: Iterable[int], *, flip: bool = True,
+    keep: Path | None = None, how: Resize | None = None, batch_size: int = 256,
+) -> dict[int, Tensor]:  # fmt: skip
     """For each r the unit embedding (N, D) of every image of a PairSet (data/pairs.py).
 
     With ``flip`` the mirrored image's embedding is added before normalising. ``keep``: a folder for
@@ -261,13 +249,9 @@ def check_resolutions(name: str, given: Iterable[int], needed: Iterable[int]) ->
 
 
 def pair_similarities(
-    embedder: Embedder,
-    pairs: Any,
-    settings: Iterable[tuple[int, int]],
-    *,
-    centre: Mapping[int, Tensor] | None = None,
-    **options: Any,
-) -> dict[tuple[int, int], np.ndarray]:
+    embedder: Embedder, pairs: Any, settings: Iterable[tuple[int, int]], *,
+    centre: Mapping[int, Tensor] | None = None, **options: Any,
+) -> dict[tuple[int, int], np.ndarray]:  # fmt: skip
     """Cosine (P,) of each pair with its first image at r1 rows and its second at r2, per setting
     (r1, r2).
 
@@ -283,14 +267,9 @@ def pair_similarities(
 
 
 def evaluate_pairs(
-    embedder: Embedder,
-    pairs: Any,
-    settings: Sequence[tuple[int, int]] = TABLE1_SETTINGS,
-    *,
-    cross: str = "both",
-    folds: int = 10,
-    **options: Any,
-) -> dict[str, dict[str, Any]]:
+    embedder: Embedder, pairs: Any, settings: Sequence[tuple[int, int]] = TABLE1_SETTINGS, *,
+    cross: str = "both", folds: int = 10, **options: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Table 1's protocol: {"112&7": {accuracy, std, folds, auc, directions}, …}, in % but for the
     thresholds.
 

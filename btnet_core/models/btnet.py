@@ -185,12 +185,9 @@ class BTNet(nn.Module):
     inference = ""  # what computes it, if not PyTorch (openvino.py)
 
     def __init__(
-        self,
-        trunk: Backbone,
-        resolutions: Sequence[int] = (28, 14, 7),
-        *,
+        self, trunk: Backbone, resolutions: Sequence[int] = (28, 14, 7), *,
         couple_at: dict[int, str] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.trunk = trunk
         self.routes = nn.ModuleDict()
@@ -226,16 +223,10 @@ class BTNet(nn.Module):
 
     @torch.inference_mode()
     def embed(
-        self,
-        images: Sequence,
-        *,
-        select: str | Callable[[Tensor], int] = "max+ceil",
-        how: Resize | None = None,
-        precision: str = "fp32",
-        batch_size: int = 64,
-        normalise: bool = True,
-        return_info: bool = False,
-    ) -> Any:
+        self, images: Sequence, *, select: str | Callable[[Tensor], int] = "max+ceil",
+        how: Resize | None = None, precision: str = "fp32", batch_size: int = 64,
+        normalise: bool = True, return_info: bool = False,
+    ) -> Any:  # fmt: skip
         """Embed aligned faces of any sizes, each through its own branch, in the order given.
 
         Args:
@@ -282,11 +273,9 @@ class BTNet(nn.Module):
         return z.float().cpu()
 
     def entrance(
-        self,
-        pixels: Tensor,
-        select: str | Callable[[Tensor], int] = "max+ceil",
+        self, pixels: Tensor, select: str | Callable[[Tensor], int] = "max+ceil",
         how: Resize | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
         """The way in of a face ``(3, H, W)``: its pixels at the size of its branch, and facts.
 
         The facts: ``size`` (rows, columns of the picture), ``r``, and ``resize_factor`` (of rows,

@@ -75,14 +75,9 @@ def count_macs(module: nn.Module, size: tuple[int, int]) -> int:
 
 
 def measure_time(
-    btnet: BTNet,
-    r: int,
-    *,
-    device: torch.device | str,
-    batch_size: int = 1,
-    repeats: int = 20,
+    btnet: BTNet, r: int, *, device: torch.device | str, batch_size: int = 1, repeats: int = 20,
     warmup: int = 3,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Milliseconds per face through the route of ``r``: median, quartiles ``low`` and ``high``.
 
     Float32, evaluation mode, after ``warmup`` untimed passes, with torch's current threads;

@@ -246,7 +246,7 @@ def test_shards_hold_what_one_file_does(model: Path, many: Path, tmp_path: Path,
     assert "3 embeddings in shard_000001.npz" in capsys.readouterr().out
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [shard["images"] for shard in index["shards"]] == [3, 3, 1]
-    assert [shard["first"] for shard in index["shards"]] == ["0.png", "a/2.png", "b/2.png"]
+    assert [shard["failed"] for shard in index["shards"]] == [0, 0, 0]
     with np.load(tmp_path / "e.npz") as table:
         whole = dict(zip(table["names"].tolist(), table["embeddings"], strict=True))
     together = shards(tmp_path / "out")

@@ -127,9 +127,9 @@ class Watched:
 
 
 def small_model(folder: Path) -> str:
-    """A folder with a BTNet of random weights."""
-    config = BackboneConfig(name="mobilefacenet", width=0.125, embedding=64)
-    BTNet(build_backbone(config), (28, 14, 7)).save(folder)
+    """A folder with a BTNet of random weights, for faces of 32 pixels."""
+    config = BackboneConfig(name="mobilefacenet", width=0.125, embedding=64, size=(32, 32))
+    BTNet(build_backbone(config), (16, 8)).save(folder)
     return str(folder)
 
 
@@ -153,9 +153,9 @@ def soak(folder: Path, model: str, images: int) -> dict[str, Any]:
     status = first.run(stop=lambda: len(list(out.glob("shard_*.npz"))) >= 8)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("shard_*.npz")}
     ended = second.run()
-    if ended not in (0, 1):
-        raise SystemExit((folder / "said").read_text()[-3000:])
     names, failed, finite = gathered(out)
+    if ended not in (0, 1) or not names:
+        raise SystemExit((folder / "said").read_text()[-3000:])
     told = {
         line for line in (folder / "said").read_text().splitlines() if line.startswith("left out ")
     }

@@ -52,12 +52,9 @@ class Margin(nn.Module):
             self.register_buffer(statistic, torch.tensor(start))
 
     def forward(
-        self,
-        cosine: Tensor,
-        column: Tensor,
-        target: Tensor | None = None,
+        self, cosine: Tensor, column: Tensor, target: Tensor | None = None,
         norms: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Returns logits ``(B, C_shard)``.
 
         Args:

@@ -77,14 +77,9 @@ class Explorer:
     """
 
     def __init__(
-        self,
-        scale: Scale,
-        run_dir: Path | str,
-        *,
-        device: str = "auto",
-        known: int = 24,
+        self, scale: Scale, run_dir: Path | str, *, device: str = "auto", known: int = 24,
         strangers: int = 48,
-    ) -> None:
+    ) -> None:  # fmt: skip
         models = Path(run_dir) / "models"
         found = load_methods(models, device=device)
         self.trunk = _trunk(found, scale)

@@ -96,13 +96,9 @@ def publish(
 
 
 def save_figure(
-    fig: Figure,
-    run_dir: str | Path,
-    name: str,
-    about: Mapping[str, Any] | None = None,
-    *,
+    fig: Figure, run_dir: str | Path, name: str, about: Mapping[str, Any] | None = None, *,
     folder: str = "figures",
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Writes ``run_dir/FOLDER/NAME.png`` and ``.pdf``: equal bytes for equal drawing and versions.
 
     Their checksums go to manifest.json beside them, with what ``about`` says of their origin.

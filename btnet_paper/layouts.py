@@ -15,11 +15,9 @@ from btnet_core.data.survface import TEST_FOLDER
 
 
 def write_survface(
-    root: Path,
-    gallery: Iterable[tuple[int, Tensor]],
-    mated: Iterable[tuple[int, Tensor]],
+    root: Path, gallery: Iterable[tuple[int, Tensor]], mated: Iterable[tuple[int, Tensor]],
     unmated: Iterable[tuple[int, Tensor]],
-) -> None:
+) -> None:  # fmt: skip
     """Write (identity, image) pairs as SurvFace's test, as JPEG; same pairs, same bytes."""
     test = root / TEST_FOLDER
     for kind, faces in (("gallery", gallery), ("mated_probe", mated)):
@@ -55,11 +53,9 @@ def _write_images(
 
 
 def write_ijbc(
-    root: Path,
-    faces: Iterable[tuple[Tensor, np.ndarray, float, int, int]],
-    pairs: np.ndarray,
+    root: Path, faces: Iterable[tuple[Tensor, np.ndarray, float, int, int]], pairs: np.ndarray,
     lists: Mapping[str, Sequence[tuple[int, int]]],
-) -> None:
+) -> None:  # fmt: skip
     """Write a set in this layout.
 
     ``faces``: (loose crop, landmarks (5, 2), score, template, medium); ``pairs`` (P, 3): template,

@@ -37,12 +37,9 @@ SHOWN = ["text/html", "text/markdown", *IMAGES, "text/plain"]  # no script, no w
 
 
 def report(
-    scale: str = "demo",
-    *,
-    runs: str | Path = "runs",
-    out: str | Path | None = None,
+    scale: str = "demo", *, runs: str | Path = "runs", out: str | Path | None = None,
     notebooks: str | Path | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Writes the report of ``runs/<scale>``, by default to its report.html, and returns the path.
 
     ``notebooks`` is the folder of the source notebooks (default: the repository's), of which those

@@ -25,19 +25,10 @@ PACKAGES = ("torch", "numpy", "scipy", "btnet-core")  # whose versions are recor
 
 
 def record(
-    run_dir: str | Path,
-    name: str,
-    values: dict[str, Any],
-    *,
-    config: Any = None,
-    data: str = "",
-    kernel: str = "",
-    seed: int | None = None,
-    seconds: float | None = None,
-    scale: str = "",
-    device: str = "auto",
-    arrays: Mapping[str, Any] | None = None,
-) -> Path:
+    run_dir: str | Path, name: str, values: dict[str, Any], *, config: Any = None, data: str = "",
+    kernel: str = "", seed: int | None = None, seconds: float | None = None, scale: str = "",
+    device: str = "auto", arrays: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
     """Writes ``run_dir/results/NAME.json`` with the environment, and returns its path.
 
     Args:

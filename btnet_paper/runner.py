@@ -52,18 +52,11 @@ OWN = ("scale", "run_dir", "device", "processes")  # parameters that options of 
 
 
 def reproduce(
-    scale: str = "demo",
-    *,
-    only: Sequence[str] = (),
-    parameters: dict[str, Any] | None = None,
-    resume: bool = True,
-    device: str | None = None,
-    processes: str | None = None,
-    jobs: str | None = None,
-    runs: str | Path = "runs",
-    notebooks: str | Path | None = None,
+    scale: str = "demo", *, only: Sequence[str] = (), parameters: dict[str, Any] | None = None,
+    resume: bool = True, device: str | None = None, processes: str | None = None,
+    jobs: str | None = None, runs: str | Path = "runs", notebooks: str | Path | None = None,
     data: str | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Runs a folder's notebooks (default: the repository's); returns ``runs/<scale>``.
 
     Args:

@@ -39,14 +39,9 @@ def native_sizes(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def survface_standin(
-    faces: FaceSet,
-    parent: str | Path,
-    *,
-    blur: float = 0.0,
-    noise: float = 0.0,
-    mated: float = 0.6,
-    seed: int = 0,
-) -> survface.OpenSet:
+    faces: FaceSet, parent: str | Path, *, blur: float = 0.0, noise: float = 0.0,
+    mated: float = 0.6, seed: int = 0,
+) -> survface.OpenSet:  # fmt: skip
     """Builds (once) and returns a SurvFace-like open-set test under ``parent``.
 
     A fraction ``mated`` of the people with at least two images go half into the gallery, half into

@@ -47,15 +47,9 @@ class Study:
     """
 
     def __init__(
-        self,
-        name: str,
-        *,
-        scale: str | Scale = "demo",
-        run_dir: str | Path = "",
-        seed: int = 0,
-        device: str = "auto",
-        processes: int | str = 1,
-    ) -> None:
+        self, name: str, *, scale: str | Scale = "demo", run_dir: str | Path = "", seed: int = 0,
+        device: str = "auto", processes: int | str = 1,
+    ) -> None:  # fmt: skip
         self.name, self.seed = name, seed
         self.scale = get_scale(scale) if isinstance(scale, str) else scale
         self.run_dir = self.scale.run_dir(run_dir)
@@ -174,15 +168,10 @@ class Study:
         return found
 
     def record(
-        self,
-        values: Mapping[str, Any],
-        *,
-        config: Mapping[str, Any] | None = None,
-        data: Iterable[Any] = (),
-        kernel: str = Resize().name,
-        arrays: Mapping[str, Any] | None = None,
-        show: bool = True,
-    ) -> dict[str, Any]:
+        self, values: Mapping[str, Any], *, config: Mapping[str, Any] | None = None,
+        data: Iterable[Any] = (), kernel: str = Resize().name,
+        arrays: Mapping[str, Any] | None = None, show: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
         """Writes ``results/NAME.json`` and its figures, and returns what was written.
 
         Args:

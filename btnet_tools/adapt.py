@@ -73,12 +73,9 @@ class AdaptOptions:
 
 
 def adapt(
-    trunk: Path | str,
-    faces: Spec,
-    out: Path | str,
-    options: AdaptOptions | None = None,
+    trunk: Path | str, faces: Spec, out: Path | str, options: AdaptOptions | None = None,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Train a branch for each resolution on ``faces`` (a spec); write the BTNet into ``out``.
 
     Goes on where an earlier call stopped. Returns what ``compare`` measured, ``left_out`` (why each

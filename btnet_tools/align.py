@@ -99,12 +99,9 @@ def _files(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
 
 
 def cut(
-    source: Path,
-    keys: Sequence[str],
-    transforms: np.ndarray,
-    sizes: np.ndarray | None = None,
+    source: Path, keys: Sequence[str], transforms: np.ndarray, sizes: np.ndarray | None = None,
     crc32: Mapping[str, int] | None = None,
-) -> list[bytes]:
+) -> list[bytes]:  # fmt: skip
     """The encoded crops of the pictures ``keys`` (the ends of their paths, all of one depth).
 
     Args:

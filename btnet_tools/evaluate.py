@@ -33,11 +33,9 @@ SOME_FACES = 1000  # compared with the trunk's own embedding where no pairs can 
 
 
 def compare(
-    btnet: BTNet,
-    sets: Sequence[PairSet | FaceSet],
-    ways: Sequence[str] = ("before", "after"),
+    btnet: BTNet, sets: Sequence[PairSet | FaceSet], ways: Sequence[str] = ("before", "after"),
     device: str = "auto",
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Before (faces scaled up to the trunk) and after (branches), at every pair of resolutions.
 
     Returns:

@@ -116,14 +116,9 @@ class StoredFaces(FaceSet):
     """A face set on disk: ``encoded(i)`` gives the bytes of image ``i``, ``where(i)`` its place."""
 
     def __init__(
-        self,
-        name: str,
-        labels: Tensor,
-        num_identities: int,
-        files: Sequence[Path],
-        encoded: Callable[[int], bytes],
-        where: Callable[[int], str],
-    ) -> None:
+        self, name: str, labels: Tensor, num_identities: int, files: Sequence[Path],
+        encoded: Callable[[int], bytes], where: Callable[[int], str],
+    ) -> None:  # fmt: skip
         self.name, self.labels, self.num_identities = name, labels, num_identities
         self.files, self.encoded = files, encoded
         self.where = where  # type: ignore[method-assign, assignment]

@@ -74,13 +74,9 @@ def rows_of(ids: np.ndarray, wanted: Any, what: str) -> np.ndarray:
 
 @torch.inference_mode()
 def pair_scores(
-    features: Tensor,
-    first: np.ndarray,
-    second: np.ndarray,
-    *,
-    device: torch.device | str = "auto",
-    chunk: int = 8192,
-) -> np.ndarray:
+    features: Tensor, first: np.ndarray, second: np.ndarray, *,
+    device: torch.device | str = "auto", chunk: int = 8192,
+) -> np.ndarray:  # fmt: skip
     """(P,) float32 cosines of rows ``first`` and ``second`` of (T, D) features, by chunks."""
     device = resolve_device(str(device))
     unit, result = F.normalize(features.to(device).float()), np.empty(len(first), np.float32)
@@ -92,15 +88,9 @@ def pair_scores(
 
 
 def identify_templates(
-    features: Tensor,
-    ids: np.ndarray,
-    galleries: Lists,
-    probes: tuple[Any, Any],
-    *,
-    fpir: float = 0.1,
-    rank: int = 20,
-    device: torch.device | str = "auto",
-) -> dict[str, Any]:
+    features: Tensor, ids: np.ndarray, galleries: Lists, probes: tuple[Any, Any], *,
+    fpir: float = 0.1, rank: int = 20, device: torch.device | str = "auto",
+) -> dict[str, Any]:  # fmt: skip
     """IJB-C 1:N: every probe searches each gallery; mated where its subject is in it.
 
     Returns {"tpir": mean over the galleries in %, "G1": what ``open_set`` returns, …}.
@@ -117,14 +107,9 @@ def identify_templates(
 
 @torch.inference_mode()
 def identify_merged(
-    features: Tensor,
-    ids: np.ndarray,
-    galleries: Lists,
-    probes: tuple[Any, Any],
-    *,
-    fpir: float = 0.1,
-    device: torch.device | str = "auto",
-) -> OperatingPoint:
+    features: Tensor, ids: np.ndarray, galleries: Lists, probes: tuple[Any, Any], *,
+    fpir: float = 0.1, device: torch.device | str = "auto",
+) -> OperatingPoint:  # fmt: skip
     """The authors' 1:N (paper-and-code: IJB-C 1:N): galleries merged, every probe mated, no rank
     test.
 
@@ -155,16 +140,10 @@ def identify_merged(
 
 
 def evaluate_templates(
-    embedder: Embedder,
-    data: TemplateSet,
-    settings: Sequence[tuple[int, int]] = TABLE1_SETTINGS,
-    *,
-    normalised: bool = False,
-    how: Resize | None = None,
-    keep: Path | None = None,
-    lengths: Mapping[int, float] | None = None,
-    **protocol: Any,
-) -> dict[str, dict[str, Any]]:
+    embedder: Embedder, data: TemplateSet, settings: Sequence[tuple[int, int]] = TABLE1_SETTINGS,
+    *, normalised: bool = False, how: Resize | None = None, keep: Path | None = None,
+    lengths: Mapping[int, float] | None = None, **protocol: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Tables 5-8: {"112&7": what ``score_templates`` returns, …}; ``protocol`` are its options.
 
     ``normalised``: unit f_r1 and f_r2 before they are added; ``lengths[r]``: times that. ``keep``:
@@ -191,16 +170,9 @@ def evaluate_templates(
 
 
 def score_templates(
-    features: Tensor,
-    data: TemplateSet,
-    *,
-    far: float = 1e-4,
-    fpir: float = 0.1,
-    rank: int = 20,
-    weighted: bool = True,
-    authors: bool = False,
-    device: torch.device | str = "auto",
-) -> dict[str, Any]:
+    features: Tensor, data: TemplateSet, *, far: float = 1e-4, fpir: float = 0.1, rank: int = 20,
+    weighted: bool = True, authors: bool = False, device: torch.device | str = "auto",
+) -> dict[str, Any]:  # fmt: skip
     """{"tar", "far", "threshold", "tpir", "identification"} of image features (N, D), rates in %.
 
     ``weighted``: by detector score. ``authors``: nearest FAR point and the merged 1:N.

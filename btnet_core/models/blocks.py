@@ -70,16 +70,9 @@ class ConvBlock(nn.Sequential):
     """MobileFaceNet's layer: conv, BN, and PReLU unless linear."""
 
     def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        kernel: int | tuple[int, int],
-        *,
-        stride: int = 1,
-        padding: int = 0,
-        groups: int = 1,
-        linear: bool = False,
-    ) -> None:
+        self, c_in: int, c_out: int, kernel: int | tuple[int, int], *, stride: int = 1,
+        padding: int = 0, groups: int = 1, linear: bool = False,
+    ) -> None:  # fmt: skip
         conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
         layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, bn=nn.BatchNorm2d(c_out))
         if not linear:

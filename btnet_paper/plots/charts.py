@@ -38,12 +38,9 @@ Panel = Mapping[str, Mapping[int, Point]]  # method -> r -> point
 
 @paper_ready
 def accuracy_curves(
-    panels: Mapping[str, Panel],
-    *,
-    ylabel: str,
-    note: str,
+    panels: Mapping[str, Panel], *, ylabel: str, note: str,
     paper: Mapping[str, Mapping[str, Mapping[int, float | None]]] | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Accuracy against resolution: a panel for each title, and the paper's values, hollow.
 
     ``note`` says in the legend what ours were measured on.
@@ -87,11 +84,9 @@ def _curves(axes: Axes, panel: Panel, printed: Mapping[str, Mapping[int, float |
 
 @paper_ready
 def loss_curves(
-    histories: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    ylabel: str = "loss",
+    histories: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, ylabel: str = "loss",
     log: bool = True,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Loss against step: name -> (steps, values), each value the mean since the one before."""
     figure, axes = plt.subplots(figsize=(COLUMN, 2.4))
     for index, (name, (steps, values)) in enumerate(histories.items()):

@@ -167,15 +167,9 @@ def _canvas(width: float, height: float, x: tuple[float, float], y: tuple[float,
 
 
 def _box(
-    axes: Axes,
-    place: tuple[float, float, float, float],
-    text: str,
-    edge: str,
-    *,
-    solid: bool,
-    size: float = 6,
-    **options: Any,
-) -> None:
+    axes: Axes, place: tuple[float, float, float, float], text: str, edge: str, *, solid: bool,
+    size: float = 6, **options: Any,
+) -> None:  # fmt: skip
     """A rounded box (x, y, width, height) with a text in it, filled lightly if ``solid``."""
     x, y, width, height = place
     face = mpl.colors.to_rgba(edge, 0.25 if solid else 0.0)

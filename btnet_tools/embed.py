@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -30,7 +31,6 @@ from btnet_paper.quality import optical_resolution
 
 BATCH = 64  # faces of one branch that pass through the model together
 COLUMNS = ("size", "resize_factor", "reliability")  # of the .npz, as in Face
-INDEX = "index.json"  # of a folder of shards
 LARGEST, WIDEST = 512, 2  # pixels a side, and times the shorter side, of what may be a crop
 
 
@@ -121,7 +121,7 @@ def embed_files(
 def embed_folder(
     btnet: BTNet, source: str, out: str, select: str = "max+ceil", keep_going: bool = False
 ) -> tuple[int, dict[str, str]]:
-    """Embed every image under ``source`` into the .npz ``out``, see ``columns_of``.
+    """Embed every image under ``source`` into the .npz ``out``, see ``_embed_into``.
 
     Returns:
         The number of embeddings, and {name: reason} of the images left out (with ``keep_going``).
@@ -149,39 +149,53 @@ def embed_shards(
         File, number of embeddings and the images left out, for each shard that was made.
 
     Raises:
-        DataError: as ``embed_folder``; ``out`` was made by another model, rule or shard size, or
-            of other images.
+        DataError: as ``embed_folder``; a shard was made of other images, or otherwise.
     """
-    folder, reader = Path(out), Reader(btnet, select)
-    facts = {
-        "model": f"{weights_digest(btnet)} {btnet.inference}".strip(),
-        "select": select,
-        "images_a_shard": images,
-    }
-    _check_index(folder, facts)
-    rank, world = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1)))
-    found, made = image_names(Path(source)), []
+    root, reader, made = Path(source), Reader(btnet, select), []
+    found, how = image_names(root), f"{weights_digest(btnet)} {btnet.inference} {select}"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     while names := list(islice(found, images)):
-        number = len(made)
-        path = folder / f"shard_{number:06d}.npz"
+        number, path = len(made), Path(out) / f"shard_{len(made):06d}.npz"
+        facts = hashlib.sha256("\n".join([how, *names]).encode("utf-8", "replace")).hexdigest()
         made.append(path)
         if path.is_file():
-            _check_names(path, names)
+            if _columns(path)["made_of"] != facts:
+                told = "made of other images, or by another model, rule or shard size"
+                raise DataError(f"{path}: {told}; choose another --out")
         elif number % world == rank:
-            root = Path(source) if Path(source).is_dir() else Path(source).parent
-            files = {name: root / name for name in names}
+            files = {name: root / name if root.is_dir() else root for name in names}
             with threads(processes=neighbours()):
-                yield (path.name, *_embed_into(path, btnet, files, reader, keep_going))
+                yield (path.name, *_embed_into(path, btnet, files, reader, keep_going, facts))
     if not made:
         raise DataError(f"{source}: no images")
     if all(path.is_file() for path in made):
-        _write_index(folder, facts, made)
+        shards = [
+            {"file": path.name, **{key: len(_columns(path)[key]) for key in ("names", "failed")}}
+            for path in made
+        ]
+        write_atomically(Path(out) / "index.json", json.dumps({"shards": shards}, indent=1) + "\n")
+
+
+def _columns(path: Path) -> dict[str, np.ndarray]:
+    """All but the embeddings of a shard; DataError if it is none."""
+    try:
+        with np.load(path) as table:
+            return {key: table[key] for key in ("names", "failed", "made_of")}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: no shard of embeddings, but {what_is(path)}") from error
 
 
 def _embed_into(
-    path: Path, btnet: BTNet, files: dict[str, Path], reader: Reader, keep_going: bool
-) -> tuple[int, dict[str, str]]:
-    """Write the embeddings of ``files``; their number, and the images left out with reasons."""
+    path: Path, btnet: BTNet, files: dict[str, Path], reader: Reader, keep_going: bool,
+    made_of: str = "",
+) -> tuple[int, dict[str, str]]:  # fmt: skip
+    """Write an .npz; the number of embeddings, and the images left out with reasons.
+
+    In it a row an image: ``names`` (relative to the folder), ``embeddings`` (n, D) of unit length,
+    ``branch`` (n,), ``size`` (n, 2: rows, columns of the picture), ``resize_factor`` (n, 2),
+    ``reliability`` (n,: rows of detail, see quality.py); ``failed``, the names of those left out;
+    ``made_of``, a digest of names, model and rule, where it is a shard.
+    """
     try:
         found = embed_files(btnet, list(files.values()), reader, keep_going)
     except DataError as error:
@@ -189,63 +203,13 @@ def _embed_into(
     rows = {n: face for n, face in zip(files, found, strict=True) if isinstance(face, Face)}
     failed = {n: str(one) for n, one in zip(files, found, strict=True) if n not in rows}
     warn_of_photographs(rows)
-    columns = columns_of(rows, failed)
+    columns = {key: np.array([getattr(face, key) for face in rows.values()]) for key in COLUMNS}
+    columns["branch"] = np.array([face.r for face in rows.values()], np.int64)
+    columns["names"], columns["failed"] = (np.array(list(x), np.str_) for x in (rows, failed))
+    columns["embeddings"] = np.array([face.embedding for face in rows.values()], np.float32)
+    columns |= {"made_of": np.array(made_of)} if made_of else {}
     write_atomically(path, lambda file: np.savez(file, **columns))
     return len(rows), failed
-
-
-def columns_of(faces: dict[str, Face], failed: dict[str, str]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz, a row an image.
-
-    ``names`` (relative to the folder), ``embeddings`` (n, D) of unit length, ``branch`` (n,),
-    ``size`` (n, 2: rows, columns of the picture), ``resize_factor`` (n, 2), ``reliability`` (n,:
-    rows of detail, see quality.py), and ``failed``, the names of those left out.
-    """
-    columns = {key: np.array([getattr(face, key) for face in faces.values()]) for key in COLUMNS}
-    columns["branch"] = np.array([face.r for face in faces.values()], np.int64)
-    columns["names"], columns["failed"] = (np.array(list(x), np.str_) for x in (faces, failed))
-    columns["embeddings"] = np.array([face.embedding for face in faces.values()], np.float32)
-    return columns
-
-
-def _contents(path: Path) -> tuple[list[str], list[str]]:
-    """Names in a shard: embedded, and left out; DataError if it is none."""
-    try:
-        with np.load(path) as table:
-            return table["names"].tolist(), table["failed"].tolist()
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: no shard of embeddings, but {what_is(path)}") from error
-
-
-def _check_names(path: Path, names: list[str]) -> None:
-    """Raise DataError unless the shard was made of just these images."""
-    differ = set(names).symmetric_difference(*_contents(path))
-    if differ:
-        told = f"made of other images than are there now ({min(differ)}, for one)"
-        raise DataError(f"{path}: {told}; choose another --out")
-
-
-def _check_index(folder: Path, facts: dict[str, Any]) -> None:
-    """Raise DataError where ``folder`` was made otherwise; a new one gets an empty index."""
-    path = folder / INDEX
-    if not path.is_file():
-        _write_index(folder, facts, [])
-    try:
-        there = json.loads(path.read_text())
-        differ = [key for key in facts if there[key] != facts[key]]
-        changed = [f"{key} {there[key]!r} -> {facts[key]!r}" for key in differ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no index of embeddings, but {what_is(path)}") from error
-    if changed:
-        told = f"made with other settings ({'; '.join(changed)})"
-        raise DataError(f"{folder}: {told}; choose another --out")
-
-
-def _write_index(folder: Path, facts: dict[str, Any], made: list[Path]) -> None:
-    """List the shards, with the number of images in each and of those left out."""
-    found = {path.name: [len(names) for names in _contents(path)] for path in made}
-    shards = [{"file": file, "images": n, "failed": m} for file, (n, m) in found.items()]
-    write_atomically(folder / INDEX, json.dumps({**facts, "shards": shards}, indent=1) + "\n")
 
 
 def image_names(source: Path) -> Iterator[str]:

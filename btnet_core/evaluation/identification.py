@@ -106,9 +106,8 @@ def search(
             lowest = min(lowest, nth.min().item())
         mate = scores.gather(1, torch.from_numpy(mates[mated[part]])[:, None].to(scores.device))
         score[part] = mate[:, 0].cpu()
-        rank[part] = (
-            scores.ge_(mate).sum(1).cpu()
-        )  # 0 and 1 in place: exact sums up to 2^24 entries
+        # 0 and 1 in place: exact sums up to 2^24 entries
+        rank[part] = scores.ge_(mate).sum(1).cpu()
     if not (np.isfinite(best).all() and np.isfinite(score).all()):
         raise DataError("probes or gallery: features hold values that are not finite")
     return Search(score, rank, best, lowest)

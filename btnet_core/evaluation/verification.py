@@ -112,9 +112,8 @@ def roc(similarity: Any, same: Any) -> Roc:
     similarity, same = check_scores(similarity, same, both=True)
     order = np.argsort(-similarity)
     value, label = similarity[order], same[order]
-    last = np.append(
-        np.flatnonzero(value[1:] != value[:-1]), len(value) - 1
-    )  # of each run of equal scores
+    # the last of each run of equal scores
+    last = np.append(np.flatnonzero(value[1:] != value[:-1]), len(value) - 1)
     accepted, true = np.append(0, last + 1), np.append(0, np.cumsum(label)[last])
     thresholds = np.append(value[last], np.nextafter(value[-1], -np.inf))
     return Roc((accepted - true) / np.sum(~label), true / np.sum(label), thresholds)

@@ -43,11 +43,8 @@ def route_cost(btnet: BTNet, r: int) -> Cost:
     couple_at, branch, stored, authors = "", whole, whole, whole
     state = dict(route.named_buffers())
     if isinstance(route, Route):
-        couple_at, branch, state = (
-            route.couple_at,
-            _count(route.branch.parameters()),
-            route.own_state(),
-        )
+        couple_at, state = route.couple_at, route.own_state()
+        branch = _count(route.branch.parameters())
         stored = _count(route.trainable(bn="all").values())
         authors = _count(route.trainable(bn="authors").values())
     return Cost(

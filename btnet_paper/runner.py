@@ -31,14 +31,7 @@ from btnet_core.errors import ReproduceError
 from btnet_core.files import lock
 from btnet_paper import results
 from btnet_paper.needs import data_checksum, require
-from btnet_paper.notebooks import (
-    PACKAGE,
-    Notebook,
-    assign,
-    code_checksum,
-    load_notebooks,
-    select,
-)
+from btnet_paper.notebooks import PACKAGE, Notebook, assign, code_checksum, load_notebooks, select
 from btnet_paper.scales import get_scale
 from btnet_paper.state import MADE, State
 

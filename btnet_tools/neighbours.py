@@ -1,7 +1,4 @@
-"""1:N search in millions of entries by an index of faiss: `pip install -e '.[search]'`.
-
-An option: exact blocks (``identification.search``) are the default and need no index.
-"""
+"""1:N in millions of entries by an index of faiss; `identification.search` is the exact default."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ try:
 except ImportError:  # exact search needs none
     faiss = None
 
-BLOCK = 65_536  # entries or probes handed over together
+BLOCK = 65_536  # entries handed over together
 
 
 class Neighbours:
@@ -48,8 +45,7 @@ class Neighbours:
     def nearest(self, probes: Tensor, count: int = 20) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and rows ``(n, count)`` of the nearest entries, best first; row -1: no more."""
         self.index.nprobe = self.probed
-        found = [self.index.search(_unit(part), count) for part in probes.split(BLOCK)]
-        return np.concatenate([s for s, _ in found]), np.concatenate([r for _, r in found])
+        return self.index.search(_unit(probes), count)
 
     def search(self, probes: Tensor, mates: np.ndarray, depth: int = 20) -> Search:
         """As ``identification.search``, from the ``depth`` nearest entries that the index finds.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from btnet_core.device import resolve_device
 
-BUCKET = 2**22  # gradients that are exchanged together, in numbers: 16 MiB
+BUCKET = 2**22  # gradients that are exchanged together, as they are ready: 16 MiB of numbers
 
 
 def start(device: str = "auto") -> torch.device:
@@ -146,10 +146,7 @@ def sharded_cross_entropy(logits: Tensor, column: Tensor) -> Tensor:
 
 @contextmanager
 def summed_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Gradients of the backward pass inside become their sums over processes, at its end.
-
-    They are exchanged while the pass goes on, BUCKET numbers at a time in the order they are ready.
-    """
+    """Gradients of the backward pass inside become sums over processes, exchanged as it goes on."""
     ready: list[Tensor] = []
     sent: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
 

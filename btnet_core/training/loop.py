@@ -166,10 +166,7 @@ class Readings:
         overflow = not finite and scaler.is_enabled() and scaler.get_scale() > 1  # step is skipped
         if scaler.is_enabled():
             run.skipped += overflow
-            self.progress.extra = {
-                "grad_scale": scaler.get_scale(),
-                "skipped_steps": run.skipped,
-            }
+            self.progress.extra = {"grad_scale": scaler.get_scale(), "skipped_steps": run.skipped}
         if math.isfinite(values["loss"]) and (finite or overflow):
             self.norms.append(values["norm"])
             return

@@ -60,12 +60,10 @@ EXPECTED: dict[str, tuple[Any, Any, str]] = {
 def check_types(record: Any) -> None:
     """Raise ConfigError where a field of a dataclass is not what its annotation says."""
     for field in fields(record):
-        kind, inner, expected = EXPECTED.get(str(field.type), (object, None, ""))
+        kind, item, expected = EXPECTED.get(str(field.type), (object, None, ""))
         value = getattr(record, field.name)
-        fits = isinstance(value, kind) and not (
-            inner and any(not isinstance(x, inner) for x in value)
-        )
-        if not fits or (isinstance(value, bool) and kind in (Integral, Real)):
+        fit = isinstance(value, kind) and not (item and any(not isinstance(x, item) for x in value))
+        if not fit or (isinstance(value, bool) and kind in (Integral, Real)):
             raise ConfigError(f"{field.name}: got {value!r}, expected {expected}")
 
 

@@ -151,11 +151,9 @@ class Explorer:
         for name in self.methods:
             maps, cosines = self._walk(name, native, r, how)
             methods[name] = {
-                "maps": maps,
-                "cosines": cosines,
-                "threshold": self.threshold(name, r, choice.fpir),
+                "maps": maps, "cosines": cosines, "threshold": self.threshold(name, r, choice.fpir),
                 "found": self.recognised(name, r, choice.fpir),
-            }
+            }  # fmt: skip
         return rule | {
             "face": face, "person": probe if probe is not None and probe < self.known else None,
             "native": native, "seen": seen, "error": (seen - face).abs().mean(0).numpy(),

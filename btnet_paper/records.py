@@ -65,11 +65,9 @@ def origins(records: Records) -> pd.DataFrame:
         values = record["values"]
         data = values.get("test") or values.get("data") or ", ".join(values.get("pairs", ()))
         lines[f"scale {scale}: {name}"] = {
-            "seed": record.get("seed"),
-            "measured on": data,
-            "kernel": record.get("kernel"),
+            "seed": record.get("seed"), "measured on": data, "kernel": record.get("kernel"),
             "date": record.get("date", "")[:10],
-        }
+        }  # fmt: skip
     return pd.DataFrame(list(lines.values()), index=list(lines), dtype=object)
 
 

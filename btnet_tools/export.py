@@ -55,9 +55,7 @@ def export(btnet: BTNet, kind: str, folder: Path | str) -> list[Path]:
     if kind not in ("onnx", "pt2"):
         raise ConfigError(f"format: got {kind!r}, expected onnx or pt2")
     if kind == "onnx" and onnx is None:
-        raise ConfigError(
-            "--format onnx needs onnx and onnxscript: pip install 'btnet-core[tools]'"
-        )
+        raise ConfigError("--format onnx needs onnx, onnxscript: pip install 'btnet-core[tools]'")
     btnet, folder = btnet.cpu().eval(), Path(folder)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing

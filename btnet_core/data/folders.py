@@ -17,9 +17,7 @@ from btnet_core.files import reason
 from btnet_core.kinds import what_is
 
 # Files so named are images, readable or not. Of others the decoder decides.
-FORMATS = (
-    "jpg jpeg jpe jfif png bmp webp gif tif tiff pgm ppm pbm pnm pfm jp2 j2k avif heic heif jxl"
-)
+FORMATS = "jpg jpeg jfif png bmp webp gif tif tiff pgm ppm pbm pnm pfm jp2 j2k avif heic heif jxl"
 SUFFIXES = frozenset(f".{name}" for name in FORMATS.split())
 LEFTOVERS = "__macosx @eadir #recycle #snapshot $recycle.bin lost+found"
 LEFTOVERS += " thumbs.db ehthumbs.db desktop.ini picasa.ini"

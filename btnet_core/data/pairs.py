@@ -305,9 +305,7 @@ def draw_pairs(faces: Spec | FaceSet, count: int = 6000, seed: int = 0) -> PairS
     """
     faces = faces if isinstance(faces, FaceSet) else open_faces(faces)
     if count < 20 or count % 20:
-        raise ConfigError(
-            f"count: got {count}, expected a multiple of 20 (ten folds, each half same)"
-        )
+        raise ConfigError(f"count: got {count}, expected a multiple of 20: ten folds, half same")
     rng, half = np.random.default_rng(seed), count // 20
     found = by_identity(faces.labels)
     people = [found[i] for i in rng.permutation(len(found))]

@@ -166,9 +166,7 @@ class FaceRecords:
         last = (classes or MAX_LABEL + 1) - 1
         wrong = np.flatnonzero(labels > last)
         if len(wrong):
-            raise DataError(
-                f"{self.where(wrong[0])}: label {labels[wrong[0]]}, expected 0 to {last}"
-            )
+            raise DataError(f"{self.where(wrong[0])}: label {labels[wrong[0]]}, not 0 to {last}")
 
     def _classes(self) -> int:
         """The first number of ``property``; 0 without that file."""
@@ -309,9 +307,7 @@ def write_face_records(
             writer.write(key, HEADER.pack(0, label, key, 0) + image)
             key += 1
         if not starts or key + len(starts) > MAX_LABEL:
-            raise DataError(
-                f"{folder}: {key - 1} images; the layout holds 1 to {MAX_LABEL} records"
-            )
+            raise DataError(f"{folder}: {key - 1} images; the layout holds 1 to {MAX_LABEL}")
         for i, (low, high) in enumerate(pairwise([*starts, key])):
             writer.write(key + i, range_record(low, high, key + i))
         writer.rewrite_first(range_record(key, key + len(starts), 0))

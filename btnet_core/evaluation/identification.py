@@ -62,9 +62,7 @@ def mate_rows(gallery_labels: Any, probe_labels: Any) -> np.ndarray:
     order = np.argsort(gallery)
     twice = gallery[order][1:][np.diff(gallery[order]) == 0]
     if twice.size:
-        raise DataError(
-            f"gallery: label {twice[0]} has more than one entry; expected one an identity"
-        )
+        raise DataError(f"gallery: label {twice[0]} has more than one entry, expected one")
     place = order[np.minimum(np.searchsorted(gallery, probe, sorter=order), len(gallery) - 1)]
     return np.where(gallery[place] == probe, place, -1)
 

@@ -66,9 +66,8 @@ def rows_of(ids: np.ndarray, wanted: Any, what: str) -> np.ndarray:
     rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
     missing = wanted[ids[rows] != wanted]
     if missing.size:
-        raise DataError(
-            f"{what}: template {missing[0]} (and {missing.size - 1} more) has no images"
-        )
+        more = f" (and {missing.size - 1} more)"
+        raise DataError(f"{what}: template {missing[0]}{more} has no images")
     return rows
 
 

@@ -81,9 +81,7 @@ def measure_time(
     ``btnet`` is moved to ``device`` and stays there.
     """
     if repeats < 1 or batch_size < 1 or warmup < 0:
-        raise ConfigError(
-            f"got repeats={repeats}, batch_size={batch_size}, warmup={warmup}; too small"
-        )
+        raise ConfigError(f"too small: repeats {repeats}, batch_size {batch_size}, warmup {warmup}")
     device = torch.device(device)
     route, training = btnet.to(device).route(r), btnet.training
     x = torch.zeros(batch_size, 3, *btnet.input_size(r), device=device)

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from btnet_core.data.faces import open_faces
 from btnet_core.data.sources import register, registered
 from btnet_core.device import cores, idle_cores, resolve_device
 from btnet_core.errors import BTNetError, ConfigError, TrainingError
@@ -71,6 +73,8 @@ def train_all(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """As ``train_in_subprocess`` of each run, by its folder; returns their metrics.
 
+    No process is started for a run that is finished, and its log stays.
+
     On a CPU, runs whose ``threads`` are given start side by side as long as a core is idle; each
     waits for those that make its files. An error of one stops all, with checkpoints.
     """
@@ -81,7 +85,7 @@ def train_all(
     arguments += ["--fresh"] * fresh
     for kind, opener in registered().items():
         arguments += ["--source", f"{kind}={opener}"]
-    waiting: Runs = {Path(out): config for out, config in runs.items()}
+    waiting: Runs = {Path(out): one for out, one in runs.items() if fresh or not done(one, out)}
     running: dict[Path, Training] = {}
     try:
         while waiting or running:
@@ -94,6 +98,17 @@ def train_all(
         _stop(running.values())
         raise
     return [(checkpoint.read_record(Path(out)) or {"metrics": {}})["metrics"] for out in runs]
+
+
+def done(config: TrainConfig, out: Path | str) -> bool:
+    """Whether ``out`` holds the finished run; what is wrong with it the run itself tells."""
+    if not (record := checkpoint.read_record(Path(out))):
+        return False
+    with suppress(BTNetError):
+        identity = checkpoint.identity_of(config, open_faces(config.data).checksum)
+        checkpoint.check_finished(record, identity, Path(out))
+        return True
+    return False
 
 
 def ready(waiting: Runs, running: dict[Path, Training], together: bool) -> list[Path]:

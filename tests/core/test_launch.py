@@ -25,11 +25,24 @@ TINY = BackboneConfig(name="iresnet18", width=0.125, embedding=16)
 QUICK = {"batch": 12, "epochs": 2, "warmup_epochs": 0.0, "lr": 2.0, "precision": "fp32"}
 
 
-def test_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_process_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = methods.phi_hr(FACES, backbone=TINY, **{**QUICK, "epochs": 1})
     metrics = train_in_subprocess(config, tmp_path, device="cpu")
     assert metrics["steps"] == 3
     assert "parameters learn" in capsys.readouterr().out
+
+    # again: finished, so that no process is started and the log stays; --fresh and a change start one
+    log = (tmp_path / "train.log").read_text()
+    assert log
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "Training", None)
+        assert train_in_subprocess(config, tmp_path, device="cpu", processes=2) == metrics
+        for one, options in ((config, {"fresh": True}), (config.replace(seed=1), {})):
+            with pytest.raises(TypeError):  # None is called
+                train_in_subprocess(one, tmp_path, device="cpu", **options)
+    assert (tmp_path / "train.log").read_text() == log
     with pytest.raises(TrainingError, match="nothing_here"):
         train_in_subprocess(config.replace(data="nothing_here"), tmp_path / "bad", device="cpu")
 

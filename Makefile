@@ -4,7 +4,7 @@
 # make figures     the figures and tables in figures/, from what make reproduce recorded
 # make lint        style and types
 # make mutants     faults planted one at a time in losses, training and evaluation: which do the tests notice?
-#                  About an hour; see docs/mutants.md
+#                  Some minutes; writes docs/mutants.md. ARGS=--again tries those again that were not
 # Each prepares $(VENV) first: minutes and gigabytes the first time, about a second afterwards.
 
 VENV ?= .venv
@@ -41,8 +41,7 @@ lint: $(STAMP)
 	$(RUN) -m mypy
 
 mutants: $(STAMP)
-	-OMP_NUM_THREADS=1 $(RUN) -m mutmut run $(ARGS)
-	$(RUN) scripts/mutants.py
+	OMP_NUM_THREADS=1 $(RUN) scripts/mutants.py $(ARGS)
 
 setup: $(STAMP)
 

@@ -1,30 +1,35 @@
-"""What `make mutants` found, as docs/mutants.md: how many mutants of each module the tests notice,
-and every one that they do not, under the reason why that is harmless.
+"""Which planted faults do the tests notice? mutmut plants them; writes docs/mutants.md.
 
-    python scripts/mutants.py > docs/mutants.md
+    python scripts/mutants.py            # all, from the start (make mutants)
+    python scripts/mutants.py --again    # those that no test has noticed, after tests were added
 
-Reads the folder that mutmut leaves, mutants/.
+What is planted where and which tests try it: [tool.mutmut] in pyproject.toml.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
+from mutmut.__main__ import copy_also_copy_files, copy_src_dir, create_mutants
+from mutmut.configuration import config
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 
-FOUND = Path("mutants")
-# of mutmut's exit codes: pytest's 1 and 3 (a test failed), a signal at the end of the time
-NOTICED, ENDLESS, SURVIVED, NOT_RUN, NO_TEST = (1, 3), (-24, 24, 36, 152, 255), 0, None, (5, 33)
+FOUND, PAGE = Path("mutants"), Path("docs/mutants.md")
+# exit codes: pytest failed; the time was over (SIGALRM, SIGXCPU, SIGKILL)
+NOTICED, ENDLESS, SURVIVED, NOT_RUN, NO_TEST = 1, (-14, -24, -9), 0, None, 33
 AROUND = 40  # characters of a line shown on either side of a change
 HEAD = """# Mutants: faults that the tests do not notice
 
 `make mutants` plants a fault at a time (mutmut: another operator, constant, argument, text) in the
-modules below and runs the tests that reach it, the fastest first and at most six seconds of a
-processor for each; then it writes this page. Measured at commit {commit}.
+modules below, runs the tests that reach it, the fastest first and for six seconds of a processor at
+most, and writes this page. {commits}
 """
 # Why a survivor is harmless, and what "old -> new | its name and the line" looks like.
 REASONS = (
@@ -52,9 +57,9 @@ def outcome(code: int | None) -> str:
         return "not run"
     if code == SURVIVED:
         return "survived"
-    if code in NO_TEST:
+    if code == NO_TEST:
         return "no test"
-    return "noticed" if code in NOTICED else "endless" if code in ENDLESS else "broken off"
+    return "noticed" if code == NOTICED else "endless" if code in ENDLESS else "broken off"
 
 
 def common(old: str, new: str) -> int:
@@ -95,7 +100,45 @@ def table(counts: dict[str, Counter[str]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def plant() -> None:
+    """Fill the folder with the mutants of all modules, none of them tried."""
+    shutil.rmtree(FOUND, ignore_errors=True)
+    FOUND.mkdir()
+    copy_src_dir()
+    copy_also_copy_files()
+    create_mutants(1)
+
+
+def forget_survivors() -> None:
+    """Have those tried again that no test has noticed, with the tests as they are now."""
+    copy_also_copy_files()
+    for path in FOUND.rglob("*.meta"):
+        meta = json.loads(path.read_text())
+        codes = meta["exit_code_by_key"]
+        meta["exit_code_by_key"] = {
+            mutant: code if outcome(code) == "noticed" else NOT_RUN
+            for mutant, code in codes.items()
+        }
+        path.write_text(json.dumps(meta, indent=1))
+
+
+def attempt() -> None:
+    """Run the tests on each mutant that has not been tried."""
+    given = config()
+    here = str(Path(__file__).parent.resolve())
+    places = os.pathsep.join([str(FOUND.resolve()), here])
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "try_mutants", "--rootdir=."]
+    command += [*given.pytest_add_cli_args, *given.pytest_add_cli_args_test_selection]
+    subprocess.run(command, cwd=FOUND, env={**os.environ, "PYTHONPATH": places}, check=True)
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def page() -> str:
+    """docs/mutants.md, from what the folder holds."""
     counts: dict[str, Counter[str]] = {}
     survivors: dict[str, list[str]] = {}
     for path in sorted(FOUND.rglob("*.meta")):
@@ -109,15 +152,23 @@ def main() -> None:
                 alone, told = change(mutant)
                 why = reason(f"{alone} | {name} {told}")
                 survivors.setdefault(why, []).append(f"- {name}: `{told}`")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    print(HEAD.format(commit=commit))
-    print(table(counts))
-    print("\n## What survives, and why that is harmless")
+    parts = [HEAD.format(commits=(FOUND / "commits").read_text()), table(counts)]
+    parts.append("\n## What survives, and why that is harmless")
     for why, lines in sorted(survivors.items(), key=lambda item: -len(item[1])):
-        print(f"\n### {why} ({len(lines)})\n")
-        print("\n".join(lines))
+        parts.append("\n".join([f"\n### {why} ({len(lines)})\n", *lines]))
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    told = FOUND / "commits"
+    if "--again" in sys.argv:
+        forget_survivors()
+        told.write_text(f"{told.read_text()} Survivors tried again at commit {commit()}.")
+    else:
+        plant()
+        told.write_text(f"Tried at commit {commit()}.")
+    attempt()
+    PAGE.write_text(page())
 
 
 if __name__ == "__main__":

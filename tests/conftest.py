@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-# Here and in what tests start: one thread, whatever else the machine does, for the same sums each time.
-os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
 import btnet_paper  # noqa: F401 (brings the kind "synthetic" of face sets)
-
-torch.set_num_threads(1)  # where torch was there before
 
 
 @pytest.fixture(scope="session")
@@ -59,32 +51,9 @@ def browser() -> Iterator[Any]:
 def pytest_configure() -> None:
     """Ctrl-C is heard, also where the shell started the tests in the background and had it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if tries_a_mutant():  # forked: collecting the parent's garbage would take four times as long
-        gc.freeze()
-
-
-MUTANT_SECONDS = 6  # of a processor, for the tests of one mutant
-
-
-def tries_a_mutant() -> bool:
-    """Whether this is a process of mutmut's that tries one (docs/mutants.md)."""
-    return "__mutmut_" in os.environ.get("MUTANT_UNDER_TEST", "")
-
-
-def fastest_first(items: list[pytest.Item]) -> None:
-    """Most mutants are noticed at once; mutmut keeps how long each test took."""
-    seconds = json.loads(Path("mutmut-stats.json").read_text())["duration_by_test"]
-    items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if tries_a_mutant() and time.process_time() > MUTANT_SECONDS:
-        pytest.skip("a mutant's time is over")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if tries_a_mutant():
-        fastest_first(items)
     if torch.cuda.is_available():
         return
     if re.search(r"(?<!not )\bgpu\b", config.getoption("-m")):

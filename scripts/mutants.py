@@ -2,6 +2,7 @@
 
     python scripts/mutants.py            # all, from the start (make mutants)
     python scripts/mutants.py --again    # those that no test has noticed, after tests were added
+    python scripts/mutants.py --go-on    # those that a run which was cut off has not tried
 
 What is planted where and which tests try it: [tool.mutmut] in pyproject.toml.
 """
@@ -161,7 +162,9 @@ def page() -> str:
 
 def main() -> None:
     told = FOUND / "commits"
-    if "--again" in sys.argv:
+    if "--go-on" in sys.argv:
+        print(f"going on with {told.read_text()}")
+    elif "--again" in sys.argv:
         forget_survivors()
         told.write_text(f"{told.read_text()} Survivors tried again at commit {commit()}.")
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import resource
 import signal
 import time
@@ -76,14 +77,17 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     reached = measure(session, after)
     gc.collect()
     gc.freeze()  # a child looks through its own garbage alone
-    for path in sorted(Path().rglob("*.py.meta")):
-        meta = json.loads(path.read_text())
-        codes = meta["exit_code_by_key"]
-        for mutant in [mutant for mutant, code in codes.items() if code is None]:
-            items = reached.get(mangled_name_from_mutant_name(mutant), [])
-            codes[mutant] = attempt(mutant, items, after) if items else NO_TEST
-            path.write_text(json.dumps(meta, indent=1))
-        if codes:
-            counted = sum(code != SURVIVED and code != NO_TEST for code in codes.values())
-            print(f"{path}: {counted} of {len(codes)} noticed", flush=True)
+    metas = {path: json.loads(path.read_text()) for path in sorted(Path().rglob("*.py.meta"))}
+    waiting = [
+        (path, mutant)
+        for path, meta in metas.items()
+        for mutant, code in meta["exit_code_by_key"].items()
+        if code is None
+    ]
+    random.Random(0).shuffle(waiting)  # a run that is cut off is a fair sample
+    for path, mutant in waiting:
+        items = reached.get(mangled_name_from_mutant_name(mutant), [])
+        code = attempt(mutant, items, after) if items else NO_TEST
+        metas[path]["exit_code_by_key"][mutant] = code
+        path.write_text(json.dumps(metas[path], indent=1))
     return True

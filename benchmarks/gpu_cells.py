@@ -25,8 +25,8 @@ from btnet_core.data.faces import FaceSet
 from btnet_core.data.sources import register
 from btnet_core.evaluation.identification import search
 from btnet_core.losses import build_margin
-from btnet_core.models.backbone import BackboneConfig, build_backbone
-from btnet_core.models.btnet import BTNet
+from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
+from btnet_core.models.btnet import NORMS, BTNet
 from btnet_core.models.costs import count_macs
 from btnet_core.models.weights import save_backbone
 from btnet_core.training import methods, step
@@ -242,14 +242,26 @@ def _faces(sizes: Sizes) -> dict[str, Any]:
 
 
 def _pretrained(place: Place) -> tuple[str, str]:
-    """Files of a trunk and a classifier with random weights."""
+    """Files of a trunk with random weights, whose features have a sensible size, and a classifier."""
     files = place.folder / "trunk.safetensors", place.folder / "classifier.safetensors"
     if not files[1].is_file():
-        save_backbone(build_backbone(place.sizes.trunk), files[0])
-        save_classifier(
-            files[1], fresh_weight(place.sizes.identities, place.sizes.trunk.embedding, 0)
-        )
+        save_backbone(_random_trunk(place), files[0])
+        weight = fresh_weight(place.sizes.identities, place.sizes.trunk.embedding, 0)
+        save_classifier(files[1], weight)
     return str(files[0]), str(files[1])
+
+
+@torch.no_grad()
+def _random_trunk(place: Place) -> Backbone:
+    """Batch norms know the statistics of some noise: else 50 layers end in infinity."""
+    net = build_backbone(place.sizes.trunk).to(place.device).train()
+    norms = [module for module in net.modules() if isinstance(module, NORMS)]
+    for momentum in (1.0, 0.1):
+        for norm in norms:
+            norm.momentum = momentum
+        if momentum == 1.0:
+            net(net.preprocess(Noise(8, 8).images(range(8)).to(place.device)))
+    return net
 
 
 # ---- beside the networks -------------------------------------------------------------------------
@@ -276,7 +288,7 @@ def classifier(place: Place, *, rows: int, sample_rate: float) -> dict[str, Any]
 def embed(place: Place) -> dict[str, Any]:
     """`BTNet.embed` of faces in memory, of four sizes in turn."""
     sizes = place.sizes
-    net = BTNet(build_backbone(sizes.trunk), SIDES[1:]).to(place.device).eval()
+    net = BTNet(_random_trunk(place), SIDES[1:]).to(place.device).eval()
     faces = [
         torch.randint(0, 256, (3, SIDES[i % 4], SIDES[i % 4]), dtype=torch.uint8)
         for i in range(sizes.embedded)

@@ -151,7 +151,8 @@ def embed_shards(
     Raises:
         DataError: as ``embed_folder``; a shard was made of other images, or otherwise.
     """
-    root, reader, made = Path(source), Reader(btnet, select), []
+    root, reader = Path(source), Reader(btnet, select)
+    made: list[Path] = []
     found, how = image_names(root), f"{weights_digest(btnet)} {btnet.inference} {select}"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     while names := list(islice(found, images)):
@@ -203,6 +204,7 @@ def _embed_into(
     rows = {n: face for n, face in zip(files, found, strict=True) if isinstance(face, Face)}
     failed = {n: str(one) for n, one in zip(files, found, strict=True) if n not in rows}
     warn_of_photographs(rows)
+    columns: dict[str, Any]
     columns = {key: np.array([getattr(face, key) for face in rows.values()]) for key in COLUMNS}
     columns["branch"] = np.array([face.r for face in rows.values()], np.int64)
     columns["names"], columns["failed"] = (np.array(list(x), np.str_) for x in (rows, failed))

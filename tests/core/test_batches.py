@@ -236,15 +236,21 @@ def test_everything_goes_where_the_faces_are() -> None:
 
 def test_a_gpu_is_not_waited_for() -> None:
     class Rows:
+        pinned = False
+
+        def __init__(self, place: str) -> None:
+            self.device = SimpleNamespace(type=place)
+
         def pin_memory(self) -> Rows:
             self.pinned = True
             return self
 
-        def to(self, device: object, *, non_blocking: bool) -> tuple:
+        def to(self, device: object, *, non_blocking: bool = False) -> tuple:
             return device, self.pinned, non_blocking
 
     gpu = SimpleNamespace(type="cuda")
-    assert batches.transfer(Rows(), gpu) == (gpu, True, True)  # type: ignore[arg-type]
+    assert batches.transfer(Rows("cpu"), gpu) == (gpu, True, True)  # type: ignore[arg-type]
+    assert batches.transfer(Rows("cuda"), gpu) == (gpu, False, False)  # type: ignore[arg-type]
 
 
 def test_an_epoch_is_drawn_once_and_not_mirrored_where_that_is_off(

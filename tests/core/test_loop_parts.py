@@ -138,14 +138,20 @@ def test_nothing_is_done_between_readings(run: Run, monkeypatch: pytest.MonkeyPa
 def test_gradients_of_a_step_are_its_own_and_summed_over_processes(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """They are exchanged in the backward pass of the last part, when they are whole."""
     summed: list[list] = []
-    monkeypatch.setattr(distributed, "sum_gradients", lambda network: summed.append(network))
+    monkeypatch.setattr(
+        distributed,
+        "summed_gradients",
+        lambda these: (summed.append(list(these)), nullcontext())[1],
+    )
+    run.config = run.config.replace(accumulate=2)
     for parameter in run.learns.values():
         parameter.grad = torch.full_like(parameter, torch.nan)
     fit(run, Told())
     learns = list(run.trainable.values())
-    assert len(summed) == 6
-    assert all(a is b for a, b in zip(summed[0], learns, strict=True))
+    assert [len(some) for some in summed] == 6 * [0, len(learns)]
+    assert all(a is b for a, b in zip(summed[1], learns, strict=True))
     assert all(parameter.isfinite().all() for parameter in learns)
 
 

@@ -31,12 +31,12 @@ from btnet_core.evaluation.embedders import Embedder
 from btnet_core.evaluation.identification import prototypes
 from btnet_core.evaluation.verification import strictest_needed
 from btnet_core.images import KERNELS, Resize, decode, resize, to_pixels
-from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
+from btnet_core.models.backbone import BackboneConfig, build_backbone
 from btnet_core.models.btnet import INDICATORS, ROUNDINGS, BTNet, Route, select_branch
 from btnet_core.models.costs import count_macs
 from btnet_paper.features import network, strength, watching
 from btnet_paper.people import choose_people, open_once
-from btnet_paper.plans import load_methods
+from btnet_paper.plans import demo_methods, load_methods
 from btnet_paper.plots import answers
 from btnet_paper.scales import Scale
 
@@ -72,8 +72,9 @@ class Choice:
 class Explorer:
     """Methods trained under ``run_dir/models`` and people of ``scale.others``.
 
-    Thresholds come from strangers shrunk to the resolution of the branch. ``note`` says how to
-    train what is missing; without it only faces and costs are shown.
+    Where no phi_bt was trained there, the repository's demo network takes the place of all.
+    Thresholds come from strangers shrunk to the resolution of the branch. ``note`` says whose
+    weights these are and how to train what is missing.
     """
 
     def __init__(
@@ -82,16 +83,20 @@ class Explorer:
     ) -> None:  # fmt: skip
         models = Path(run_dir) / "models"
         found = load_methods(models, device=device)
-        self.trunk = _trunk(found, scale)
-        canonical = self.trunk.config.size[0]
-        self.resolutions = (*sorted(scale.resolutions), canonical)
+        trained = "phi_bt" in found
+        found = found if trained else demo_methods(device=device)
+        net = found["phi_bt"].btnet
+        self.resolutions, canonical = net.resolutions, net.trunk.config.size[0]
         self.methods = {m: found[m] for m in METHODS if _covers(found.get(m), self.resolutions)}
         missing = [name for name in METHODS if name not in self.methods]
         train = f"Train: btnet reproduce --scale {scale.name} --only 03,04"
         self.note = f"Not trained yet in {models}: {', '.join(missing)}. {train}" if missing else ""
+        if not trained:
+            whose = "of the demo network that comes with the repository (data/demo)"
+            self.note = f"The weights are those {whose}: none was trained in {models}. {train}"
         self.networks = {
-            "of this scale": allocations(self.trunk.config, scale.resolutions),
-            "the paper's": allocations(BackboneConfig(), scale.resolutions),
+            "of this scale": allocations(net.trunk.config, net.resolutions[:-1]),
+            "the paper's": allocations(BackboneConfig(), net.resolutions[:-1]),
         }
         self.people = choose_people(open_once(scale.others), known, strangers)
         self.known, self.probes = len(self.people.gallery), self.people.probes
@@ -195,12 +200,6 @@ class Explorer:
             f"{row['macs'] / 1e9:.3g} GMACs a face (trunk: {row['trunk'] / 1e9:.3g})"
         )
         return answers.cost_figure(tables, choice.branch, ends), line
-
-
-def _trunk(found: dict[str, Any], scale: Scale) -> Backbone:
-    if "phi_bt" in found:
-        return found["phi_bt"].btnet.trunk
-    return found["phi_hr"].backbone if "phi_hr" in found else build_backbone(scale.backbone)
 
 
 def _covers(embedder: Embedder | None, resolutions: Sequence[int]) -> bool:

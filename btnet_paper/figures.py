@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from btnet_core.errors import ConfigError, DataError
 from btnet_core.files import write_atomically
@@ -115,6 +116,12 @@ def save_figure(
         entry[f"{kind}_sha256"] = hashlib.sha256(drawn.getvalue()).hexdigest()
     results.update_manifest(run_dir, {name: entry}, folder=folder)
     return paths
+
+
+def shown_width(image: Image.Image) -> int:
+    """Pixels on a page, 130 to the inch, so that the text of all figures has one size."""
+    dpi = image.info.get("dpi", (150,))[0]
+    return min(900, round(image.width * 130 / dpi))
 
 
 def _about(record: Record, name: str) -> dict[str, Any]:

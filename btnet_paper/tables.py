@@ -22,6 +22,7 @@ from btnet_core.errors import ConfigError
 from btnet_paper import published
 from btnet_paper.records import PAPER, SCALES
 
+LONG = 24  # signs of a text that stands on the left of its column
 Rows: TypeAlias = pd.DataFrame | Mapping[str, Mapping[str, Any]]  # row -> column -> value
 STYLE = [
     {"selector": "td", "props": "text-align: right"},
@@ -44,7 +45,8 @@ class Table(Styler):
     digits = 2
 
     def _repr_markdown_(self) -> str:
-        return f"{self.caption}\n\n{markdown(self.data, digits=self.digits)}"
+        paper = "; below, in italics, the paper's" if self.data.columns.nlevels > 1 else ""
+        return f"{self.caption}{paper}\n\n{markdown(self.data, digits=self.digits)}"
 
 
 def show(ours: Rows, paper: Rows | None = None, *, caption: str = "", digits: int = 2) -> Table:
@@ -99,9 +101,15 @@ def values(table: str, source: str, long: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(rows: Rows, *, digits: int = 1) -> str:
-    """A Markdown table; of a frame with (block, row) a bold line begins each block."""
-    shown = frame(rows)
-    lines = [_line("", _flat(shown.columns)), _line("---", ["---:"] * shown.shape[1])]
+    """A Markdown table; of a frame with (block, row) a bold line begins each block.
+
+    The paper's values of `show` stand below ours, in italics: side by side is too wide for a page.
+    """
+    shown = frame(rows).astype(object).map(lambda value: cell(value, digits))
+    if shown.columns.nlevels > 1:
+        shown = _stacked(shown)
+    sides = ["---" if column.str.len().max() > LONG else "---:" for _, column in shown.items()]
+    lines = [_line("", shown.columns), _line("---", sides)]
     block = None
     for name, cells in zip(shown.index, shown.to_numpy(), strict=True):
         if isinstance(name, tuple):
@@ -109,8 +117,20 @@ def markdown(rows: Rows, *, digits: int = 1) -> str:
                 block = name[0]
                 lines.append(_line(f"**{block}**", [""] * shown.shape[1]))
             name = name[-1]
-        lines.append(_line(name, [cell(value, digits) for value in cells]))
+        lines.append(_line(name, cells))
     return "\n".join(lines)
+
+
+def _stacked(texts: pd.DataFrame) -> pd.DataFrame:
+    """Columns (name, "ours") and (name, PAPER) as one for each name."""
+    names = list(dict.fromkeys(texts.columns.get_level_values(0)))
+    stacked = {}
+    for name in names:
+        both = texts[name]
+        parts = [both["ours"]] if "ours" in both else []
+        parts += ["*" + both[PAPER] + "*"] if PAPER in both else []
+        stacked[name] = parts[0] if len(parts) == 1 else parts[0] + "<br>" + parts[1]
+    return pd.DataFrame(stacked).replace("*–*", "–")
 
 
 def cell(value: Any, digits: int = 2) -> str:
@@ -133,13 +153,6 @@ def _side_by_side(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
         if name in table
     }
     return pd.DataFrame(columns, index=rows)
-
-
-def _flat(columns: pd.Index) -> list[str]:
-    """Names of columns in one line: "14&14", and "14&14, the paper" for the paper's."""
-    if columns.nlevels == 1:
-        return list(map(str, columns))
-    return [f"{name}, {source}" if source == PAPER else str(name) for name, source in columns]
 
 
 def _style(shown: pd.DataFrame, caption: str, digits: int) -> Table:

@@ -114,7 +114,7 @@ select_option = option(
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of :func:`open_model`."""
     for decorate in (
-        option("--model", required=True, metavar="DIR", help="Folder of a BTNet."),
+        option("--model", required=True, metavar="DIR", help="Folder of a BTNet, or demo."),
         adapter_option,
         device_option,
         option("--precision", help="Quick inference on a CPU: fp32, bf16 or int8."),
@@ -137,6 +137,7 @@ def open_model(
         say_where(calibrate)
     if adapter:
         find_adapter(adapter)  # importing it is enough: the model names its class
+    say_where(f"{model}/trunk.safetensors")
     net = BTNet.load(model).to(resolve_device(device)).eval()
     if not precision:
         return net
@@ -420,7 +421,7 @@ def evaluate(pairs: tuple[str, ...], baseline: bool, **model: Any) -> None:
 @command("btnet export --model my_btnet --format onnx --out exported/")
 @option("--format", "kind", required=True, type=click.Choice(("onnx", "pt2")), help="Of the file.")
 @option("--out", required=True, metavar="DIR", help="Receives btnet.onnx, or btnet_14.pt2, …")
-@option("--model", required=True, metavar="DIR", help="Folder of a BTNet.")
+@option("--model", required=True, metavar="DIR", help="Folder of a BTNet, or demo.")
 @adapter_option
 def export(kind: str, out: str, model: str, adapter: str | None) -> None:
     """Write a model for other programs: pixels in, embedding of unit length and its norm out."""

@@ -15,6 +15,7 @@ import io
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,22 @@ from PIL import Image
 from btnet_core.errors import DataError
 from btnet_core.files import write_atomically
 from btnet_paper import results
+from btnet_paper.figures import shown_width
 from btnet_paper.notebooks import Notebook, load_notebooks
 from btnet_paper.scales import ROOT, get_scale
 
 PAGES = ROOT / "docs" / "executed"
 LIMIT = 400_000  # bytes of a page and its pictures
-WIDTH, COLOURS = 900, 96  # of a picture: px, palette
+COLUMNS = 100  # of a line of output
 STEPS = r"(?m)^\S+: step [^\n]*\n(?=\S+: step )"  # all but the last line of a training's progress
+OWN = (  # the run's own figures, which stand above, and a line that would lead to nothing
+    r"(?m)^!\[[^\]]*\]\(\.\./figures/\w+\.png\)\s*?$\n?",
+    r"(?m)^Scale `demo`[^\n]*:\n+(?=Scale|Next|\Z)",
+)
 LINKS = (  # from notebooks/ to docs/executed/
     (r"\(\.\./docs/executed/", "("),
     (r"\(\.\./docs/", "(../"),
-    (r"\(\.\./figures/", "(../../figures/"),
+    (r"\(\.\./(data|figures)/", r"(../../\1/"),
     (r"\((\d\d_\w+)\.ipynb\)", r"(\1.md)"),
 )
 
@@ -65,7 +71,8 @@ def page(notebook: Notebook, run_dir: Path) -> tuple[str, dict[str, bytes]]:
 
 def header(notebook: Notebook, record: dict[str, Any]) -> str:
     """Where a page comes from; `stamp` is how ``--check`` knows its source."""
-    made = f"scale `{record['scale']}`, {record['date'][:10]}, {record['seconds']:.0f} s"
+    spent = max(1, round(record["seconds"]))
+    made = f"scale `{record['scale']}`, {record['date'][:10]}, {spent} s"
     source = f"[notebooks/{notebook.path.name}](../../notebooks/{notebook.path.name})"
     return f"{stamp(notebook)}\n*{source}, executed: {made}. Made by `python scripts/executed.py`.*"
 
@@ -78,40 +85,73 @@ def stamp(notebook: Notebook) -> str:
 def _cell(cell: dict[str, Any], name: str, pictures: dict[str, bytes]) -> list[str]:
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
-        for old, new in LINKS:
-            source = re.sub(old, new, source)
-        lines = source.splitlines()
-        return ["\n".join(line for line in lines if not line.startswith("[This notebook,"))]
-    shown = [_output(output, name, pictures) for output in cell["outputs"]]
+        return [_prose(source)]
+    shown = [_output(output, name, pictures) for output in _joined(cell["outputs"])]
     return [f"```python\n{source}\n```", *filter(None, shown)]
 
 
+def _prose(source: str) -> str:
+    for pattern in OWN:
+        source = re.sub(pattern, "", source)
+    source = re.sub(r"!\[([^\]]*)\]\(\.\./(figures/[^)]+)\)", _committed, source)
+    for old, new in LINKS:
+        source = re.sub(old, new, source)
+    lines = source.rstrip().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("[This notebook,"))
+
+
+def _committed(found: re.Match[str]) -> str:
+    """A picture of the repository, as wide as its text asks for."""
+    with Image.open(ROOT / found[2]) as image:
+        return _img(f"../../{found[2]}", found[1], shown_width(image))
+
+
+def _img(source: str, alt: str, width: int) -> str:
+    return f'<img src="{source}" alt="{alt}" width="{width}">'
+
+
+def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pieces of printed text that follow each other as one; warnings are left out."""
+    joined: list[dict[str, Any]] = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            continue
+        if output["output_type"] == "stream":
+            before = joined.pop()["text"] if joined and "text" in joined[-1] else []
+            output = {**output, "text": [*before, *output["text"]]}
+        joined.append(output)
+    return joined
+
+
 def _output(output: dict[str, Any], name: str, pictures: dict[str, bytes]) -> str:
-    """One output; "" for what says nothing on a page: warnings, progress bars, objects."""
+    """One output; "" for what says nothing on a page: progress bars, objects."""
     if output["output_type"] == "stream":
-        text = re.sub(r"\x1b\[[0-9;]*m", "", "".join(output["text"])).strip()
-        text = re.sub(STEPS, "", text)
-        return f"```text\n{text}\n```" if output["name"] == "stdout" and text else ""
+        return _text(re.sub(r"\x1b\[[0-9;]*m", "", "".join(output["text"])).strip())
     data = output.get("data", {})
     if "image/png" in data:
-        file = f"{name}/{len(pictures) + 1}.png"
-        pictures[file] = small(base64.b64decode("".join(data["image/png"])))
-        return f"![{output['metadata'].get('image/png', {}).get('alt', 'figure')}]({file})"
+        file = f"{name}/{len(pictures) + 1}.webp"
+        alt = output["metadata"].get("image/png", {}).get("alt", "figure")
+        with Image.open(io.BytesIO(base64.b64decode("".join(data["image/png"])))) as image:
+            pictures[file] = small(image)
+            return _img(file, alt, shown_width(image))
     if "text/markdown" in data:
         return "".join(data["text/markdown"]).strip()
     text = "".join(data.get("text/plain", ""))
     if "application/vnd.jupyter.widget-view+json" in data:  # controls, or a progress bar
         return "*Controls, which need a kernel.*" if "Box(" in text else ""
-    return f"```text\n{text}\n```" if text and not text.startswith("<") else ""
+    return "" if text.startswith("<") else _text(text)
 
 
-def small(png: bytes) -> bytes:
-    """The picture at most WIDTH wide, in COLOURS."""
-    image = Image.open(io.BytesIO(png)).convert("RGB")
-    if image.width > WIDTH:
-        image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.LANCZOS)
+def _text(printed: str) -> str:
+    lines = re.sub(STEPS, "", printed).splitlines()
+    folded = [textwrap.fill(line, COLUMNS, subsequent_indent="    ") for line in lines]
+    return "```text\n" + "\n".join(folded) + "\n```" if lines else ""
+
+
+def small(image: Image.Image) -> bytes:
+    """The picture in few bytes and all its colours."""
     written = io.BytesIO()
-    image.quantize(COLOURS).save(written, "PNG", optimize=True)
+    image.convert("RGB").save(written, "WEBP", quality=90, method=6)
     return written.getvalue()
 
 
@@ -122,7 +162,7 @@ def write(run_dir: Path, pages: Path = PAGES) -> None:
         size = len(text.encode()) + sum(map(len, pictures.values()))
         if size > LIMIT:
             raise DataError(f"{notebook.name}: got {size:,} bytes, expected at most {LIMIT:,}")
-        for old in (pages / notebook.name).glob("*.png"):
+        for old in (pages / notebook.name).glob("*"):
             old.unlink()
         for name, png in pictures.items():
             write_atomically(pages / name, png)

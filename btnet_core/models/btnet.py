@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from btnet_core.device import autocast
 from btnet_core.errors import CheckpointError, ConfigError, DataError
-from btnet_core.files import read_safetensors, write_safetensors
+from btnet_core.files import find, read_safetensors, write_safetensors
 from btnet_core.images import Resize, resize, scaled_size, to_pixels
 from btnet_core.models.backbone import Backbone, embed_features
 from btnet_core.models.weights import build_from, load_strictly, read_config
@@ -312,13 +312,17 @@ class BTNet(nn.Module):
     def load(cls, folder: Path | str, resolutions: Sequence[int] | None = None) -> BTNet:
         """Load a saved BTNet, or only some of its resolutions.
 
+        ``folder`` is looked for as by ``files.find``: "demo" is the repository's ``data/demo``.
+
         Raises:
             CheckpointError: a file is missing, damaged, or a branch was trained on another trunk.
         """
-        folder = Path(folder)
-        path = folder / "trunk.safetensors"
+        path = find(Path(folder) / "trunk.safetensors")
+        folder = path.parent
         if not path.is_file():
             told = f"holds no BTNet ({path.name}); `btnet adapt --out {folder}` makes one"
+            if str(folder) == "demo":
+                told = "no such folder here; the demo network is data/demo of the repository alone"
             raise CheckpointError(f"{folder}: {told}")
         state, metadata = read_safetensors(path)
         btnet = cls(build_from(read_config(metadata, path), state, path), ())

@@ -90,13 +90,15 @@ def loss_curves(
     """Loss against step: name -> (steps, values), each value the mean since the one before."""
     figure, axes = plt.subplots(figsize=(COLUMN, 2.4))
     for index, (name, (steps, values)) in enumerate(histories.items()):
-        axes.plot(steps, values, color=of_method(name, index)["color"], label=label(name))
+        own = of_method(name, index) | {"marker": ""}
+        axes.plot(steps, values, label=label(name), **own)
     axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
     if log:  # plain numbers, at most six of them
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.minorticks_off()
-    figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2)
+    columns = 3 if len(histories) < 7 else 2  # longer names
+    figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2)
     return figure
 
 
@@ -129,7 +131,8 @@ def figure5(values: Mapping[str, Any]) -> Figure:
     axes.bar(x + 0.2, stored, 0.38, color=BLUE, label=r"$\phi_{bt}$: branch + BN")
     for at, value in zip(x + 0.2, stored, strict=True):
         percent = 100 * value / whole
-        _above(axes, at, value, f"{percent:.{1 if percent >= 1 else 2}f} %", points=6)
+        text = f"{percent:.{1 if percent >= 1 else 2}f} %"
+        _above(axes, at - 0.17, value, text, points=6, ha="left")  # clear of the grey bar
     known = [i for i, cost in enumerate(rows) if cost["r"] in printed]
     theirs = [printed[rows[i]["r"]] for i in known]
     axes.plot(x[known] + 0.2, theirs, "D", color="#222222", label="paper, as printed", **HOLLOW)
@@ -176,8 +179,8 @@ def _against_trunk(axes: Axes, values: np.ndarray, spread: np.ndarray | None) ->
         _above(axes, at, top, f"{value:.3g}", points=2)
 
 
-def _above(axes: Axes, x: float, y: float, text: str, *, points: float) -> None:
-    place = {"textcoords": "offset points", "ha": "center", "fontsize": 6.5}
+def _above(axes: Axes, x: float, y: float, text: str, *, points: float, ha: str = "center") -> None:
+    place = {"textcoords": "offset points", "ha": ha, "fontsize": 6.5}
     axes.annotate(text, (x, y), (0, points), **place)
 
 

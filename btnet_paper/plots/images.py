@@ -219,7 +219,8 @@ def _likeness(axes: Axes, similarity: Mapping[str, Any], coupled: dict[int, int]
 def tour(values: Mapping[str, Any], arrays: Mapping[str, Any]) -> Figure:
     """Notebook 00: faces "face_<i>" (3, h, w), a row for each person, and the cosines of all pairs.
 
-    Each face is outlined in the colour of the branch that it took.
+    Each face is outlined in the colour of the branch that it took; on each block of two people
+    stands the mean of its cosines, without those of a face with itself.
     """
     people, branches = values["people"], values["branch"]
     each = len(branches) // people
@@ -233,17 +234,28 @@ def tour(values: Mapping[str, Any], arrays: Mapping[str, Any]) -> Figure:
         show(axes, pixels(arrays[f"face_{index}"]), title if index < each else "", outline)
         if index % each == 0:
             axes.set_ylabel(f"person {index // each + 1}", fontsize=7)
-    axes = right.subplots()
-    cosines = np.asarray(values["similarity"])
-    shown = show(axes, cosines, cmap="RdBu_r", vmin=-1, vmax=1)  # white: 0
-    for edge in range(each, len(branches), each):
+    _cosines(right, np.asarray(values["similarity"]), people)
+    return figure
+
+
+def _cosines(part: Any, cosines: np.ndarray, people: int) -> None:
+    """The matrix, white at 0: a line between people, the mean of each block on it."""
+    each = len(cosines) // people
+    axes = part.subplots()
+    shown = show(axes, cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+    for edge in range(each, len(cosines), each):
         axes.axhline(edge - 0.5, color=DARK, linewidth=0.8)
         axes.axvline(edge - 0.5, color=DARK, linewidth=0.8)
+    others = np.where(np.eye(len(cosines), dtype=bool), np.nan, cosines)
+    means = np.nanmean(others.reshape(people, each, people, each), axis=(1, 3))
     middles = np.arange(people) * each + (each - 1) / 2
+    box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1}
+    for (i, j), mean in np.ndenumerate(means):
+        where = {"ha": "center", "va": "center", "fontsize": 6.5, "bbox": box}
+        axes.text(middles[j], middles[i], f"{mean:.2f}", **where)
     names = [f"person {index + 1}" for index in range(people)]
     axes.set_xticks(middles, names)
     axes.set_yticks(middles, names, rotation=90, va="center")
     axes.tick_params(length=0)
-    axes.set_title("cosine of the embeddings" + ("" if values["trained"] else " (NOT TRAINED)"))
-    right.colorbar(shown, ax=axes, shrink=0.85)
-    return figure
+    axes.set_title("cosines, and the mean of each two people")
+    part.colorbar(shown, ax=axes, shrink=0.85)

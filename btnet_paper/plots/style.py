@@ -60,6 +60,7 @@ STYLE = {
 }
 HOLLOW = {"markerfacecolor": "none", "linestyle": "none", "markeredgewidth": 1.1, "markersize": 6}
 DARK = "#444444"
+READINGS = {"phi_mm_hr": "phi_mm, from phi_hr", "phi_mm_up": "phi_mm, scaled up"}  # folder -> name
 
 
 def paper_ready(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -82,14 +83,15 @@ def label(name: str) -> str:
     if name in METHODS:
         return METHODS[name][0]
     method, _, r = name.rpartition("_")
-    return f"{label(method)}, {r} px" if r.isdigit() else name
+    return f"{label(READINGS.get(method, method))}, {r} px" if r.isdigit() else name
 
 
 def of_method(name: str, index: int = 0) -> dict[str, Any]:
-    """Colour and marker of a method, or of a model of one resolution."""
-    r = name.rpartition("_")[2]
+    """Colour and marker of a method, or of a model of one resolution; dashed: another phi_mm."""
+    method, _, r = name.rpartition("_")
     if r.isdigit():
-        return {"color": colour(int(r)), "marker": "o"}
+        dashed = {"linestyle": "--"} if method in READINGS else {}
+        return {"color": colour(int(r)), "marker": "o", **dashed}
     _, own, marker = METHODS.get(name, (name, PALETTE[index % len(PALETTE)], "o"))
     return {"color": own, "marker": marker}
 

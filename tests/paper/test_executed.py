@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -43,15 +44,16 @@ def run(folder: Path, outputs: list[dict[str, Any]], scale: str = "demo") -> Non
 
 
 def test_a_page_holds_what_was_shown_and_nothing_else(tmp_path: Path) -> None:
-    lines = "a: step 1/9 loss 2\na: step 2/9 loss 1\nin " + str(tmp_path)
+    lines = ["a: step 1/9 loss 2\n", f"a: step 2/9 loss 1\nin {tmp_path}\n" + "long " * 30]
     table = {"text/html": "<style>td</style>", "text/markdown": "|  | a |", "text/plain": "<T>"}
     bar = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "a: 50%|"}
     box = {**bar, "text/plain": "VBox(children=())"}
     shown = [{"output_type": "display_data", "data": data} for data in (table, bar, box)]
     picture = {"image/png": png(2000), "text/plain": "<Figure>"}
     shown.append({"output_type": "display_data", "data": picture, "metadata": {}})
-    shown.append({"output_type": "stream", "name": "stdout", "text": [lines]})
+    shown.append({"output_type": "stream", "name": "stdout", "text": lines[:1]})
     shown.append({"output_type": "stream", "name": "stderr", "text": ["WARNING"]})
+    shown.append({"output_type": "stream", "name": "stdout", "text": lines[1:]})
     run(tmp_path, shown)
     text, pictures = executed.page(NOTEBOOK, tmp_path)
     assert text.startswith(f"<!-- source: {NOTEBOOK.source_checksum} -->")
@@ -62,11 +64,21 @@ def test_a_page_holds_what_was_shown_and_nothing_else(tmp_path: Path) -> None:
     for absent in ("step 1/9", "WARNING", "<style>", "<T>", "50%|", str(tmp_path), "injected"):
         assert absent not in text
     assert "(../results.md#table-1)" in text
-    assert "(../../figures/table1_accuracy.png)" in text
-    assert "![figure](05_verification/1.png)" in text
+    assert "figures/table1_accuracy.png" not in text  # it stands above
+    assert 'src="../../figures/lfw/table1_accuracy.png" alt="Table 1 as curves, real faces"' in text
+    assert '<img src="05_verification/1.webp" alt="figure" width="900">' in text
+    assert max(map(len, text[text.index("a: step") :].split("```")[0].splitlines())) <= 100
     (one,) = pictures.values()
-    assert Image.open(io.BytesIO(one)).width == executed.WIDTH
+    assert Image.open(io.BytesIO(one)).size == (2000, 40)
     assert len(one) < len(base64.b64decode(picture["image/png"]))
+
+
+def test_a_picture_keeps_its_colours() -> None:
+    """Cells of a diverging map: a palette of few colours once made some of them orange."""
+    ramp = np.linspace([5, 48, 97], [178, 24, 43], 900).round().astype(np.uint8)
+    image = Image.fromarray(np.broadcast_to(ramp, (60, 900, 3)).copy())
+    again = np.asarray(Image.open(io.BytesIO(executed.small(image))).convert("RGB"), int)
+    assert np.abs(again - np.asarray(image, int)).max() < 12
 
 
 def test_real_faces_and_other_sources_are_refused(tmp_path: Path) -> None:

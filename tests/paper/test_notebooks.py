@@ -118,7 +118,7 @@ def test_the_findings_are_three_sentences_with_computed_numbers(name: str) -> No
 def test_every_table_of_the_paper_is_followed_by_a_verdict(name: str) -> None:
     code = cells(name, "code")
     for place, source in enumerate(code):
-        if re.search(r"study\.table\(\"table[1-4]\"", source):
+        if re.search(r"study\.table\(\"table[1-8]\"", source):
             assert "study.verdict(" in code[place + 1]
 
 
@@ -144,7 +144,7 @@ def test_executed_pages_are_of_the_present_notebooks() -> None:
         assert "scale `demo`" in text
         assert not re.search(r"/tmp/|/home/|/work/|Traceback", text)
         assert {str(path.relative_to(pages)) for path in files[1:]} == set(
-            re.findall(rf"\(({name}/\d+\.png)\)", text)
+            re.findall(rf"src=\"({name}/\d+\.webp)\"", text)
         )
 
 

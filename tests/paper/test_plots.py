@@ -253,13 +253,19 @@ def test_tour_outlines_each_face_by_its_branch():
         [112, 7, 112, 7],
         {f"face_{i}": torch.full((3, 7, 7), 50.0) for i in range(4)},
     )
-    values = {"trained": False, "people": 2, "branch": branches, "size": [(112, 112), (7, 7)] * 2}
+    values = {"people": 2, "branch": branches, "size": [(112, 112), (7, 7)] * 2}
     axes = plots.tour(values | {"similarity": np.eye(4).tolist()}, arrays).axes
     assert [a.spines["top"].get_edgecolor() for a in axes[:4]] == [
         mpl.colors.to_rgba(style.colour(r)) for r in branches
     ]
     np.testing.assert_array_equal(axes[4].images[0].get_array(), np.eye(4))
-    assert "NOT TRAINED" in axes[4].get_title()
+
+
+def test_the_tours_blocks_bear_their_means_without_a_face_and_itself():
+    cosines = np.array([[1, 0.5, 0.2, 0], [0.5, 1, 0.4, 0], [0.2, 0.4, 1, 0.75], [0, 0, 0.75, 1]])
+    values = {"people": 2, "branch": [7] * 4, "size": [(7, 7)] * 4, "similarity": cosines.tolist()}
+    axes = plots.tour(values, {f"face_{i}": torch.full((3, 7, 7), 50.0) for i in range(4)}).axes
+    assert [text.get_text() for text in axes[4].texts] == ["0.50", "0.15", "0.15", "0.75"]
 
 
 def test_accuracy_curves_errors_and_paper():

@@ -33,10 +33,10 @@ def test_the_papers_column_stands_beside_ours():
     assert not re.search("col[02] paper", html)
     assert html == tables.show(ours, theirs, caption="demo <b>").to_html()
     assert shown._repr_markdown_().splitlines()[2:] == [
-        "|  | 14&14 | 14&14, the paper | n | x |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| phi_bt | 80.12 | 90.90 | 2,293,568 | – |",
-        "| phi_hr | – | 73.88 | – | – |",
+        "|  | 14&14 | n | x |",
+        "| --- | ---: | ---: | ---: |",
+        "| phi_bt | 80.12<br>*90.90* | 2,293,568 | – |",
+        "| phi_hr | –<br>*73.88* | – | – |",
     ]
     with pytest.raises(ConfigError, match="no rows"):
         tables.show({})
@@ -106,3 +106,13 @@ def test_markdown_begins_each_block_with_its_name():
     ]  # fmt: skip
     assert lines[3] == "| ArcFace | – | 1.00 | – |"
     assert tables.markdown({"x": {"y": 0.25, "z": None}}).endswith("| x | 0.2 | – |")
+
+
+def test_whole_numbers_stay_whole_beside_others_and_long_texts_stand_on_the_left() -> None:
+    mixed = pd.DataFrame(
+        {"stored": [1_505_152], "ms": [0.5], "why": ["a text of more than 24 signs"]}
+    )
+    assert tables.markdown(mixed, digits=2).splitlines()[1:] == [
+        "| --- | ---: | ---: | --- |",
+        "| 0 | 1,505,152 | 0.50 | a text of more than 24 signs |",
+    ]

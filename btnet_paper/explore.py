@@ -91,12 +91,14 @@ class Explorer:
         missing = [name for name in METHODS if name not in self.methods]
         train = f"Train: btnet reproduce --scale {scale.name} --only 03,04"
         self.note = f"Not trained yet in {models}: {', '.join(missing)}. {train}" if missing else ""
+        self.weights = "models/phi_bt" if trained else "data/demo"
         if not trained:
             whose = "of the demo network that comes with the repository (data/demo)"
             self.note = f"The weights are those {whose}: none was trained in {models}. {train}"
+        low = self.resolutions[-2::-1]  # the largest first
         self.networks = {
-            "of this scale": allocations(net.trunk.config, net.resolutions[:-1]),
-            "the paper's": allocations(BackboneConfig(), net.resolutions[:-1]),
+            "of this scale": allocations(net.trunk.config, low),
+            "the paper's": allocations(BackboneConfig(), low),
         }
         self.people = choose_people(open_once(scale.others), known, strangers)
         self.known, self.probes = len(self.people.gallery), self.people.probes

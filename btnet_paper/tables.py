@@ -103,12 +103,13 @@ def values(table: str, source: str, long: pd.DataFrame) -> pd.DataFrame:
 def markdown(rows: Rows, *, digits: int = 1) -> str:
     """A Markdown table; of a frame with (block, row) a bold line begins each block.
 
-    The paper's values of `show` stand below ours, in italics: side by side is too wide for a page.
+    The paper's values of `show` stand below ours, or alone, in italics: side by side is too wide.
     """
     shown = frame(rows).astype(object).map(lambda value: cell(value, digits))
     if shown.columns.nlevels > 1:
         shown = _stacked(shown)
-    sides = ["---" if column.str.len().max() > LONG else "---:" for _, column in shown.items()]
+    wide = shown.map(lambda text: max(map(len, text.split("<br>"))) > LONG).any()
+    sides = ["---" if left else "---:" for left in wide]
     lines = [_line("", shown.columns), _line("---", sides)]
     block = None
     for name, cells in zip(shown.index, shown.to_numpy(), strict=True):
@@ -123,14 +124,14 @@ def markdown(rows: Rows, *, digits: int = 1) -> str:
 
 def _stacked(texts: pd.DataFrame) -> pd.DataFrame:
     """Columns (name, "ours") and (name, PAPER) as one for each name."""
-    names = list(dict.fromkeys(texts.columns.get_level_values(0)))
-    stacked = {}
-    for name in names:
-        both = texts[name]
-        parts = [both["ours"]] if "ours" in both else []
-        parts += ["*" + both[PAPER] + "*"] if PAPER in both else []
-        stacked[name] = parts[0] if len(parts) == 1 else parts[0] + "<br>" + parts[1]
-    return pd.DataFrame(stacked).replace("*–*", "–")
+    marked = texts.copy()
+    for name, source in marked.columns:
+        if source == PAPER:
+            marked[name, source] = "*" + marked[name, source] + "*"
+    marked = marked.replace(["–", "*–*"], "")
+    names = dict.fromkeys(marked.columns.get_level_values(0))
+    both = {name: marked[name].agg("<br>".join, axis=1) for name in names}
+    return pd.DataFrame(both).replace("^<br>|<br>$", "", regex=True).replace("", "–")
 
 
 def cell(value: Any, digits: int = 2) -> str:

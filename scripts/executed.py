@@ -31,7 +31,9 @@ from btnet_paper.scales import ROOT, get_scale
 PAGES = ROOT / "docs" / "executed"
 LIMIT = 400_000  # bytes of a page and its pictures
 COLUMNS = 100  # of a line of output
-STEPS = r"(?m)^\S+: step [^\n]*\n(?=\S+: step )"  # all but the last line of a training's progress
+# What a training says, all but its last step.
+STEPS = r"(?m)^\S+: step [^\n]*\n(?=\S+: step )"
+FACTS = r"(?m)^\S+: (\d[\d,]* of [\d,]+ parameters learn|inputs and teacher features)[^\n]*(\n|\Z)"
 OWN = (  # the run's own figures, which stand above, and a line that would lead to nothing
     r"(?m)^!\[[^\]]*\]\(\.\./figures/\w+\.png\)\s*?$\n?",
     r"(?m)^Scale `demo`[^\n]*:\n+(?=Scale|Next|\Z)",
@@ -71,8 +73,7 @@ def page(notebook: Notebook, run_dir: Path) -> tuple[str, dict[str, bytes]]:
 
 def header(notebook: Notebook, record: dict[str, Any]) -> str:
     """Where a page comes from; `stamp` is how ``--check`` knows its source."""
-    spent = max(1, round(record["seconds"]))
-    made = f"scale `{record['scale']}`, {record['date'][:10]}, {spent} s"
+    made = f"scale `{record['scale']}`, {record['date'][:10]}"
     source = f"[notebooks/{notebook.path.name}](../../notebooks/{notebook.path.name})"
     return f"{stamp(notebook)}\n*{source}, executed: {made}. Made by `python scripts/executed.py`.*"
 
@@ -143,8 +144,9 @@ def _output(output: dict[str, Any], name: str, pictures: dict[str, bytes]) -> st
 
 
 def _text(printed: str) -> str:
-    lines = re.sub(STEPS, "", printed).splitlines()
-    folded = [textwrap.fill(line, COLUMNS, subsequent_indent="    ") for line in lines]
+    lines = re.sub(STEPS, "", re.sub(FACTS, "", printed)).splitlines()
+    whole = {"break_on_hyphens": False, "break_long_words": False}  # paths
+    folded = [textwrap.fill(line, COLUMNS, subsequent_indent="    ", **whole) for line in lines]
     return "```text\n" + "\n".join(folded) + "\n```" if lines else ""
 
 

@@ -44,16 +44,17 @@ def run(folder: Path, outputs: list[dict[str, Any]], scale: str = "demo") -> Non
 
 
 def test_a_page_holds_what_was_shown_and_nothing_else(tmp_path: Path) -> None:
-    lines = ["a: step 1/9 loss 2\n", f"a: step 2/9 loss 1\nin {tmp_path}\n" + "long " * 30]
+    facts = "a: 1,504 of 1,505 parameters learn: …\na: inputs and teacher features: 8 MB\n"
+    lines = [facts, "a: step 1/9 loss 2\n", f"a: step 2/9 loss 1\nin {tmp_path}\n" + "long " * 30]
     table = {"text/html": "<style>td</style>", "text/markdown": "|  | a |", "text/plain": "<T>"}
     bar = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "a: 50%|"}
     box = {**bar, "text/plain": "VBox(children=())"}
     shown = [{"output_type": "display_data", "data": data} for data in (table, bar, box)]
     picture = {"image/png": png(2000), "text/plain": "<Figure>"}
     shown.append({"output_type": "display_data", "data": picture, "metadata": {}})
-    shown.append({"output_type": "stream", "name": "stdout", "text": lines[:1]})
+    shown.append({"output_type": "stream", "name": "stdout", "text": lines[:2]})
     shown.append({"output_type": "stream", "name": "stderr", "text": ["WARNING"]})
-    shown.append({"output_type": "stream", "name": "stdout", "text": lines[1:]})
+    shown.append({"output_type": "stream", "name": "stdout", "text": lines[2:]})
     run(tmp_path, shown)
     text, pictures = executed.page(NOTEBOOK, tmp_path)
     assert text.startswith(f"<!-- source: {NOTEBOOK.source_checksum} -->")
@@ -61,7 +62,17 @@ def test_a_page_holds_what_was_shown_and_nothing_else(tmp_path: Path) -> None:
     assert "|  | a |" in text
     assert text.count("Controls, which need a kernel") == 1
     assert "a: step 2/9 loss 1\nin runs/demo" in text
-    for absent in ("step 1/9", "WARNING", "<style>", "<T>", "50%|", str(tmp_path), "injected"):
+    for absent in (
+        "parameters learn",
+        "teacher features",
+        "step 1/9",
+        "WARNING",
+        "<style>",
+        "<T>",
+        "50%|",
+        str(tmp_path),
+        "injected",
+    ):
         assert absent not in text
     assert "(../results.md#table-1)" in text
     assert "figures/table1_accuracy.png" not in text  # it stands above

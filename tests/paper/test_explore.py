@@ -152,8 +152,8 @@ def test_controls_change_their_own_picture(
 
 
 @pytest.mark.notebook
-def test_notebook_runs_untrained_and_says_so(tmp_path: Path) -> None:
-    """Under papermill the widgets and a static picture are both there; the exported page has the picture."""
+def test_notebook_shows_the_demo_network_and_says_so(tmp_path: Path) -> None:
+    """Where nothing was trained. Under papermill the widgets and a static picture are both there; the exported page has the picture."""
     import nbformat
     import papermill
     from nbconvert import HTMLExporter
@@ -172,14 +172,10 @@ def test_notebook_runs_untrained_and_says_so(tmp_path: Path) -> None:
     ]
     assert any("application/vnd.jupyter.widget-view+json" in one for one in data)
     assert sum("image/png" in one for one in data) == 2
-    assert any(
-        "btnet reproduce --scale demo --only 03,04" in one.get("text/markdown", "") for one in data
-    )
+    notes = [one["text/markdown"] for one in data if "data/demo" in one.get("text/markdown", "")]
+    assert "btnet reproduce --scale demo --only 03,04" in notes[0]
     page = HTMLExporter().from_notebook_node(executed)[0]
     assert len(re.findall(r"<img[^>]+data:image/png;base64", page)) == 2
-    assert (
-        json.loads((tmp_path / "results" / "10_explore.json").read_text())["values"]["recognised"][
-            "14"
-        ]
-        == {}
-    )
+    values = json.loads((tmp_path / "results" / "10_explore.json").read_text())["values"]
+    assert values["weights"] == "data/demo"
+    assert set(values["recognised"]["14"]) == {"phi_mr", "phi_bt"}

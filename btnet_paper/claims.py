@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import pandas as pd
@@ -167,14 +168,6 @@ def _knee(long: pd.DataFrame) -> Leads:
     return {f"{r} px": OCTAVE - abs(math.log2(r / about)) for r in knee}
 
 
-def _above_mr(long: pd.DataFrame) -> Leads:
-    return _ahead(["table1"], "phi_bt", ["phi_mr"], long)
-
-
-def _above_all(long: pd.DataFrame) -> Leads:
-    return _ahead(["table1"], "phi_bt", BASELINES, long)
-
-
 def _mm_at_chance(long: pd.DataFrame) -> Leads:
     wide = _wide("table1", long)
     row = wide.loc["phi_mm"].dropna() if "phi_mm" in wide.index else {}
@@ -188,27 +181,21 @@ def _mr_loses(long: pd.DataFrame) -> Leads:
     return {"112&112": float(wide.at["phi_hr", "112&112"] - wide.at["phi_mr", "112&112"])}
 
 
-def _rounding(higher: str, lower: str, remark: str = "") -> Callable[[pd.DataFrame], Leads]:
-    def check(long: pd.DataFrame) -> Leads:
-        wide = _wide("table2", long)
-        leads = {}
-        for indicator in ("avg", "min", "max"):
-            one, other = (f"BTNet ({indicator}+{how}){remark}" for how in (higher, lower))
-            if {one, other} <= set(wide.index):
-                leads[indicator] = float(wide.at[one, "0.3"] - wide.at[other, "0.3"])
-        return leads
-
-    return check
+def _rounding(higher: str, lower: str, remark: str, long: pd.DataFrame) -> Leads:
+    wide = _wide("table2", long)
+    leads = {}
+    for indicator in ("avg", "min", "max"):
+        one, other = (f"BTNet ({indicator}+{how}){remark}" for how in (higher, lower))
+        if {one, other} <= set(wide.index):
+            leads[indicator] = float(wide.at[one, "0.3"] - wide.at[other, "0.3"])
+    return leads
 
 
-def _training(better: str, worse: str) -> Callable[[pd.DataFrame], Leads]:
-    def check(long: pd.DataFrame) -> Leads:
-        wide = _wide("table3", long).drop(columns="params", errors="ignore")
-        if not {better, worse} <= set(wide.index):
-            return {}
-        return (wide.loc[better] - wide.loc[worse]).dropna().to_dict()
-
-    return check
+def _training(better: str, worse: str, long: pd.DataFrame) -> Leads:
+    wide = _wide("table3", long).drop(columns="params", errors="ignore")
+    if not {better, worse} <= set(wide.index):
+        return {}
+    return (wide.loc[better] - wide.loc[worse]).dropna().to_dict()
 
 
 def _losses_agree(long: pd.DataFrame) -> Leads:
@@ -224,37 +211,34 @@ def _more_branch(long: pd.DataFrame) -> Leads:
     return (accuracy.loc[wide["stored"].idxmax()] - accuracy.loc[wide["stored"].idxmin()]).to_dict()
 
 
-def _not_behind(remark: str) -> Callable[[pd.DataFrame], Leads]:
-    def check(long: pd.DataFrame) -> Leads:
-        leads = _ahead(CROSS, f"phi_bt{remark}", [f"phi_hr{remark}"], long)
-        return {setting: lead + CLOSE for setting, lead in leads.items()}
-
-    return check
-
-
-def _templates(long: pd.DataFrame) -> Leads:
-    return _ahead(SAME, "phi_bt", BASELINES, long)
+def _not_behind(remark: str, long: pd.DataFrame) -> Leads:
+    leads = _ahead(CROSS, f"phi_bt{remark}", [f"phi_hr{remark}"], long)
+    return {setting: lead + CLOSE for setting, lead in leads.items()}
 
 
 PRETRAINING, BCT = "Pretraining", "Pretraining + BCT"
 DISTILLED = "Pretraining + BCT + Fix Trunk + Branch Distillation"
+LEADS_MR = partial(_ahead, ["table1"], "phi_bt", ["phi_mr"])
+LEADS_ALL = partial(_ahead, ["table1"], "phi_bt", BASELINES)
+LEADS_SAME = partial(_ahead, SAME, "phi_bt", BASELINES)
+CEIL, NEAR = partial(_rounding, "ceil", "near"), partial(_rounding, "near", "floor")
 CLAIMS = (
     Claim("the error soars below about 32 px (within half an octave)", "3.1, Figure 1", _knee),
-    Claim("phi_bt above phi_mr below 112", "4.3.1, Table 1", _above_mr),
-    Claim("phi_bt above every baseline below 112", "4.3.1, Table 1", _above_all),
+    Claim("phi_bt above phi_mr below 112", "4.3.1, Table 1", LEADS_MR),
+    Claim("phi_bt above every baseline below 112", "4.3.1, Table 1", LEADS_ALL),
     Claim("phi_mm at chance (50 ± 1) across resolutions", "4.3.1, Table 1", _mm_at_chance),
     Claim("phi_mr loses accuracy at 112&112", "4.3.1, Table 1", _mr_loses),
-    Claim("near above floor at FPIR 0.3", "4.3.2, Table 2", _rounding("near", "floor")),
-    Claim("ceil above near at FPIR 0.3", "4.3.2, Table 2", _rounding("ceil", "near")),
-    Claim("near above floor, fine-tuned", "4.3.2, Table 2", _rounding("near", "floor", FINETUNED)),
-    Claim("ceil above near, fine-tuned", "4.3.2, Table 2", _rounding("ceil", "near", FINETUNED)),
-    Claim("BCT above pretraining alone", "5, Table 3", _training(BCT, PRETRAINING)),
-    Claim("branch distillation above BCT", "5, Table 3", _training(DISTILLED, BCT)),
+    Claim("near above floor at FPIR 0.3", "4.3.2, Table 2", partial(NEAR, "")),
+    Claim("ceil above near at FPIR 0.3", "4.3.2, Table 2", partial(CEIL, "")),
+    Claim("near above floor, fine-tuned", "4.3.2, Table 2", partial(NEAR, FINETUNED)),
+    Claim("ceil above near, fine-tuned", "4.3.2, Table 2", partial(CEIL, FINETUNED)),
+    Claim("BCT above pretraining alone", "5, Table 3", partial(_training, BCT, PRETRAINING)),
+    Claim("branch distillation above BCT", "5, Table 3", partial(_training, DISTILLED, BCT)),
     Claim("influence losses less than 1 point apart", "5, Table 4", _losses_agree),
     Claim("most branch layers above fewest", "5, Figure 7", _more_branch),
-    Claim("phi_bt less than 1 point below phi_hr", "A.4, Tables 5, 7", _not_behind("")),
-    Claim("the same, lengths fitted", "A.4, Tables 5, 7", _not_behind(FITTED)),
-    Claim("phi_bt above every baseline", "A.4, Tables 6, 8", _templates),
+    Claim("phi_bt less than 1 point below phi_hr", "A.4, Tables 5, 7", partial(_not_behind, "")),
+    Claim("the same, lengths fitted", "A.4, Tables 5, 7", partial(_not_behind, FITTED)),
+    Claim("phi_bt above every baseline", "A.4, Tables 6, 8", LEADS_SAME),
 )
 MADE_BY = {
     **dict.fromkeys(("Figure 1",), "01_upsampling_error"),

@@ -27,7 +27,7 @@ from btnet_core.data.folders import SUFFIXES
 from btnet_core.data.sources import Spec
 from btnet_core.device import autocast
 from btnet_core.errors import BTNetError, DataError
-from btnet_core.evaluation.embedders import Embedder
+from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
 from btnet_core.evaluation.identification import prototypes
 from btnet_core.evaluation.verification import strictest_needed
 from btnet_core.images import KERNELS, Resize, decode, resize, to_pixels
@@ -36,7 +36,7 @@ from btnet_core.models.btnet import INDICATORS, ROUNDINGS, BTNet, Route, select_
 from btnet_core.models.costs import count_macs
 from btnet_paper.features import network, strength, watching
 from btnet_paper.people import choose_people, open_once
-from btnet_paper.plans import demo_methods, load_methods
+from btnet_paper.plans import load_methods
 from btnet_paper.plots import answers
 from btnet_paper.scales import Scale
 
@@ -83,18 +83,21 @@ class Explorer:
     ) -> None:  # fmt: skip
         models = Path(run_dir) / "models"
         found = load_methods(models, device=device)
-        trained = "phi_bt" in found
-        found = found if trained else demo_methods(device=device)
+        self.weights = "models/phi_bt" if "phi_bt" in found else "data/demo"
+        if "phi_bt" not in found:
+            net = BTNet.load("demo")
+            found = {"phi_bt": BranchEmbedder(net, device=device)}
+            found["phi_mr"] = UpsamplingEmbedder(net.trunk, device=device)
         net = found["phi_bt"].btnet
         self.resolutions, canonical = net.resolutions, net.trunk.config.size[0]
-        self.methods = {m: found[m] for m in METHODS if _covers(found.get(m), self.resolutions)}
+        every = [(r, r) for r in self.resolutions]  # phi_mm has a network for each
+        whole = {name for name, one in found.items() if one.covered(every) == every}
+        self.methods = {name: found[name] for name in METHODS if name in whole}
         missing = [name for name in METHODS if name not in self.methods]
         train = f"Train: btnet reproduce --scale {scale.name} --only 03,04"
         self.note = f"Not trained yet in {models}: {', '.join(missing)}. {train}" if missing else ""
-        self.weights = "models/phi_bt" if trained else "data/demo"
-        if not trained:
-            whose = "of the demo network that comes with the repository (data/demo)"
-            self.note = f"The weights are those {whose}: none was trained in {models}. {train}"
+        if self.weights == "data/demo":
+            self.note = f"These are the weights that come with the repository, data/demo. {train}"
         low = self.resolutions[-2::-1]  # the largest first
         self.networks = {
             "of this scale": allocations(net.trunk.config, low),
@@ -202,13 +205,6 @@ class Explorer:
             f"{row['macs'] / 1e9:.3g} GMACs a face (trunk: {row['trunk'] / 1e9:.3g})"
         )
         return answers.cost_figure(tables, choice.branch, ends), line
-
-
-def _covers(embedder: Embedder | None, resolutions: Sequence[int]) -> bool:
-    """Whether a method is trained for all of the resolutions: phi_mm has a model for each."""
-    return embedder is not None and set(resolutions) <= set(
-        getattr(embedder, "single", resolutions)
-    )
 
 
 def _standard(rows: Sequence[dict[str, Any]]) -> int:

@@ -118,10 +118,10 @@ def save_figure(
     return paths
 
 
-def shown_width(image: Image.Image) -> int:
+def shown_width(file: Any) -> int:
     """Pixels on a page, 130 to the inch, so that the text of all figures has one size."""
-    dpi = image.info.get("dpi", (150,))[0]
-    return min(900, round(image.width * 130 / dpi))
+    with Image.open(file) as image:
+        return min(900, round(image.width * 130 / image.info.get("dpi", (150,))[0]))
 
 
 def _about(record: Record, name: str) -> dict[str, Any]:

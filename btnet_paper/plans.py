@@ -273,13 +273,6 @@ def load_methods(models: Path | str, **options: Any) -> dict[str, Embedder]:
     return found
 
 
-def demo_methods(**options: Any) -> dict[str, Embedder]:
-    """Returns phi_mr and phi_bt of the network that comes with the repository (data/demo)."""
-    net = BTNet.load("demo")
-    up = UpsamplingEmbedder(net.trunk, **options)
-    return {"phi_mr": up, "phi_bt": BranchEmbedder(net, **options)}
-
-
 def _load_specialists(models: Path, prefix: str, **options: Any) -> dict[int, Embedder]:
     """Returns one reading of phi_mm, by resolution: routes of their own, or whole trunks."""
     single: dict[int, Embedder] = {}

@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 import torch
 from IPython.display import Image, Markdown, display
-from PIL import Image as Picture
 
 from btnet_core.data.faces import FaceSet, open_faces
 from btnet_core.data.ijbc import read_templates
@@ -194,8 +193,7 @@ class Study:
         ]
         self.keep(written, written.with_suffix(".npz"), *made)
         for path in made if show else ():
-            with Picture.open(path) as picture:
-                display(Image(path, width=figures.shown_width(picture), alt=path.stem))
+            display(Image(path, width=figures.shown_width(path), alt=path.stem))
         return self.load()
 
     def table(self, name: str, values: Mapping[str, Any], measured_on: str = "") -> tables.Table:

@@ -129,7 +129,6 @@ def open_model(
 ) -> Any:
     """The BTNet in the folder ``model``, ready to embed."""
     from btnet_core.device import resolve_device
-    from btnet_core.files import find
     from btnet_core.models.btnet import BTNet
     from btnet_core.models.openvino import OpenVinoBTNet
     from btnet_tools.adapter import find_adapter
@@ -138,8 +137,7 @@ def open_model(
         say_where(calibrate)
     if adapter:
         find_adapter(adapter)  # importing it is enough: the model names its class
-    if (place := find(f"{model}/trunk.safetensors").parent) != Path(model).expanduser():
-        click.echo(f"{model}: not in this folder, taken from {place}", err=True)
+    say_where(f"{model}/trunk.safetensors")
     net = BTNet.load(model).to(resolve_device(device)).eval()
     if not precision:
         return net

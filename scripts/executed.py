@@ -103,8 +103,7 @@ def _prose(source: str) -> str:
 
 def _committed(found: re.Match[str]) -> str:
     """A picture of the repository, as wide as its text asks for."""
-    with Image.open(ROOT / found[2]) as image:
-        return _img(f"../../{found[2]}", found[1], shown_width(image))
+    return _img(f"../../{found[2]}", found[1], shown_width(ROOT / found[2]))
 
 
 def _img(source: str, alt: str, width: int) -> str:
@@ -132,9 +131,9 @@ def _output(output: dict[str, Any], name: str, pictures: dict[str, bytes]) -> st
     if "image/png" in data:
         file = f"{name}/{len(pictures) + 1}.webp"
         alt = output["metadata"].get("image/png", {}).get("alt", "figure")
-        with Image.open(io.BytesIO(base64.b64decode("".join(data["image/png"])))) as image:
-            pictures[file] = small(image)
-            return _img(file, alt, shown_width(image))
+        png = base64.b64decode("".join(data["image/png"]))
+        pictures[file] = small(Image.open(io.BytesIO(png)))
+        return _img(file, alt, shown_width(io.BytesIO(png)))
     if "text/markdown" in data:
         return "".join(data["text/markdown"]).strip()
     text = "".join(data.get("text/plain", ""))

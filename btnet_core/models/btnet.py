@@ -321,8 +321,8 @@ class BTNet(nn.Module):
         folder = path.parent
         if not path.is_file():
             told = f"holds no BTNet ({path.name}); `btnet adapt --out {folder}` makes one"
-            if str(folder) == "demo":
-                told = "no such folder here; the demo network is data/demo of the repository alone"
+            if folder.name == "demo":
+                told += "; that of the repository is its data/demo, which no wheel holds"
             raise CheckpointError(f"{folder}: {told}")
         state, metadata = read_safetensors(path)
         btnet = cls(build_from(read_config(metadata, path), state, path), ())

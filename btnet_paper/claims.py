@@ -33,19 +33,14 @@ class Claim(NamedTuple):
     check: Callable[[pd.DataFrame], Leads]  # of the numbers of one source
 
 
-def verdicts(long: pd.DataFrame, where: str = "") -> pd.DataFrame:
-    """Claims by source: "5 of 6 (-1.67 to +20.35)", the lowest and highest lead in points.
-
-    ``where`` keeps the claims whose section names it: "Table 1". The paper is first.
-    """
+def verdicts(long: pd.DataFrame) -> pd.DataFrame:
+    """Claims by source, the paper first: "5 of 6 (-1.67 to +20.35)", lowest and highest lead."""
     sources = [PAPER, *(source for source in long["source"].unique() if source != PAPER)]
     columns = {}
     for source in sources:
         mine = long[long["source"] == source]
         columns[source] = {
-            f"{claim.section}: {claim.sentence}": verdict(claim.check(mine))
-            for claim in CLAIMS
-            if where in claim.section
+            f"{claim.section}: {claim.sentence}": verdict(claim.check(mine)) for claim in CLAIMS
         }
     return pd.DataFrame(columns, dtype=object).dropna(axis="columns", how="all")
 

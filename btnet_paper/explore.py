@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from btnet_core.data.faces import at_size
 from btnet_core.data.folders import SUFFIXES
-from btnet_core.data.sources import Spec
+from btnet_core.data.sources import spec_text
 from btnet_core.device import autocast
 from btnet_core.errors import BTNetError, DataError
 from btnet_core.evaluation.embedders import BranchEmbedder, UpsamplingEmbedder
@@ -47,7 +47,7 @@ SOURCES = {
     "synthetic": "synthetic",
     "upload, file, data set": "",
 }
-SYNTHETIC: Spec = {"kind": "synthetic", "identities": 50, "images": 4, "first": 200000}
+SYNTHETIC = '{"kind": "synthetic", "identities": 50, "images": 4, "first": 200000}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,8 @@ class Choice:
 class Explorer:
     """Methods trained under ``run_dir/models`` and people of ``scale.others``.
 
-    Where no phi_bt was trained there, the repository's demo network takes the place of all.
-    Thresholds come from strangers shrunk to the resolution of the branch. ``note`` says whose
-    weights these are and how to train what is missing.
+    Where no phi_bt was trained, the repository's demo network takes the place of all; ``note``
+    says so. Thresholds come from strangers shrunk to the resolution of the branch.
     """
 
     def __init__(
@@ -91,19 +90,17 @@ class Explorer:
         net = found["phi_bt"].btnet
         self.resolutions, canonical = net.resolutions, net.trunk.config.size[0]
         every = [(r, r) for r in self.resolutions]  # phi_mm has a network for each
-        whole = {name for name, one in found.items() if one.covered(every) == every}
-        self.methods = {name: found[name] for name in METHODS if name in whole}
+        able = [name for name in METHODS if name in found and found[name].covered(every) == every]
+        self.methods = {name: found[name] for name in able}
         missing = [name for name in METHODS if name not in self.methods]
         train = f"Train: btnet reproduce --scale {scale.name} --only 03,04"
         self.note = f"Not trained yet in {models}: {', '.join(missing)}. {train}" if missing else ""
         if self.weights == "data/demo":
             self.note = f"These are the weights that come with the repository, data/demo. {train}"
+        configs = {"of this scale": net.trunk.config, "the paper's": BackboneConfig()}
         low = self.resolutions[-2::-1]  # the largest first
-        self.networks = {
-            "of this scale": allocations(net.trunk.config, low),
-            "the paper's": allocations(BackboneConfig(), low),
-        }
-        self.people = choose_people(open_once(scale.others), known, strangers)
+        self.networks = {name: allocations(config, low) for name, config in configs.items()}
+        self.people = choose_people(open_once(spec_text(scale.others)), known, strangers)
         self.known, self.probes = len(self.people.gallery), self.people.probes
         self.entries: dict[str, Tensor] = {}  # method -> (known, D), unit length
         self.cosines: dict[tuple[str, int], np.ndarray] = {}  # method, r -> (probes, known)

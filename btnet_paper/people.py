@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from btnet_core.data.faces import FaceSet, open_faces
-from btnet_core.data.sources import Spec, spec_text
+from btnet_core.data.sources import parse_spec
 from btnet_core.errors import DataError
 
 
@@ -41,11 +41,7 @@ def choose_people(faces: FaceSet, known: int, strangers: int) -> People:
     )
 
 
-def open_once(spec: Spec) -> FaceSet:
-    """The faces of a spec, kept open."""
-    return _opened(spec_text(spec))
-
-
 @lru_cache(maxsize=4)
-def _opened(text: str) -> FaceSet:
-    return open_faces(text)
+def open_once(spec: str) -> FaceSet:
+    """The faces of a spec as text, kept open."""
+    return open_faces(parse_spec(spec))

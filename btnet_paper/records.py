@@ -167,7 +167,7 @@ def _verification(values: Mapping[str, Any]) -> Iterator[Number]:
         for setting, cell in row.items():
             yield "table1", name, setting, cell["accuracy"]
             yield "second_half", name, setting, cell.get("second_half")
-            yield from _by_set(name, setting, cell, values["pairs"])
+            yield from _by_set(name, setting, cell, values.get("pairs", ()))
     printed = {name: {s: cell["accuracy"] for s, cell in row.items() if s in published.SETTINGS}
                for name, row in accuracy.items()}  # fmt: skip
     best = gains(printed).get("phi_bt", {}) if "phi_hr" in printed else {}

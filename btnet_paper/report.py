@@ -198,9 +198,8 @@ def _read(path: Path) -> Any:
 
 def _cells(stem: str, notebook: Any, state: str) -> list[Any]:
     """A notebook's cells fit to stand beside others': own ids and sections, pictures described."""
-    missing = nbformat.v4.new_markdown_cell(
-        f"# {stem[:2]} · {stem[3:].replace('_', ' ')}\n\n{state}", id="missing"
-    )
+    title = f"# {stem[:2]} · {stem[3:].replace('_', ' ')}"
+    missing = nbformat.v4.new_markdown_cell(f"{title}\n\n{state}", id="missing")
     cells, heading = [], stem
     for cell in notebook.cells if notebook else [missing]:
         if cell.cell_type == "markdown":
@@ -219,12 +218,10 @@ def _cells(stem: str, notebook: Any, state: str) -> list[Any]:
     return cells
 
 
-def _ran(
-    scale: str, executed: dict[str, Any], notebooks: str | Path | None
-) -> dict[str, dict[str, Any]]:
+def _ran(scale: str, executed: dict[str, Any], folder: str | Path | None) -> dict[str, Any]:
     """For every notebook of the repository or the run: whether, when and for how long it ran."""
     try:
-        known = [notebook.name for notebook in load_notebooks(notebooks)]
+        known = [notebook.name for notebook in load_notebooks(folder)]
     except ReproduceError:  # installed without the repository
         known = []
     lines = {}
@@ -235,11 +232,8 @@ def _ran(
         if stem not in executed:
             state = f"MISSING: btnet reproduce --scale {scale} --only {stem[:2]}"
         ended = ended[:16].replace("T", " ") if ended else None
-        lines[stem] = {
-            "state": state,
-            "minutes": seconds / 60 if seconds else None,
-            "ended, UTC": ended,
-        }
+        minutes = seconds / 60 if seconds else None
+        lines[stem] = {"state": state, "minutes": minutes, "ended, UTC": ended}
     return lines
 
 

@@ -188,9 +188,8 @@ class Study:
             seconds=time.monotonic() - self._began, scale=self.scale.name, device=self.device,
             arrays=arrays,
         )  # fmt: skip
-        made = [
-            self.run_dir / f"figures/{name}.png" for name in figures.save(self.run_dir, self.name)
-        ]
+        names = figures.save(self.run_dir, self.name)
+        made = [self.run_dir / f"figures/{name}.png" for name in names]
         self.keep(written, written.with_suffix(".npz"), *made)
         for path in made if show else ():
             display(Image(path, width=figures.shown_width(path), alt=path.stem))

@@ -124,10 +124,8 @@ def markdown(rows: Rows, *, digits: int = 1) -> str:
 
 def _stacked(texts: pd.DataFrame) -> pd.DataFrame:
     """Columns (name, "ours") and (name, PAPER) as one for each name."""
-    marked = texts.copy()
-    for name, source in marked.columns:
-        if source == PAPER:
-            marked[name, source] = "*" + marked[name, source] + "*"
+    marked, theirs = texts.copy(), [column for column in texts if column[1] == PAPER]
+    marked[theirs] = "*" + texts[theirs] + "*"
     marked = marked.replace(["–", "*–*"], "")
     names = dict.fromkeys(marked.columns.get_level_values(0))
     both = {name: marked[name].agg("<br>".join, axis=1) for name in names}

@@ -128,7 +128,7 @@ def _fitting(module: nn.Module, state: State, where: str) -> State:
     ]
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
-    broken = [name for name, values in state.items() if not values.isfinite().all()]
+    broken = [name for name, values in state.items() if not values.float().isfinite().all()]
     wrong = {"missing": missing, "unexpected": unexpected, "of another shape:": shapes}
     wrong["not finite:"] = broken
     if any(wrong.values()):

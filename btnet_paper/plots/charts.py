@@ -26,6 +26,7 @@ from btnet_paper.plots.style import (
     ORANGE,
     PAGE,
     PURPLE,
+    READINGS,
     binomial,
     label,
     of_method,
@@ -90,15 +91,15 @@ def loss_curves(
     """Loss against step: name -> (steps, values), each value the mean since the one before."""
     figure, axes = plt.subplots(figsize=(COLUMN, 2.4))
     for index, (name, (steps, values)) in enumerate(histories.items()):
-        own = of_method(name, index) | {"marker": ""}
-        axes.plot(steps, values, label=label(name), **own)
+        line = "--" if name.rpartition("_")[0] in READINGS else "-"
+        axes.plot(steps, values, line, color=of_method(name, index)["color"], label=label(name))
     axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
     if log:  # plain numbers, at most six of them
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.minorticks_off()
-    columns = 3 if len(histories) < 7 else 2  # longer names
-    figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2)
+    ncols = 3 if len(histories) < 7 else 2  # longer names
+    figure.legend(loc="outside lower center", ncols=ncols, columnspacing=1.2)
     return figure
 
 

@@ -219,8 +219,7 @@ def _likeness(axes: Axes, similarity: Mapping[str, Any], coupled: dict[int, int]
 def tour(values: Mapping[str, Any], arrays: Mapping[str, Any]) -> Figure:
     """Notebook 00: faces "face_<i>" (3, h, w), a row for each person, and the cosines of all pairs.
 
-    Each face is outlined in the colour of the branch that it took; on each block of two people
-    stands the mean of its cosines, without those of a face with itself.
+    Each face is outlined in the colour of the branch that it took.
     """
     people, branches = values["people"], values["branch"]
     each = len(branches) // people
@@ -239,7 +238,7 @@ def tour(values: Mapping[str, Any], arrays: Mapping[str, Any]) -> Figure:
 
 
 def _cosines(part: Any, cosines: np.ndarray, people: int) -> None:
-    """The matrix, white at 0: a line between people, the mean of each block on it."""
+    """White at 0: a line between people, on each block its mean without a face and itself."""
     each = len(cosines) // people
     axes = part.subplots()
     shown = show(axes, cosines, cmap="RdBu_r", vmin=-1, vmax=1)

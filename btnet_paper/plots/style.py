@@ -87,11 +87,10 @@ def label(name: str) -> str:
 
 
 def of_method(name: str, index: int = 0) -> dict[str, Any]:
-    """Colour and marker of a method, or of a model of one resolution; dashed: another phi_mm."""
-    method, _, r = name.rpartition("_")
+    """Colour and marker of a method, or of a model of one resolution."""
+    r = name.rpartition("_")[2]
     if r.isdigit():
-        dashed = {"linestyle": "--"} if method in READINGS else {}
-        return {"color": colour(int(r)), "marker": "o", **dashed}
+        return {"color": colour(int(r)), "marker": "o"}
     _, own, marker = METHODS.get(name, (name, PALETTE[index % len(PALETTE)], "o"))
     return {"color": own, "marker": marker}
 

@@ -122,7 +122,8 @@ def running_text(long: pd.DataFrame) -> pd.DataFrame:
     wide = mine.pivot(index="row", columns="source", values="value")
     texts = published.texts()
     wide = wide.reindex(index=list(texts), columns=[PAPER, *wide.columns.drop(PAPER)])
-    wide = wide.map(lambda value: f"{value:g}" if isinstance(value, float) else value)
+    plain = {"na_action": "ignore"}
+    wide = wide.map(lambda value: f"{value:g}" if isinstance(value, float) else value, **plain)
     return wide.rename(index={name: f"{about} [{name}]" for name, (_, about) in texts.items()})
 
 

@@ -22,7 +22,7 @@ from btnet_core.errors import ConfigError
 from btnet_paper import published
 from btnet_paper.records import PAPER, SCALES
 
-LONG = 24  # signs of a text that stands on the left of its column
+LONG = 30  # signs of a text that stands on the left of its column
 Rows: TypeAlias = pd.DataFrame | Mapping[str, Mapping[str, Any]]  # row -> column -> value
 STYLE = [
     {"selector": "td", "props": "text-align: right"},

@@ -110,9 +110,9 @@ def test_markdown_begins_each_block_with_its_name():
 
 def test_whole_numbers_stay_whole_beside_others_and_long_texts_stand_on_the_left() -> None:
     mixed = pd.DataFrame(
-        {"stored": [1_505_152], "ms": [0.5], "why": ["a text of more than 24 signs"]}
+        {"stored": [1_505_152], "ms": [0.5], "why": ["a text of more than thirty signs"]}
     )
     assert tables.markdown(mixed, digits=2).splitlines()[1:] == [
         "| --- | ---: | ---: | --- |",
-        "| 0 | 1,505,152 | 0.50 | a text of more than 24 signs |",
+        "| 0 | 1,505,152 | 0.50 | a text of more than thirty signs |",
     ]

@@ -72,3 +72,14 @@ def test_machine_names_what_there_is() -> None:
     assert facts.keys() == {"cpu", "instruction_sets", "cores", "threads", "gpu", "tf32"}
     assert facts["threads"] == torch.get_num_threads()
     assert (facts["gpu"] is None) == (facts["tf32"] is None) == (not torch.cuda.is_available())
+
+
+def test_of_several_gpus_a_process_of_torchrun_gets_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert device.resolve_device("auto") == device.resolve_device("cuda") == torch.device("cuda", 2)
+    assert device.resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert device.resolve_device("cpu") == torch.device("cpu")

@@ -383,7 +383,7 @@ def test_a_folder_of_other_embeddings_is_refused(
 
 
 def test_an_unreadable_image_stops_the_shards_or_is_listed(
-    model: Path, many: Path, tmp_path: Path, capsys
+    model: Path, many: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (many / "b" / "1.png").write_bytes(b"no picture")
     line = [
@@ -402,3 +402,5 @@ def test_an_unreadable_image_stops_the_shards_or_is_listed(
     assert main([*line, "--keep-going"]) == 1
     assert "left out b/1.png" in capsys.readouterr().err
     assert len(shards(tmp_path / "out")) == 6
+    monkeypatch.setenv("WORLD_SIZE", "1")  # under torchrun a status of 1 would end the others
+    assert main([*line[:5], str(tmp_path / "other"), "--keep-going"]) == 0

@@ -142,3 +142,9 @@ def test_what_a_codecheck_compares_is_committed() -> None:
     outputs.remove("report.html")
     kept = [name.replace("results/", "figures/results/") for name in outputs]
     assert not [name for name in kept if not (ROOT / name).is_file()]
+
+
+def test_the_share_of_noticed_mutants_is_the_recorded_one() -> None:
+    page = (ROOT / "docs" / "mutants.md").read_text()
+    (score,) = re.findall(r"^\| all \|.* ([\d.]+) % \|$", page, re.M)
+    assert f"{score} % of those tried are noticed" in (ROOT / "CONTRIBUTING.md").read_text()

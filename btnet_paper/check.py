@@ -26,7 +26,7 @@ def check(scale: str, run_dir: Path) -> pd.DataFrame:
     The tolerance is the largest of three standard deviations over recorded seeds, the standard
     error of a rate over its pairs or templates, and rounding; "seeds" says whether there are such
     of that number. A number is "same" up to rounding, "within" its tolerance, "off", or "missing";
-    one that differs is "unknown" where neither seeds nor trials are recorded of it.
+    one outside it is "unknown" where no seeds are recorded: another processor may have moved it.
 
     Raises:
         ReproduceError: the scale has no committed record, or the run none.
@@ -51,7 +51,8 @@ def check(scale: str, run_dir: Path) -> pd.DataFrame:
                 tolerance = max(tolerance, ROUNDING)
             line = {"notebook": name[:2], **dict(zip(KEY, key, strict=True)), "recorded": value}
             line |= {"now": found, "tolerance": tolerance, "seeds": deviation is not None}
-            lines.append(line | {"verdict": _verdict(value, found, tolerance)})
+            known = deviation is not None or key[2] in COUNTED
+            lines.append(line | {"verdict": _verdict(value, found, tolerance, known)})
     return pd.DataFrame(lines)
 
 
@@ -75,15 +76,15 @@ def is_off(checked: pd.DataFrame) -> bool:
     return bool((checked["verdict"] == "off").any())
 
 
-def _verdict(recorded: float, now: float | None, tolerance: float) -> str:
+def _verdict(recorded: float, now: float | None, tolerance: float, known: bool) -> str:
     if now is None:
         return "missing"
     difference = abs(now - recorded)
     if difference <= ROUNDING:
         return "same"
-    if not tolerance:
-        return "unknown"
-    return "within" if difference <= tolerance else "off"
+    if difference <= tolerance:
+        return "within"
+    return "off" if known else "unknown"
 
 
 def _values(record: dict[str, Any]) -> dict[tuple[str, str, str], float]:

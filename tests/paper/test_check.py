@@ -72,7 +72,7 @@ def test_the_same_run_is_the_same(place: Path, capsys: pytest.CaptureFixture) ->
     [
         ("phi_hr", 80.004, "same", 1.0, False),
         ("phi_hr", 80.9, "within", 1.0, False),
-        ("phi_hr", 78.9, "off", 1.0, False),
+        ("phi_hr", 78.9, "unknown", 1.0, False),
         ("phi_bt", 77.95, "within", 2.1, True),
         ("phi_bt", 82.2, "off", 2.1, True),
         ("phi_bt", None, "missing", 2.1, True),

@@ -206,8 +206,8 @@ def test_a_whole_configuration_comes_back() -> None:
 
 def test_what_is_told_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = {
-        "a.json": ("{", "training configuration: no JSON (line 1, column 2)"),
-        "b.json": ("[" * 100_000, "training configuration: no JSON (too deep)"),
+        "a.json": ("{", "training configuration: no JSON from line 1, column 2 on"),
+        "b.json": ("[" * 100_000, "training configuration: no JSON, nested too deep"),
         "c.yaml": ("a: 1\nb: [", "{}: no YAML (line 2)"),
         "d.yml": ("a: \x01", "{}: no YAML (a sign it does not admit)"),
     }

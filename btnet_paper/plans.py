@@ -94,11 +94,13 @@ def _named(runs: list[TrainConfig], scale: Scale) -> Runs:
 
 
 def trunks(scale: Scale, models: Path, seed: int) -> list[TrainConfig]:
-    """Returns phi_hr, unless others trained it, and the variants of phi_mr."""
+    """Returns phi_hr, unless others trained it, and the variants of phi_mr; each is validated on
+    the first pair set where a page says how often (``validate_epochs``)."""
     random = {"backbone": scale.backbone, "seed": seed}
     start = _from_hr(scale, models, seed) if scale.from_hr else random
     runs = [] if scale.pretrained else [phi_hr(scale.faces, **random, **scale.hr)]
-    return runs + [phi_mr(scale.faces, v, **start, **scale.trunk) for v in scale.variants]
+    runs += [phi_mr(scale.faces, v, **start, **scale.trunk) for v in scale.variants]
+    return [r.replace(validation=scale.pairs[:1]) if r.validate_epochs else r for r in runs]
 
 
 def specialists(scale: Scale, models: Path, seed: int) -> list[TrainConfig]:

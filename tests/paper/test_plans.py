@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -152,7 +151,11 @@ def test_each_run_is_trained_on_what_its_name_says(tmp_path: Path) -> None:
             for n, run in runs.items()
             if n.startswith("phi_mm") and not run.init
         }
-        assert {json.dumps(run.data) for run in runs.values()} == {json.dumps(scale.faces)}
+        own = {kind: page["data"] for kind, page in scale.specialists.items() if "data" in page}
+        assert list(own) == (["from_hr"] if name == "demo" else [])  # of half the faces there
+        for run in runs.values():
+            half = run.name.startswith("phi_mm_hr") and "from_hr" in own
+            assert run.data == (own["from_hr"] if half else scale.faces)
         for r in scale.resolutions:
             branch = runs[f"phi_bt_{r}"]
             assert (branch.resolution, branch.fix_classifier, branch.branch_weight) == (
@@ -316,3 +319,11 @@ def test_the_authors_choices_reach_every_run(tmp_path: Path) -> None:
     assert {run.precision for run in runs.values()} == {"fp16"}
     assert (runs["phi_bt_14"].embedding_weight, runs["phi_bt_14"].bn) == (1.0, "authors")
     assert plans.plan(ours, tmp_path)["phi_bt_14"].embedding_weight == 0
+
+
+def test_trunks_of_the_paper_are_validated_while_they_train(models: Path) -> None:
+    runs = plans.plan(get_scale("paper"), models)
+    for name in ("phi_hr", "phi_mr", "phi_mr_v2", "phi_mr_v3"):
+        assert (runs[name].validation, runs[name].validate_epochs) == (("lfw.bin",), 5)
+    demo = plans.plan(get_scale("demo"), models)
+    assert demo["phi_hr"].validation == demo["phi_mr"].validation == ()

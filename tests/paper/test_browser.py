@@ -128,25 +128,27 @@ def run_twice(page: Any, lab: tuple[str, str, Path], name: str, count: int, pati
     """Run All twice in one kernel: each cell is run, and none shows an error or a warning."""
     for time_of, last in enumerate((count, 2 * count)):
         run_all(page, lab, name, opened=time_of > 0)
-        done = page.locator(".jp-InputPrompt", has_text=f"[{last}]:")
-        done.wait_for(state="attached", timeout=patience)
-        for output in saved(page, lab[2] / name, last):
+        for output in saved(page, lab[2] / name, last, patience):
             assert output["output_type"] != "error", output["evalue"]
             assert output.get("name") != "stderr", output["text"]
 
 
-def saved(page: Any, path: Path, last: int) -> list[dict[str, Any]]:
-    """All outputs, as JupyterLab saves them: cells far from the window are not on the page."""
-    page.keyboard.press("Control+s")
-    deadline = time.monotonic() + PATIENCE / 1000
+def saved(page: Any, path: Path, last: int, patience: int) -> list[dict[str, Any]]:
+    """All outputs once the last cell has run, as JupyterLab saves them.
+
+    Cells far from the window are not on the page, nor is the number that says that they have run.
+    """
+    deadline = time.monotonic() + patience / 1000
     while True:
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(1000)
         code = [
             cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"
         ]
         if code[-1]["execution_count"] == last:
             return [output for cell in code for output in cell["outputs"]]
-        assert time.monotonic() < deadline, f"not saved with {last}"
-        page.wait_for_timeout(200)
+        told = [cell["execution_count"] for cell in code]
+        assert time.monotonic() < deadline, f"cells were run as {told}, the last one not as {last}"
 
 
 @pytest.mark.parametrize("name", ["00_tour.ipynb", "01_upsampling_error.ipynb", "11_summary.ipynb"])

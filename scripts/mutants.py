@@ -38,6 +38,11 @@ REASONS = (
      r"^[^|]*(devic|pin_memory|non_blocking|memory_format)|cuda"),
     ("Over several processes: tests/core/test_distributed.py, which starts some, is not in this run.",
      r"^[^|]*(total=|world|rank\(\))"),
+    ("What a whole training does (resume, finished runs, weights that are written): the tests that train "
+     "(tests/core/test_loop.py, test_checkpoint.py, test_run.py) are not in this run, for time.",
+     r"\| training\.loop\.x_(train|_train|fit|fill_cache|write_weights|_finish|_embedder|validate) "),
+    ("The layout in memory of two maps that are compared channel by channel: the same number.",
+     r"\| training\.step\.x_distillation "),
     ("Equal lengths by construction: `strict` guards against nothing that can be passed in.",
      r"strict="),
     ("The size of a block, or how far ahead is read: no result depends on it.",
@@ -50,7 +55,10 @@ REASONS = (
      r"^ ?[<>]?=? -> [<>]?=? \|"),
     ("Square images only: rows for columns.", r"shape\[-[12]\]"),
 )  # fmt: skip
-REST = "No other result: what differs is not read, cannot occur, or comes to the same number."
+REST = (
+    "Read as a group, not proved one by one: what differs is not read, cannot occur with what the tests "
+    "or the program pass in, or comes to the same number."
+)
 
 
 def outcome(code: int | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from btnet_core.images import resize
+from btnet_core.images import Resize, resize
 from btnet_core.losses import branch_loss, embedding_loss
 from btnet_core.models.backbone import Backbone, BackboneConfig
 from btnet_core.models.btnet import Route
@@ -385,3 +385,32 @@ def test_a_filled_cache_needs_no_pixels(trunk: Path, tmp_path: Path) -> None:
     x, teacher = branch_inputs(run, batch, None)
     assert torch.equal(x, values["x"])
     assert torch.equal(teacher.z, values["z"])
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_faces_are_shrunk_by_the_kernel_of_the_run(
+    trunk: Path, tmp_path: Path, shift: float
+) -> None:
+    """X_r and what a trunk sees of a face of r, moved or not; nearest is unlike the default."""
+    nearest = {**STEP, "resize": Resize(kernel="nearest")}
+    config = methods.phi_bt(FACES, 14, *files(trunk), **nearest, cache="off", shift=shift)
+    run = prepare(config, tmp_path / "branch", torch.device("cpu"))
+    batch = run.sampler.batch(1)
+    faces = mirrored(run.pixels.get(batch.records), batch.flip)
+    face = moved(faces, batch.shift) if shift else faces
+    expected = branch_input(run.trunk, face, 14, Resize(kernel="nearest"))
+    assert torch.equal(branch_inputs(run, batch, run.pixels.get(batch.records))[0], expected)
+    assert not torch.equal(expected, branch_input(run.trunk, face, 14, None))
+
+
+def test_a_trunk_sees_faces_shrunk_by_the_kernel_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(step, "trunk_input", lambda *given: seen.extend(given[2:]))
+    monkeypatch.setattr(step, "trunk_losses", lambda *_: None)
+    config = methods.phi_mr(FACES, backbone=TINY, **STEP, resize=Resize(kernel="nearest"))
+    run = prepare(config, tmp_path, torch.device("cpu"))
+    batch = run.sampler.batch(1)
+    step.losses_of(run, batch, run.pixels.get(batch.records))
+    assert seen == [batch.size, Resize(kernel="nearest")]

@@ -119,6 +119,14 @@ def test_roc_and_auc_match_sklearn(seed: int, count: int, levels: int) -> None:
     assert v.auc(similarity, same) == pytest.approx(roc_auc_score(same, similarity))
 
 
+def test_a_roc_needs_pairs_of_both_kinds() -> None:
+    for same in ([True, True], [False, False]):
+        with pytest.raises(
+            DataError, match=f"all 2 pairs are {'same' if same[0] else 'different'}"
+        ):
+            v.roc([0.1, 0.2], same)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(2, 200), st.sampled_from([1, 3, 20, 1000]),

@@ -48,7 +48,9 @@ class Command(click.Command):
             click.echo(f"btnet {name}: {message}", err=True)
             return 1
         except KeyboardInterrupt:
-            then = "the same command goes on from here" if self.resumes else "nothing was written"
+            whole = str(context.params.get("out")).endswith(".npz")  # of embed: written at the end
+            goes_on = self.resumes and not whole
+            then = "the same command goes on from here" if goes_on else "nothing was written"
             click.echo(f"btnet {name}: interrupted; {then}", err=True)
             return 130
 
@@ -360,7 +362,7 @@ def value_of(text: str) -> Any:
         return text
 
 
-@command("btnet embed faces/ --model my_btnet --out embeddings.npz")
+@command("btnet embed faces/ --model my_btnet --out embeddings.npz", resumes=True)
 @click.argument("source", metavar="FOLDER")
 @option("--out", required=True, metavar="FILE.npz|DIR", help="One file; or a folder of shards.")
 @option("--shard", type=click.IntRange(min=1), default=10_000, help="Images a shard (10,000).")
@@ -376,7 +378,6 @@ def embed(source: str, out: str, shard: int, keep_going: bool, select: str, **mo
     from btnet_tools.embed import embed_folder, embed_shards
 
     net, bad = open_model(**model), False
-    click.get_current_context().command.resumes = not out.endswith(".npz")  # type: ignore
     if out.endswith(".npz"):
         parts = iter([(out, *embed_folder(net, source, out, select, keep_going))])
     else:

@@ -16,6 +16,15 @@ import torch
 import btnet_paper  # noqa: F401 (brings the kind "synthetic" of face sets)
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test sets in the environment (`btnet reproduce` does) is not there for the next one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def btnet_data() -> Path:
     """The folder of real faces named by BTNET_DATA; skips where it is unset."""

@@ -335,7 +335,7 @@ def test_kernel_is_this_python_with_this_package_and_knows_of_fresh(
         sys.executable,
         scales.__file__.replace("scales", "__init__"),
         "0",
-        str(place / "nb"),
+        str(Path.cwd()),
     ]
     assert run(place, only=["1"]) == expected
     assert run(place, only=["1"], resume=False)[2] == "1"

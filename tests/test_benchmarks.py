@@ -112,6 +112,14 @@ def test_a_run_that_is_stopped_keeps_what_it_has(
     assert record["matrix_per_second"]["fp32"] > 0
 
 
+def run_code(code: str, folder: Path) -> str:
+    """What it prints in a process of its own, which has to end well."""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_what_is_not_installed_is_told_in_a_line(tmp_path: Path) -> None:
     """Without tqdm btnet_core cannot be imported: the rates are measured all the same."""
     missing = dict.fromkeys((*FOREIGN, "tqdm", "pytest", "matplotlib"))
@@ -120,11 +128,8 @@ def test_what_is_not_installed_is_told_in_a_line(tmp_path: Path) -> None:
         f"import sys, runpy; sys.modules.update({missing}); sys.argv = {arguments}; "
         f"runpy.run_path({str(ROOT / 'benchmarks' / 'gpu.py')!r}, run_name='__main__')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    first = done.stdout.splitlines()[0]
+    said = run_code(code, tmp_path)
+    first = said.splitlines()[0]
     assert "not installed: tqdm: the card's rates alone are measured; pytest: the tests" in first
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["complete"]
@@ -137,10 +142,7 @@ def test_the_cells_need_no_notebook_and_no_installation(tmp_path: Path) -> None:
         f"import sys; sys.modules.update({dict.fromkeys(FOREIGN)}); "
         f"sys.path[:0] = [{str(ROOT / 'benchmarks')!r}]; import gpu; print(gpu.measured.__file__)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_code(code, tmp_path)
 
 
 def test_the_log_of_the_tests_is_read(gpu: Any) -> None:

@@ -3,7 +3,7 @@
 Debian's chromium, driven by Playwright; skipped, saying so, where either is missing. All thirteen notebooks are
 run twice over the finished run of the scale demo that BTNET_RUN names (which they write to: give a copy):
 
-    cp -r runs/demo /tmp/demo && BTNET_RUN=/tmp/demo python -m pytest tests/paper/test_browser.py -k finished
+    cp -r runs/demo runs/copy && BTNET_RUN=runs/copy python -m pytest tests/paper/test_browser.py -k finished
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def test_each_runs_twice_over_a_finished_run(
 ) -> None:
     if not os.environ.get("BTNET_RUN"):
         pytest.skip("BTNET_RUN names no finished run of the scale demo")
-    count = place(lab[2], name, run_dir=os.environ["BTNET_RUN"])
+    count = place(lab[2], name, run_dir=str(Path(os.environ["BTNET_RUN"]).resolve()))
     run_twice(page, lab, name, count, 10 * PATIENCE)
     sessions = f"{lab[0]}/api/sessions?token={lab[1]}"
     for session in page.request.get(sessions).json():  # one kernel at a time

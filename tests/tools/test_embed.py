@@ -340,20 +340,17 @@ def test_memory_holds_one_shard(model: Path, many: Path, tmp_path: Path, monkeyp
     assert held == [3, 3, 1]
 
 
+def in_shards(model: Path, images: Path, folder: Path) -> list[str]:
+    """The command that writes shards of three images to ``folder/out``."""
+    out = str(folder / "out")
+    return ["embed", str(images), "--model", str(model), "--out", out, "--shard", "3"]
+
+
 @pytest.mark.parametrize("what", ["images", "select", "model", "size", "shard", "nothing"])
 def test_a_folder_of_other_embeddings_is_refused(
     what: str, model: Path, many: Path, tmp_path: Path, capsys
 ) -> None:
-    line = [
-        "embed",
-        str(many),
-        "--model",
-        str(model),
-        "--out",
-        str(tmp_path / "out"),
-        "--shard",
-        "3",
-    ]
+    line = in_shards(model, many, tmp_path)
     assert main(line) == 0
     if what == "images":
         (many / "a" / "1.png").rename(many / "a" / "11.png")
@@ -386,16 +383,7 @@ def test_an_unreadable_image_stops_the_shards_or_is_listed(
     model: Path, many: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (many / "b" / "1.png").write_bytes(b"no picture")
-    line = [
-        "embed",
-        str(many),
-        "--model",
-        str(model),
-        "--out",
-        str(tmp_path / "out"),
-        "--shard",
-        "3",
-    ]
+    line = in_shards(model, many, tmp_path)
     assert main(line) == 1
     assert "--keep-going" in capsys.readouterr().err
     assert (tmp_path / "out" / "shard_000000.npz").is_file()

@@ -27,7 +27,7 @@ reproduce: $(STAMP)
 
 # A process for each core, each with one thread.
 test: $(STAMP)
-	@$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: $(STAMP)
 	@$(RUN) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)

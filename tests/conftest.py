@@ -10,10 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Here and in what tests start: one thread, whatever else the machine does, for the same sums each time.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
 import btnet_paper  # noqa: F401 (brings the kind "synthetic" of face sets)
+
+torch.set_num_threads(1)  # where torch was there before
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +68,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "test_paper_scale" not in item.nodeid)  # it takes longest
     if torch.cuda.is_available():
         return
     if re.search(r"(?<!not )\bgpu\b", config.getoption("-m")):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ from btnet_paper.scales import get_scale
 from btnet_paper.standins import ijbc_standin, native_sizes
 from btnet_tools.cli import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.notebook]
+pytestmark = [pytest.mark.slow, pytest.mark.notebook, pytest.mark.timeout(3000)]
 PAGE = """
 base: paper
 claim: Fake data in the paper's layouts and two steps a run; no number means anything.
@@ -60,6 +62,7 @@ for name, run in ablated.items():
 distributed.wait()
 distributed.stop()
 """
+HANGS = 900  # seconds of one command
 TOGETHER = ("03", "04")  # notebooks that are given two processes
 APART = ("00", "01", "02", "05", "06", "07", "08", "09", "10", "11", "12")
 LITTLE = ("repeats=1", "batch_size=1", "images=16", "count=24", "known=4", "strangers=8")
@@ -132,13 +135,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def python(*arguments: str) -> str:
-    """Run ``python -m``; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    """Run ``python -m``; what it printed. Where it hangs, each process of it says at which line."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    try:
+        told, _ = process.communicate(timeout=HANGS)
+    except subprocess.TimeoutExpired:
+        for one in reversed([process, *psutil.Process(process.pid).children(recursive=True)]):
+            one.send_signal(signal.SIGABRT)
+        told, _ = process.communicate()
+        logs = [path.read_text(errors="replace")[-3000:] for path in Path("runs").rglob("*.log")]
+        pytest.fail("\n".join([f"{arguments}: hangs", told[-6000:], *logs]))
+    assert process.returncode == 0, told[-6000:]
+    return told
 
 
 def reproduce(*arguments: str) -> None:

@@ -13,7 +13,7 @@ from btnet_core.evaluation.verification import CANONICAL, Embedder, embed_images
 
 
 def centres(
-    embedder: Embedder, faces: Any, resolutions: Iterable[int], *, count: int = 500, **options: Any
+    embedder: Embedder, faces: Any, resolutions: Iterable[int], *, count: int = 200, **options: Any
 ) -> dict[int, Tensor]:
     """For each r the mean unit embedding (D,) of ``count`` faces, spread evenly over a FaceSet.
 
@@ -26,7 +26,7 @@ def centres(
 
 
 def fitted_lengths(
-    embedder: Embedder, faces: Any, resolutions: Iterable[int], *, count: int = 500, **options: Any
+    embedder: Embedder, faces: Any, resolutions: Iterable[int], *, count: int = 200, **options: Any
 ) -> dict[int, float]:
     """For each r the factor by which un-normalised embeddings of r px come closest, in least
     squares, to those of 112.

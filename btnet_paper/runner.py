@@ -142,7 +142,7 @@ def _run_all(work: Work, jobs: int) -> int:
 
 
 def ready(waiting: Sequence[Notebook], running: Sequence[Running], jobs: int) -> list[Notebook]:
-    """Returns those that may start now: first what others wait for, then in order."""
+    """Returns those that may start now: side by side, what others wait for, then the longest."""
     if len(running) >= (jobs or len(cores())) or (running and not jobs and not idle_cores(least=0)):
         return []
     before = [*(one.notebook for one in running)]
@@ -153,7 +153,8 @@ def ready(waiting: Sequence[Notebook], running: Sequence[Running], jobs: int) ->
             able.append(notebook)
         before.append(notebook)
     needed = {number for one in waiting for number in one.depends}
-    return able if jobs == 1 else sorted(able, key=lambda one: one.number not in needed)
+    longest = sorted(able, key=lambda one: -max(one.expected.values(), default=0))
+    return able if jobs == 1 else sorted(longest, key=lambda one: one.number not in needed)
 
 
 def _stop(running: dict[Future[None], Running]) -> None:

@@ -286,6 +286,17 @@ def test_what_may_start_beside_the_first(
     assert [one.name for one in runner.ready(notebooks, [first], jobs)] == names
 
 
+def test_side_by_side_the_longest_starts_first(place: Path) -> None:
+    write(place / "nb", "05_short", seconds={"demo": 10})
+    write(place / "nb", "06_long", seconds={"demo": 60})
+    write(place / "nb", "07_needs_the_short", depends=("05",))
+    notebooks = load_notebooks(place / "nb")[-3:]
+    assert [one.name[:2] for one in runner.ready(notebooks, [], 2)] == ["05", "06"]
+    notebooks = load_notebooks(place / "nb")[-3:-1]
+    assert [one.name[:2] for one in runner.ready(notebooks, [], 2)] == ["06", "05"]
+    assert [one.name[:2] for one in runner.ready(notebooks, [], 1)] == ["05", "06"]
+
+
 def test_parameters_cell_must_hold_literals(place: Path) -> None:
     write(place / "nb", "01_first", parameters="worse = open('x')\n")
     with pytest.raises(ReproduceError, match="01_first"):

@@ -60,7 +60,7 @@ def reproduce(
         data: checksum of the data; by default of what the scale uses.
 
     Raises:
-        ReproduceError: unknown names, data that lacks, a notebook that failed. BusyError: see `lock`.
+        ReproduceError: unknown names, data that lacks, a notebook failed. BusyError: see `lock`.
         KeyboardInterrupt: it leaves a state from which the same command goes on.
     """
     chosen, began, page = select(load_notebooks(notebooks), only), time.time(), get_scale(scale)

@@ -41,7 +41,7 @@ def crop(picture: Tensor, moves: np.ndarray, side: int = SIZE) -> Tensor:
 
     ``moves`` (2, 3) is the transform's matrix. Where it shrinks the picture (s = |(a, b)| < 1),
     each pixel of the crop is the mean of k x k bilinear samples, k = ceil(1 / s), spread evenly
-    over its area: an area average, so that nothing aliases. Where it does not, k = 1: plain bilinear.
+    over its area: an area average, so that nothing aliases. Where it does not, k = 1: bilinear.
     """
     k = max(1, math.ceil(1 / math.hypot(*moves[:, 0]) - 1e-6))  # but for rounding
     finer = k * moves

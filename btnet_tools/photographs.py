@@ -62,7 +62,7 @@ def retinaface() -> Detector:
     except (ConnectionError, RuntimeError, OSError) as error:
         raise ConfigError(
             "the detector's weights cannot be had; put retinaface_mnet_v2.onnx into "
-            f"~/.uniface/models, or the folder that UNIFACE_CACHE_DIR names ({type(error).__name__})"
+            f"~/.uniface/models, or the folder UNIFACE_CACHE_DIR names ({type(error).__name__})"
         ) from error
 
     def detect(picture: Tensor) -> list[Detection]:

@@ -71,7 +71,7 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def moved(image: Tensor, matrix: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """``image`` (3, H, W) moved by ``matrix`` (2, 3) into ``size``: float, bilinear, black outside."""
+    """``image`` (3, H, W) moved by ``matrix`` (2, 3) into ``size``: float, bilinear, else black."""
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
     y, x = np.mgrid[: size[0], : size[1]]
     at = np.stack([x, y, np.ones_like(x)], -1) @ inverse.T  # (rows, columns, 2): x, y in the image

@@ -104,7 +104,7 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
-        # Functions made here, not the module's own: a pickle can set attributes of what it is given.
+        # Functions made here, not the module's: a pickle can set attributes of what it is given.
         encode = lru_cache(maxsize=None)(lambda text: text.encode("latin1"))  # each text once
         numpy = {
             "_reconstruct": lambda *_: _Array(),

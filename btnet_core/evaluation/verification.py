@@ -92,7 +92,7 @@ def ten_fold_accuracy(similarity: Any, same: Any, folds: int = 10) -> TenFold:
 
 
 def _between(value: np.ndarray, fold: np.ndarray, k: int, i: int) -> float:
-    """The candidate that parts scores of other folds among ascending ``value[:i]`` from the rest."""
+    """The candidate that parts other folds' scores among ascending ``value[:i]`` from the rest."""
     below, above = i - 1, i
     while below >= 0 and fold[below] == k:
         below -= 1
@@ -231,7 +231,7 @@ def unit_embeddings(
 def kept(
     keep: Path | None, embedder: Embedder, r: int, facts: tuple, embed: Callable[[int], Tensor]
 ) -> Tensor:
-    """``embed(r)`` of the images and in the way that ``facts`` name, or as kept in a file before."""
+    """``embed(r)`` of the images and in the way that ``facts`` name, or as kept in a file."""
     if keep is None or not hasattr(embedder, "fingerprint"):
         return embed(r)
     digest = hashlib.sha256(repr((embedder.fingerprint(r), *facts)).encode()).hexdigest()

@@ -33,7 +33,7 @@ EXTRA = {
     ),
     "centred": (
         "Table 1 with centred embeddings",
-        "The mean unit embedding of 500 training faces is subtracted before the cosine: that of "
+        "The mean unit embedding of training faces (200 at the scale demo, 500 at the others) is subtracted before the cosine: that of "
         "each face's own resolution, or always that of 112 px.",
     ),
     "beyond": (

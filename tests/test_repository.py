@@ -80,13 +80,13 @@ def test_gpu_tests_skip_without_a_gpu_and_are_an_error_when_asked_for(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     marks: list[pytest.MarkDecorator] = []
-    item = SimpleNamespace(get_closest_marker={"gpu": True}.get, add_marker=marks.append)
+    item = SimpleNamespace(nodeid="", get_closest_marker={"gpu": True}.get, add_marker=marks.append)
     for asked in ("", "not gpu", "not slow"):
         pytest_collection_modifyitems(
             SimpleNamespace(getoption=lambda name, asked=asked: asked), [item]
         )
     assert [mark.name for mark in marks] == ["skip"] * 3
-    other = SimpleNamespace(get_closest_marker={}.get, add_marker=marks.append)
+    other = SimpleNamespace(nodeid="", get_closest_marker={}.get, add_marker=marks.append)
     pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name: ""), [other])
     assert len(marks) == 3
     for asked in ("gpu", "gpu and not slow", "slow or gpu"):

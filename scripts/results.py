@@ -21,7 +21,10 @@ INTRODUCTION = """# Results
 Every recorded number, written by `python scripts/results.py` from `figures/results/*.json`; the
 text around it is in the README. Accuracies, TAR, TPIR and AUC are in %; in brackets gains by
 Eqs. 4 and 5; ± is the standard deviation over seeds. The scales measure on different data, so
-methods can be compared within a block, not a block with the paper's."""
+methods can be compared within a block, not a block with the paper's. phi_mm is the route of r from
+random weights, as the paper's costs and its Table 3 have it; what was called so before, scaled up to
+112 and started from phi_hr, is the row "phi_mm, from phi_hr". What moved and why is in
+[CHANGELOG](../CHANGELOG.md), "Numbers that changed"."""
 EXTRA = {
     "second_half": (
         "Table 1 on folds 6 to 10",

@@ -49,7 +49,8 @@ def busy(number: int) -> Iterator[None]:
     spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         for process, core in zip(spinning, sorted(cores(), reverse=True), strict=False):
-            os.sched_setaffinity(process.pid, {core})
+            if hasattr(os, "sched_setaffinity"):  # Linux: the same cores throughout
+                os.sched_setaffinity(process.pid, {core})
         yield
     finally:
         for process in spinning:

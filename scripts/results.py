@@ -36,8 +36,8 @@ EXTRA = {
     ),
     "centred": (
         "Table 1 with centred embeddings",
-        "The mean unit embedding of training faces (200 at the scale demo, 500 at the others) is subtracted before the cosine: that of "
-        "each face's own resolution, or always that of 112 px.",
+        "The mean unit embedding of some hundred training faces (`count` of the record) is subtracted "
+        "before the cosine: that of each face's own resolution, or always that of 112 px.",
     ),
     "beyond": (
         "One switch away from the paper's loss",

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -144,10 +145,11 @@ def python(*arguments: str) -> str:
         told, _ = process.communicate(timeout=HANGS)
     except subprocess.TimeoutExpired:
         for one in reversed([process, *psutil.Process(process.pid).children(recursive=True)]):
-            one.send_signal(signal.SIGABRT)
-        told, _ = process.communicate()
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(signal.SIGABRT)
+        told, _ = process.communicate(timeout=60)
         logs = [path.read_text(errors="replace")[-3000:] for path in Path("runs").rglob("*.log")]
-        pytest.fail("\n".join([f"{arguments}: hangs", told[-6000:], *logs]))
+        pytest.fail("\n".join([f"{arguments}: hangs", told[-20000:], *logs]))
     assert process.returncode == 0, told[-6000:]
     return told
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before joining: its default arguments would keep a group for good
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -40,9 +40,7 @@ def train_from_file(
 ) -> dict[str, Any]:  # fmt: skip
     """``train`` what a page (JSON or YAML) says; leaves torchrun's group at the end."""
     try:
-        metrics = train(TrainConfig.read(config), out, device=device, fresh=fresh, show=show)
-        distributed.wait()  # who leaves while others still work takes their connections along
-        return metrics
+        return train(TrainConfig.read(config), out, device=device, fresh=fresh, show=show)
     finally:
         distributed.stop()
 

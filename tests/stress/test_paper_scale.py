@@ -60,7 +60,6 @@ for run in [*plans.trunks(scale, models, 0), *plans.specialists(scale, models, 0
 ablated = {run.name: run for rows in plans.ablations(scale, models).values() for run in rows.values()}
 for name, run in ablated.items():
     train(run, models / "ablations" / name, device="cpu", show="lines")
-distributed.wait()
 distributed.stop()
 """
 HANGS = 900  # seconds of one command

@@ -53,9 +53,10 @@ def main() -> None:
     usual = (scale.ablated, scale.ablation["epochs"])
     r, epochs = options.resolution or usual[0], options.epochs or usual[1]
     changed = replace(scale, ablated=r, ablation={**scale.ablation, "epochs": epochs})
-    source, keep, (spec,) = scale.run_dir() / "models", scale.run_dir() / "embeddings", scale.pairs
+    source, keep = scale.run_dir() / "models", scale.run_dir() / "embeddings"
     trunk = load_backbone(source / scale.teacher / "trunk.safetensors")
-    pairs, rows, used = open_pairs(spec), dict[str, dict[str, dict[str, dict[str, float]]]](), {}
+    sets = [open_pairs(spec) for spec in scale.pairs]
+    rows, used = dict[str, dict[str, dict[str, dict[str, float]]]](), {}
     for seed in options.seeds:
         name = f"{seed}-{r}px-{epochs}-epochs"
         models = (
@@ -78,8 +79,9 @@ def main() -> None:
             shared = str(source / "teacher") if r < 56 else ""  # gigabytes at 56
             train_in_subprocess(config.replace(cache_dir=shared), out)
             embedder = plans.load_run(trunk, out, how=config.resize)
+            how = {"keep": keep, "how": config.resize}
             report = summarise(
-                [evaluate_pairs(embedder, pairs, [(112, r), (r, r)], keep=keep, how=config.resize)]
+                [evaluate_pairs(embedder, one, [(112, r), (r, r)], **how) for one in sets]
             )
             accuracy[config.name] = {setting: cell["accuracy"] for setting, cell in report.items()}
             used[config.name] = {**asdict(config), "seed": options.seeds}
@@ -98,7 +100,7 @@ def main() -> None:
             for table, configs in rows[str(options.seeds[0])].items()
         }  # fmt: skip
     results.record(ROOT / "figures", f"{scale.name}_ablations_{r}px_{epochs}_epochs", values, config=used,
-                   data=pairs.checksum, kernel=config.resize.name, seconds=time.monotonic() - began, scale=scale.name)  # fmt: skip
+                   data=" ".join(one.checksum for one in sets), kernel=config.resize.name, seconds=time.monotonic() - began, scale=scale.name)  # fmt: skip
 
 
 if __name__ == "__main__":

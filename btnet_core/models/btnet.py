@@ -108,6 +108,7 @@ class Route(nn.Module):
                 self.dropped += [f"{name}.{weight}" for weight in copied.abandon_stride()]
             (self.branch if index <= ends else self.shared).add_module(name, copied)
         self.head = share(trunk.head)
+        self.register_buffer("length", torch.ones(()))  # factor of embeddings, see follow_length
         self.size = scaled_size(r, trunk.config.size)  # rows, columns of the input
         if self.dropped:
             log.info("branch %d leaves out pretrained weights: %s", r, ", ".join(self.dropped))
@@ -122,7 +123,7 @@ class Route(nn.Module):
 
     def finish(self, z_r: Tensor) -> Tensor:
         """T_r(z_r), the embedding ``(B, D)``."""
-        return embed_features(self.head, self.shared(z_r))
+        return embed_features(self.head, self.shared(z_r)) * self.length
 
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != (3, *self.size):
@@ -162,7 +163,7 @@ class Route(nn.Module):
         return {
             name: tensor
             for name, tensor in self.state_dict().items()
-            if name.startswith("branch.") or name.rsplit(".", 1)[0] in norms
+            if name.startswith("branch.") or name.rsplit(".", 1)[0] in norms or name == "length"
         }
 
 
@@ -345,7 +346,7 @@ class BTNet(nn.Module):
             of = f"a branch of resolution {facts.get('r')} for another trunk than this one"
             raise CheckpointError(f"{path}: {of}")
         route = self.add_route(r, couple_at=facts["couple_at"])
-        differ = route.own_state().keys() ^ state.keys()
+        differ = (route.own_state().keys() ^ state.keys()) - {"length"}  # older files have none
         if differ:
             first = ", ".join(sorted(differ)[:5])
             raise CheckpointError(f"{path}: tensors missing or unexpected: {first}")

@@ -117,10 +117,12 @@ def load_wrapped(module: nn.Module, content: Any, where: str) -> None:
 
 
 def _fitting(module: nn.Module, state: State, where: str) -> State:
-    """``state`` with the counters that old checkpoints lack; CheckpointError if it does not fit."""
+    """``state`` with what old checkpoints lack (counters, a route's length); CheckpointError if
+    it does not fit."""
     expected = module.state_dict()
-    counters = {name for name in expected if name.endswith("num_batches_tracked")} - state.keys()
-    state = state | {name: expected[name] for name in counters}
+    may_lack = ("num_batches_tracked", "length")
+    lacking = {name for name in expected if name.rpartition(".")[2] in may_lack} - state.keys()
+    state = state | {name: expected[name] for name in lacking}
     shapes = [
         f"{name} {tuple(state[name].shape)} for {tuple(expected[name].shape)}"
         for name in expected

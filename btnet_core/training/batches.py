@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from btnet_core.data.faces import FaceSet, open_faces
 from btnet_core.data.sources import Spec, spec_text
 from btnet_core.errors import ConfigError
-from btnet_core.images import Resize, degrade, resize, scaled_size
+from btnet_core.images import Resize, resize, scaled_size
 from btnet_core.models.backbone import Backbone
 from btnet_core.training import distributed
 from btnet_core.training.config import TrainConfig
@@ -197,15 +197,26 @@ def moved(pixels: Tensor, shift: Tensor) -> Tensor:
 
 def trunk_input(trunk: Backbone, pixels: Tensor, size: Tensor, how: Resize) -> Tensor:
     """Each face shrunk to its own ``size`` in rows and scaled back up (4.1): ``(B, 3, H, W)``."""
-    pixels = trunk.crop(pixels)
-    faces = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    faces = _each_at(trunk.crop(pixels), size, trunk.config.size, how)
+    return trunk.normalise(faces).contiguous(memory_format=torch.channels_last)
+
+
+def branch_input(
+    trunk: Backbone, pixels: Tensor, r: int, how: Resize, size: Tensor | None = None
+) -> Tensor:
+    """X_r ``(B, 3, r, r')``: each face shrunk to its own ``size`` in rows, then scaled to r."""
+    shape = scaled_size(r, trunk.config.size)
+    faces = _each_at(trunk.crop(pixels), size, shape, how)
+    return trunk.normalise(faces).contiguous(memory_format=torch.channels_last)
+
+
+def _each_at(pixels: Tensor, size: Tensor | None, shape: tuple[int, int], how: Resize) -> Tensor:
+    """Images ``(B, 3, H, W)`` shrunk to their ``size`` in rows, then scaled to ``shape``."""
+    if size is None:
+        return resize(pixels, shape, how)
+    faces = torch.empty((*pixels.shape[:2], *shape), dtype=torch.float32, device=pixels.device)
     for rows in size.unique().tolist():
         members = transfer(torch.nonzero(size == rows).flatten(), pixels.device)
-        faces[members] = degrade(pixels[members], rows, how)
-    return trunk.normalise(faces).contiguous(memory_format=torch.channels_last)
-
-
-def branch_input(trunk: Backbone, pixels: Tensor, r: int, how: Resize) -> Tensor:
-    """X_r ``(B, 3, r, r')``: each face shrunk to r rows, normalised, never scaled up."""
-    faces = resize(trunk.crop(pixels), scaled_size(r, trunk.config.size), how)
-    return trunk.normalise(faces).contiguous(memory_format=torch.channels_last)
+        small = resize(pixels[members], scaled_size(rows, tuple(pixels.shape[-2:])), how)
+        faces[members] = resize(small, shape, how)
+    return faces

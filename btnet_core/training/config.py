@@ -63,7 +63,7 @@ class TrainConfig:
     btnet: str = ""  # folder of the BTNet that receives the branch; "": <out>/btnet
 
     # inputs
-    sizes: tuple[int, ...] = (112,)  # pixels; a trunk's faces are shrunk to one, scaled back (4.1)
+    sizes: tuple[int, ...] = (112,)  # rows; a face is shrunk to one first, then scaled (4.1)
     size_weights: tuple[float, ...] = ()  # their probabilities; (): equal
     resize: Resize = field(default_factory=Resize)  # paper-and-code: resize kernel
     flip: bool = True  # horizontal, probability 1/2, before down-sampling (A.2)
@@ -78,7 +78,7 @@ class TrainConfig:
     distillation: str = "mean"  # kind of losses.branch_loss (paper-and-code: mean in Eq. 2)
     embedding_weight: float = 0.0  # 1 in the authors' code (paper-and-code: embedding MSE)
     embedding: str = "mse"  # kind of losses.embedding_loss
-    embedding_mirrored: bool = False  # the teacher's embedding: face plus mirror image, as in 1:1
+    embedding_mirrored: bool = False  # the teacher's: mean of face and mirror image (as 1:1 adds)
     classifier: str = "fresh"  # kappa starts "fresh", as "class_means", or from this file
     fix_classifier: bool = False  # BCT: kappa* does not learn (3.3)
     sample_rate: float = 1.0  # fraction of the negative classes in a step (PartialFC); 1: all
@@ -172,6 +172,11 @@ class TrainConfig:
         if step < warmup:
             return self.peak_lr * (step + 1) / (warmup + 1)
         return self.peak_lr * (1 - (step - warmup) / (total - warmup)) ** 2
+
+    @property
+    def varies_input(self) -> bool:
+        """True where a branch's face is not the same in each epoch, but for its mirror image."""
+        return self.shift > 0 or self.sizes != (112,)
 
     @property
     def uses_classes(self) -> bool:

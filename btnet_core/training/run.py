@@ -77,7 +77,7 @@ class Run:
     def batches(self) -> Iterator[tuple[Batch, Tensor | None]]:
         """The remaining batches with their pixels; None where a cache holds all that is needed."""
         batches = (self.sampler.batch(step) for step in range(self.step, self.total))
-        if self.cache is not None and not self.config.shift:
+        if self.cache is not None and not self.config.varies_input:
             return ((batch, None) for batch in batches)
         return self.pixels.stream(batches)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from btnet_core import losses
 from btnet_core.device import autocast
+from btnet_core.models.btnet import Route
 from btnet_core.training import distributed
 from btnet_core.training.batches import Batch, branch_input, mirrored, moved, transfer, trunk_input
 from btnet_core.training.run import Run
@@ -94,7 +95,20 @@ def embedding_distillation(run: Run, z: Tensor | None, teacher: Teacher) -> Tens
     """This process's part of the distance of the embeddings (paper-and-code: embedding MSE)."""
     if teacher.z is None:
         return 0.0
+    if run.config.embedding == "cosine" and run.network.training:
+        follow_length(run.network, z.detach(), teacher.z)
     return losses.embedding_loss(z, teacher.z, run.config.embedding) / distributed.world()
+
+
+def follow_length(route: Route, z: Tensor, z_teacher: Tensor) -> None:
+    """The route's ``length`` moves to where its z come closest to the teacher's, in least squares.
+
+    A cosine leaves lengths open, and sums of embeddings of several resolutions depend on them
+    (templates, galleries). As batch norms follow their statistics: of every batch a tenth.
+    """
+    products = torch.stack(((z * z_teacher).sum(), z.square().sum()))
+    inner, square = distributed.all_sum(products)
+    route.length.mul_((inner / square).clamp(0.1, 10.0) ** 0.1)
 
 
 # ---- inputs -------------------------------------------------------------------------------------
@@ -114,10 +128,10 @@ def branch_inputs(run: Run, batch: Batch, pixels: Tensor | None) -> tuple[Tensor
             other = see(run, faces.flip(-1))[1].z
         else:
             other = run.cache.get("z", batch.records, ~batch.flip)
-        teacher = Teacher(teacher.z_s, teacher.z.float() + other.float())
-    if config.shift:
-        face = moved(faces, batch.shift)
-        x = branch_input(run.trunk, face, config.resolution, config.resize)
+        teacher = Teacher(teacher.z_s, (teacher.z.float() + other.float()) / 2)
+    if config.varies_input:
+        faces = moved(faces, batch.shift) if config.shift else faces
+        x = branch_input(run.trunk, faces, config.resolution, config.resize, batch.size)
     return x, teacher
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from btnet_core.device import resolve_device
 from btnet_core.errors import CheckpointError, ConfigError, DataError
 from btnet_core.evaluation.embedders import BranchEmbedder, MultiModelEmbedder, UpsamplingEmbedder
-from btnet_core.files import write_safetensors
+from btnet_core.files import read_safetensors, write_safetensors
 from btnet_core.images import degrade, resize
 from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
 from btnet_core.models.btnet import BTNet, Route, coupling_layer, select_branch, weights_digest
@@ -255,6 +255,19 @@ def test_save_and_load_the_trunk_once_and_each_branch(btnet: BTNet, tmp_path: Pa
     own = sum(tensor.numel() for tensor in btnet.route(28).own_state().values())
     assert (tmp_path / "branch_28.safetensors").stat().st_size < 4 * own + 20_000
     assert BTNet.load(tmp_path, (7,)).resolutions == (7, 112)
+
+
+def test_the_length_of_embeddings_is_stored_and_older_files_have_none(
+    btnet: BTNet, tmp_path: Path
+) -> None:
+    btnet.route(14).length.fill_(0.25)
+    btnet.save(tmp_path)
+    assert BTNet.load(tmp_path).route(14).length == 0.25
+    path = tmp_path / "branch_14.safetensors"
+    state, metadata = read_safetensors(path)
+    del state["length"]
+    write_safetensors(path, state, metadata)
+    assert BTNet.load(tmp_path).route(14).length == 1
 
 
 def test_a_branch_of_another_trunk_is_refused(btnet: BTNet, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def follow_length(route: Route, z: Tensor, z_teacher: Tensor) -> None:
     """
     products = torch.stack(((z * z_teacher).sum(), z.square().sum()))
     inner, square = distributed.all_sum(products)
-    route.length.mul_((inner / square).clamp(0.1, 10.0) ** 0.1)
+    route.length = route.length * (inner / square).clamp(0.1, 10.0) ** 0.1  # the old one stays
 
 
 # ---- inputs -------------------------------------------------------------------------------------

@@ -323,6 +323,12 @@ def test_the_length_of_embeddings_follows_the_teachers(
     step.embedding_distillation(run, z, Teacher(None, other))
     torch.testing.assert_close(route.length, fitted.squeeze())
     x = torch.rand(2, 3, *route.size)
+    monkeypatch.undo()
+    run.config = case("branch", trunk).replace(embedding="cosine", embedding_weight=1.0)
+    batch = run.sampler.batch(0)
+    step.losses_of(run, batch, run.pixels.get(batch.records))[0].backward()  # it moved since z
+    assert 0 < route.length != fitted
+    route.length.copy_(fitted.squeeze())
     longer = route.eval()(x)
     route.length.fill_(1.0)
     torch.testing.assert_close(longer, fitted.squeeze() * route(x))

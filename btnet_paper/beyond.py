@@ -32,9 +32,9 @@ def fitted_lengths(
     squares, to those of 112.
 
     sum <z_r, z_112> / sum <z_r, z_r> over ``count`` faces, spread evenly over a FaceSet: 1 at 112,
-    small where z_r is long or says little. Neither Eq. 3 nor a cosine fixes the length of a
-    branch's embeddings, on which sums over resolutions depend (templates, gallery entries). Take
-    training faces. ``options`` are those of ``embed_images``.
+    small where z_r is long or says little, as of Eq. 3 alone, which leaves open the length of a
+    branch's embeddings and so their part in sums (templates, gallery entries). Take training faces.
+    ``options`` are those of ``embed_images``.
     """
     sample = _spread(faces, count)
 

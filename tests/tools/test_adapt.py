@@ -397,6 +397,56 @@ def test_a_wrong_split_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) ->
         module.check_routes(BTNet(Strange(), (14,)))
 
 
+class Tokens(nn.Module):
+    """Attention over the positions of a map, with layer norms before it and a residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.tokens = nn.LayerNorm(width), 0
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = x.flatten(2).transpose(1, 2)
+        self.tokens, z = z.shape[1], self.norm(z)
+        return x + self.attention(z, z, z)[0].transpose(1, 2).reshape(x.shape)
+
+
+class Patches(Adapter):
+    """A patch stem of stride 4, layer norms, attention: what EdgeFace has, in small."""
+
+    embedding = 8
+
+    def build(self) -> nn.Module:
+        stem, down = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 16, 2, 2)
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 8))
+        return nn.Sequential(stem, Tokens(8), Tokens(8), down, Tokens(16), Tokens(16), head)
+
+    def split(self, network: nn.Module) -> tuple[dict[str, nn.Module], nn.Module]:
+        stem, a, b, down, c, d, head = network
+        body = {"s0_0": nn.Sequential(stem, a), "s0_1": b, "s1_0": nn.Sequential(down, c), "s1_1": d}
+        return body, head
+
+
+def test_the_rule_on_patches_layer_norms_and_attention() -> None:
+    """Patches of 4 px become patches at every px; the rest of the trunk sees as many tokens as ever."""
+    trunk = Patches()
+    assert dict(trunk.resolutions()) == {"s0_0": 28, "s0_1": 28, "s1_0": 14, "s1_1": 14}
+    with pytest.raises(ConfigError, match=r"resolution 56: .* offers \[28, 14\]"):
+        BTNet(trunk, (56,))
+    net = BTNet(trunk, (28, 14)).eval()
+    for r, ends in ((28, "s0_0"), (14, "s1_0")):
+        route = net.route(r)
+        assert route.couple_at == ends
+        stem = route.branch[0][0][0]
+        assert (stem.kernel_size, stem.stride) == ((4, 4), (1, 1))
+        assert torch.equal(stem.weight, trunk.body.s0_0[0][0].weight)
+        assert net.eval()(torch.rand(2, 3, r, r), r).shape == (2, 8)
+        assert route.shared[-1][0].tokens == 14 * 14
+        assert all(name.startswith("branch.") for name in route.trainable())  # layer norms are T_r's
+        assert route.head[2].weight is trunk.head[2].weight
+    assert net.route(14).branch[0][0][1].tokens == 14 * 14  # and 28 * 28 in the trunk
+
+
 def test_adapter_state_travels_with_the_btnet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ def page(tmp_path: Path) -> Path:
 
 
 def test_the_repository_has_these_scales() -> None:
-    lfw = {"lfw", "lfw-mr", "lfw-quick", "lfw-scratch"}
+    lfw = {"lfw", "lfw-edgeface", "lfw-mr", "lfw-ms1m", "lfw-quick", "lfw-scratch"}
     assert set(pages()) == lfw | {"demo", "paper", "paper-authors"}
     for name in pages():
         assert get_scale(name).name == name

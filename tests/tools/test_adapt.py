@@ -418,12 +418,19 @@ class Patches(Adapter):
 
     def build(self) -> nn.Module:
         stem, down = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 16, 2, 2)
-        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 8))
+        head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 8)
+        )
         return nn.Sequential(stem, Tokens(8), Tokens(8), down, Tokens(16), Tokens(16), head)
 
     def split(self, network: nn.Module) -> tuple[dict[str, nn.Module], nn.Module]:
         stem, a, b, down, c, d, head = network
-        body = {"s0_0": nn.Sequential(stem, a), "s0_1": b, "s1_0": nn.Sequential(down, c), "s1_1": d}
+        body = {
+            "s0_0": nn.Sequential(stem, a),
+            "s0_1": b,
+            "s1_0": nn.Sequential(down, c),
+            "s1_1": d,
+        }
         return body, head
 
 
@@ -442,7 +449,9 @@ def test_the_rule_on_patches_layer_norms_and_attention() -> None:
         assert torch.equal(stem.weight, trunk.body.s0_0[0][0].weight)
         assert net.eval()(torch.rand(2, 3, r, r), r).shape == (2, 8)
         assert route.shared[-1][0].tokens == 14 * 14
-        assert all(name.startswith("branch.") for name in route.trainable())  # layer norms are T_r's
+        assert all(
+            name.startswith("branch.") for name in route.trainable()
+        )  # layer norms are T_r's
         assert route.head[2].weight is trunk.head[2].weight
     assert net.route(14).branch[0][0][1].tokens == 14 * 14  # and 28 * 28 in the trunk
 

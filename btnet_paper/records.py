@@ -242,6 +242,12 @@ def _seeds(values: Mapping[str, Any]) -> Iterator[Number]:
     for name, row in values.get("mean", {}).items():
         for setting, mean in row.items():
             yield "table1", NAMES.get(name, name), setting, mean, values["std"][name][setting]
+            sets = values.get("pairs", ())
+            for i, one in enumerate(sets if len(sets) > 1 else ()):
+                cells = [run[name][setting] for run in values["measured"].values()]
+                for key, remark in (("sets", ""), ("second_halves", ", folds 6 to 10")):
+                    found = pd.Series([cell[key][i] for cell in cells])
+                    yield "by_set", f"{one}{remark}: {name}", setting, found.mean(), found.std()
     selection = pd.DataFrame(values.get("selection", {}))  # strategies x seeds
     for key, found in selection.T.items():
         row = f"BTNet ({key.removesuffix(FITTED)})" if "+" in key else key.removesuffix(FITTED)

@@ -1,7 +1,7 @@
 """Does phi_bt beat phi_mr, and phi_mr phi_hr, whatever the seed? A scale's headline comparison over several seeds.
 
     btnet reproduce && python benchmarks/seeds.py --resolutions 28 14 7 --threads 1 2        # the demo: 5 minutes a run
-    python benchmarks/seeds.py --scale lfw-quick --resolutions 28 14 7 --selection    # real faces: run that scale first
+    python benchmarks/seeds.py --scale lfw-mr --resolutions 28 14 7 --selection       # real faces: run that scale first
     python benchmarks/seeds.py --scale lfw-ms1m --resolutions 28 14 7                 # another trunk, nothing to run first
     python benchmarks/seeds.py --scale lfw-edgeface --resolutions 28 14 7 --adapter docs/edgeface.py
 

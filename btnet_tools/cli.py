@@ -18,8 +18,7 @@ from btnet_core.errors import BTNetError, ReproduceError
 # Those of scales.py, which --help does not import.
 HEADLINE = "03,04,05"  # notebooks
 SCALES = (
-    "demo", "lfw", "lfw-edgeface", "lfw-mr", "lfw-ms1m", "lfw-quick", "lfw-scratch", "paper",
-    "paper-authors",
+    "demo", "lfw", "lfw-edgeface", "lfw-mr", "lfw-ms1m", "lfw-scratch", "paper", "paper-authors",
 )  # fmt: skip
 
 

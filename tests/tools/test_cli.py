@@ -155,13 +155,13 @@ def test_a_variant_of_lfw_runs_the_headline_notebooks(
     monkeypatch.setattr(
         runner, "reproduce", lambda scale, *, only, **options: seen.append((scale, only))
     )
-    for arguments in ("lfw", "lfw-quick", "lfw-quick --only 07", "lfw-mr"):
+    for arguments in ("lfw", "lfw-ms1m", "lfw-ms1m --only 07", "lfw-mr"):
         main(["reproduce", "--scale", *arguments.split()])
     headline = ["03", "04", "05"]
     assert seen == [
         ("lfw", []),
-        ("lfw-quick", headline),
-        ("lfw-quick", ["07"]),
+        ("lfw-ms1m", headline),
+        ("lfw-ms1m", ["07"]),
         ("lfw-mr", headline),
     ]
 

@@ -131,7 +131,8 @@ def branch_inputs(run: Run, batch: Batch, pixels: Tensor | None) -> tuple[Tensor
         teacher = Teacher(teacher.z_s, (teacher.z.float() + other.float()) / 2)
     if config.varies_input:
         faces = moved(faces, batch.shift) if config.shift else faces
-        x = branch_input(run.trunk, faces, config.resolution, config.resize, batch.size)
+        size = batch.size if config.sizes != (112,) else None  # None: straight to r
+        x = branch_input(run.trunk, faces, config.resolution, config.resize, size)
     return x, teacher
 
 

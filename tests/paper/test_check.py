@@ -106,6 +106,19 @@ def test_numbers_that_were_counted_have_to_be_equal(place: Path) -> None:
     assert found[found["row"] == "figure5_share_28"]["verdict"].tolist() == ["same"]
 
 
+def test_gains_are_not_counted_but_follow_from_accuracies(place: Path) -> None:
+    """They move with every seed, so that one outside its rounding is not off."""
+    values = copy.deepcopy(VALUES)
+    values["accuracy"]["phi_mr"] = {"112&14": {"accuracy": 75.0}}
+    values["accuracy"]["phi_hr"]["112&14"] = {"accuracy": 60.0}
+    for folder, accuracy in (("figures", 80.0), ("runs/demo", 80.4)):
+        values["accuracy"]["phi_bt"]["112&14"] = {"accuracy": accuracy}
+        write(place / folder, "05_verification", values)
+    found = check.check("demo", place / "runs/demo").set_index("row")
+    assert found.loc["cross_gain_max", "recorded"] == 1.33
+    assert found.loc["cross_gain_max", "verdict"] == "unknown"
+
+
 def test_nothing_to_compare_is_named(place: Path) -> None:
     with pytest.raises(ReproduceError, match="no committed record of the scale paper"):
         check.check("paper", place / "runs/paper")

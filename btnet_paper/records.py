@@ -243,8 +243,11 @@ def _seeds(values: Mapping[str, Any]) -> Iterator[Number]:
         for setting, mean in row.items():
             yield "table1", NAMES.get(name, name), setting, mean, values["std"][name][setting]
             sets = values.get("pairs", ())
+            cells = [run[name][setting] for run in values.get("measured", {}).values()]
+            if cells:
+                later = pd.Series([cell["second_half"] for cell in cells])
+                yield "second_half", NAMES.get(name, name), setting, later.mean(), later.std()
             for i, one in enumerate(sets if len(sets) > 1 else ()):
-                cells = [run[name][setting] for run in values["measured"].values()]
                 for key, remark in (("sets", ""), ("second_halves", ", folds 6 to 10")):
                     found = pd.Series([cell[key][i] for cell in cells])
                     yield "by_set", f"{one}{remark}: {name}", setting, found.mean(), found.std()

@@ -154,12 +154,14 @@ def test_rows_of_several_seeds_have_a_source_and_a_spread_of_their_own():
         "selection": {"0": {"max+ceil": 10.0, "max+ceil, lengths fitted": 20.0},
                       "1": {"max+ceil": 12.0, "max+ceil, lengths fitted": 26.0}},
     }  # fmt: skip
-    cells = [{"14&14": {"sets": [88.0, n], "second_halves": [87.0, n + 1]}} for n in (90.0, 92.0)]
+    cells = [{"14&14": {"sets": [88.0, n], "second_halves": [87.0, n + 1], "second_half": n}}
+             for n in (90.0, 92.0)]  # fmt: skip
     values |= {"pairs": ["lfw", "cfp"], "measured": {n: {"phi_bt": cells[n]} for n in (0, 1)}}
     long = numbers("lfw_seeds", values, "lfw")
     assert at(long, "by_set", "cfp: phi_bt", "14&14") == 91.0
     assert at(long, "by_set", "cfp: phi_bt", "14&14", "spread") == pytest.approx(2**0.5)
     assert at(long, "by_set", "cfp, folds 6 to 10: phi_bt", "14&14") == 92.0
+    assert at(long, "second_half", "phi_bt", "14&14", "spread") == pytest.approx(2**0.5)
     assert at(long, "by_set", "lfw: phi_bt", "14&14", "spread") == 0.0
     assert set(long["source"]) == {"scale lfw, 2 seeds"}
     assert at(long, "table1", "phi_bt", "14&14", "spread") == 0.5

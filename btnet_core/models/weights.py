@@ -120,6 +120,7 @@ def _fitting(module: nn.Module, state: State, where: str) -> State:
     """``state`` with what old checkpoints lack (counters, a route's length); CheckpointError if
     it does not fit."""
     expected = module.state_dict()
+    broken = [name for name, values in state.items() if not values.float().isfinite().all()]
     may_lack = ("num_batches_tracked", "length")
     lacking = {name for name in expected if name.rpartition(".")[2] in may_lack} - state.keys()
     state = state | {name: expected[name] for name in lacking}
@@ -130,7 +131,6 @@ def _fitting(module: nn.Module, state: State, where: str) -> State:
     ]
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
-    broken = [name for name, values in state.items() if not values.float().isfinite().all()]
     wrong = {"missing": missing, "unexpected": unexpected, "of another shape:": shapes}
     wrong["not finite:"] = broken
     if any(wrong.values()):

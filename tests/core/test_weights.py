@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from btnet_core.errors import CheckpointError, ConfigError
+from btnet_core.files import read_safetensors, write_safetensors
 from btnet_core.models.backbone import Backbone, BackboneConfig, build_backbone
 from btnet_core.models.weights import load_backbone, load_wrapped, save_backbone
 
@@ -261,6 +262,20 @@ def test_what_does_not_fit_is_named_missing_and_unexpected(tmp_path: Path) -> No
     for words in ("missing body.S3U1.bn2.weight", "unexpected body.S3U1.extra.weight",
                   "of another shape: body.S4U1.prelu.weight (3,) for (64,)"):  # fmt: skip
         assert words in said
+
+
+def test_files_of_our_own_may_lack_the_counters_of_batch_norms(tmp_path: Path) -> None:
+    """As those of others may; and a name of one that was damaged is told."""
+    trunk = build_backbone(BackboneConfig(name="iresnet18", width=0.0625, embedding=8))
+    save_backbone(trunk, tmp_path / "trunk.safetensors")
+    state, facts = read_safetensors(tmp_path / "trunk.safetensors")
+    counter = next(name for name in state if name.endswith("num_batches_tracked"))
+    count = state.pop(counter)
+    write_safetensors(tmp_path / "less.safetensors", state, facts)
+    assert load_backbone(tmp_path / "less.safetensors").config == trunk.config
+    write_safetensors(tmp_path / "damaged.safetensors", {**state, f"{counter} ": count}, facts)
+    with pytest.raises(CheckpointError, match=r"damaged\.safetensors: .*unexpected"):
+        load_backbone(tmp_path / "damaged.safetensors")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -29,7 +29,8 @@ from btnet_core.models.backbone import Backbone, embed_features
 from btnet_core.models.weights import build_from, load_strictly, read_config
 
 log = logging.getLogger(__name__)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+# which a route has of its own; layer norms are no part of the paper's trunks
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm)
 INDICATORS = ("min", "max", "avg")
 ROUNDINGS = ("floor", "near", "ceil")
 BN_MODES = ("all", "authors", "frozen_bn")

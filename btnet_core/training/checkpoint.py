@@ -16,9 +16,9 @@ from btnet_core.errors import CheckpointError, ConfigError, TrainingError, Write
 from btnet_core.files import load_torch, reason, write_atomically
 from btnet_core.training import distributed
 from btnet_core.training.config import TrainConfig
-from btnet_core.training.run import Run
+from btnet_core.training.run import OPTIMISERS, Run
 
-FORMAT = 2
+FORMAT = 3
 STATE = "checkpoint/state.pt"
 RECORD = "run.json"
 # Fields that change no weight: free to differ when a run goes on, and in part when it is finished.
@@ -34,11 +34,11 @@ def state_of(run: Run) -> dict[str, Any]:
     """Everything a later process, or another number of them, needs to go on (all must call it)."""
     distributed.average_statistics(run.network)
     momentum = {
-        name: run.optimiser.state[parameter]["momentum_buffer"]
+        name: {buffer: run.optimiser.state[parameter][buffer] for buffer in buffers_of(run)}
         for name, parameter in run.learns.items()
     }
-    if "kappa" in momentum:
-        momentum["kappa"] = run.kappa.whole(momentum["kappa"])
+    for buffer, mine in momentum.get("kappa", {}).items():
+        momentum["kappa"][buffer] = run.kappa.whole(mine)
     on_gpu = run.device.type == "cuda"
     return {
         "identity": json.dumps(run.identity),
@@ -59,6 +59,11 @@ def state_of(run: Run) -> dict[str, Any]:
     }
 
 
+def buffers_of(run: Run) -> tuple[str, ...]:
+    """What the optimiser keeps of each parameter, by its names for it."""
+    return OPTIMISERS[run.config.optimiser][1]
+
+
 def identity_in(state: dict[str, Any]) -> dict[str, Any]:
     """What ``identity_of`` gave when the state was saved."""
     return json.loads(state["identity"])
@@ -75,10 +80,13 @@ def resumable(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 def restore(run: Run, state: dict[str, Any]) -> None:
     """Inverse of ``state_of``."""
     run.network.load_state_dict(state["network"])
-    for name, buffer in state["momentum"].items():
+    for name, buffers in state["momentum"].items():
         parameter = run.learns[name]
-        buffer = run.kappa.part(buffer) if name == "kappa" else buffer
-        run.optimiser.state[parameter]["momentum_buffer"] = buffer.to(parameter, copy=True)
+        for buffer, whole in buffers.items():
+            mine = run.kappa.part(whole) if name == "kappa" else whole
+            run.optimiser.state[parameter][buffer] = mine.to(parameter, copy=True)
+        if "step" in run.optimiser.state[parameter]:
+            run.optimiser.state[parameter]["step"].fill_(state["step"] - state["skipped"])
     if run.kappa is not None:
         with torch.no_grad():
             run.kappa.weight.copy_(run.kappa.part(state["kappa"]))

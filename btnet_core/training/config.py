@@ -28,6 +28,7 @@ CHOICES = {
     "loss": (*MARGINS, *METRICS),
     "distillation": ("mean", "batch_sum", "cosine"),
     "embedding": ("mse", "cosine"),
+    "optimiser": ("sgd", "adamw"),
     "precision": ("auto", "bf16", "fp16", "fp32"),
     "cache": ("auto", "off"),
     "matmul": ("highest", "high"),
@@ -91,7 +92,8 @@ class TrainConfig:
     per_identity: int = 1  # images of one identity in a row (triplet, circle need 2 or more)
     lr: float = 0.2  # at REFERENCE_BATCH images, linear in `batch` (A.2; 0.02 for branches)
     warmup_epochs: float = 2.0  # linear from 0 (A.2; 0 for branches)
-    momentum: float = 0.9  # paper-and-code: optimiser
+    optimiser: str = "sgd"  # "adamw" for a trunk with layer norms (docs/own-recogniser.md)
+    momentum: float = 0.9  # of sgd; paper-and-code: optimiser
     weight_decay: float = 5e-4  # paper-and-code: optimiser
     clip_norm: float = 5.0  # of the network's gradient (paper-and-code: optimiser)
 

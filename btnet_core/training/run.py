@@ -26,6 +26,11 @@ from btnet_core.training.batches import Batch, Pixels, Sampler, open_pixels
 from btnet_core.training.config import TrainConfig
 from btnet_core.training.teacher import TeacherCache
 
+OPTIMISERS = {  # by name in a configuration: class, and what it keeps of each parameter
+    "sgd": (torch.optim.SGD, ("momentum_buffer",)),
+    "adamw": (torch.optim.AdamW, ("exp_avg", "exp_avg_sq")),
+}
+
 
 @dataclass
 class Run:
@@ -55,12 +60,15 @@ class Run:
         self.learns = dict(self.trainable)
         if self.kappa is not None and self.kappa.weight.requires_grad:
             self.learns["kappa"] = self.kappa.weight
-        self.optimiser = torch.optim.SGD(
-            self.learns.values(), lr=config.peak_lr, momentum=config.momentum,
-            weight_decay=config.weight_decay, fused=True,
-        )  # fmt: skip
+        kind, buffers = OPTIMISERS[config.optimiser]
+        own = {"momentum": config.momentum} if config.optimiser == "sgd" else {}
+        settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay, "fused": True}
+        self.optimiser = kind(self.learns.values(), **settings, **own)
         for parameter in self.learns.values():  # at 0, so that a first step may be skipped
-            self.optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            state = {name: torch.zeros_like(parameter) for name in buffers}
+            if config.optimiser == "adamw":
+                state["step"] = torch.zeros((), device=parameter.device)
+            self.optimiser.state[parameter] = state
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         is_route = isinstance(self.network, Route)
         self.encode = self.network.encode if is_route else nn.Identity()

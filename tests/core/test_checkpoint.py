@@ -51,13 +51,14 @@ def command(config: TrainConfig, out: Path) -> list[str]:
     return [*start, "--out", str(out), "--device", "cpu", "--source", source]
 
 
-@pytest.mark.parametrize("kind", ["trunk", "branch"])
+@pytest.mark.parametrize("kind", ["trunk", "branch", "adamw"])
 def test_kill_9_in_mid_epoch_and_resume_bit_for_bit(trunk: Path, tmp_path: Path, kind: str) -> None:
     options = {**QUICK, "epochs": 12, "checkpoint_seconds": 0.05, "precision": "auto"}
+    adam = {"optimiser": "adamw", "lr": 0.02} if kind == "adamw" else {}
     config = (
         methods.phi_mr(FACES, backbone=TINY, **options)
         if kind == "trunk"
-        else branch(trunk, **options)
+        else branch(trunk, **{**options, **adam})
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run(
@@ -112,16 +113,18 @@ def test_ctrl_c_saves_a_checkpoint(tmp_path: Path) -> None:
         train(config.replace(lr=1.0), tmp_path / "out", device="cpu", show="none")
 
 
-@pytest.mark.parametrize("kind", ["trunk", "branch"])
+@pytest.mark.parametrize("kind", ["trunk", "branch", "adamw"])
 def test_a_state_holds_all_that_changes(trunk: Path, tmp_path: Path, kind: str) -> None:
     """Restored into a fresh run, every part is as it was; nothing of it is the fresh run's own."""
     config = branch(trunk, loss="center", classifier="class_means", fix_classifier=False)
-    if kind == "trunk":
-        config = methods.phi_mr(FACES, backbone=TINY, **QUICK, loss="curricularface")
+    if kind != "branch":
+        optimiser = "adamw" if kind == "adamw" else "sgd"
+        config = methods.phi_mr(FACES, backbone=TINY, **QUICK, optimiser=optimiser)
     run, other = (prepare(config.replace(seed=s), tmp_path, torch.device("cpu")) for s in (0, 1))
     run.identity = {"config": config.to_dict(), "inputs": {}}
     for number, (name, parameter) in enumerate(run.learns.items()):
-        run.optimiser.state[parameter]["momentum_buffer"].fill_(number + 0.5)
+        for place, buffer in enumerate(checkpoint.buffers_of(run)):
+            run.optimiser.state[parameter][buffer].fill_(number + 0.5 + 0.2 * place)
         with torch.no_grad():
             parameter.add_(0.1)
         assert name in other.learns
@@ -143,9 +146,15 @@ def test_a_state_holds_all_that_changes(trunk: Path, tmp_path: Path, kind: str) 
         "identity", "versions", "step", "seconds", "network", "momentum", "kappa", "margin",
         "metric", "grad_scaler", "skipped", "rng", "cuda_rng", "threads", "validation",
     }  # fmt: skip
-    for part in ("network", "momentum", "margin", "metric"):
+    for part in ("network", "margin", "metric"):
         assert again[part].keys() == saved[part].keys()
         assert all(torch.equal(again[part][k], saved[part][k]) for k in saved[part])
+    assert again["momentum"].keys() == saved["momentum"].keys() == run.learns.keys()
+    for name, buffers in saved["momentum"].items():
+        assert buffers.keys() == again["momentum"][name].keys() == set(checkpoint.buffers_of(run))
+        assert all(torch.equal(again["momentum"][name][k], buffers[k]) for k in buffers)
+    if kind == "adamw":  # its count of steps, from which the first means are corrected
+        assert {float(state["step"]) for state in other.optimiser.state.values()} == {3.0}
     assert torch.equal(again["kappa"], saved["kappa"])
     for part in ("step", "skipped", "validation", "grad_scaler"):
         assert again[part] == saved[part]

@@ -65,7 +65,7 @@ def main() -> None:
     if scale.threads:
         torch.set_num_threads(scale.threads)
     for seed, threads in product(options.seeds, options.threads or [scale.threads]):
-        there = (ROOT / "runs" / scale.name / "models").is_dir()
+        there = (ROOT / "runs" / scale.name / "models" / "phi_mr").is_dir()
         own = there and not seed and threads == scale.threads
         run = f"{seed}, {threads} threads" if threads != scale.threads else str(seed)
         folder = f"{scale.name}-seeds/{run.replace(', ', '-').replace(' ', '-')}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from btnet_core.data.faces import FaceSet, open_faces
 from btnet_core.data.pairs import PairSet, draw_pairs, open_pairs
@@ -41,6 +42,8 @@ RECIPE: dict[str, Any] = {
     "embedding_mirrored": True,  # that target is of the face and its mirror image
     "shift": 4.0,  # of 112 pixels, each way: faces are seldom aligned as well as those learnt from
 }
+# In its place for a trunk with layer norms: with SGD its branch forgets what the trunk has learned.
+LAYER_NORMS: dict[str, Any] = {"optimiser": "adamw", "lr": 0.008, "warmup_epochs": 0.2}
 EPOCHS = {56: 1, 28: 6, 14: 20, 7: 12}  # of the branch of r; 30 at 7 px learn faces by heart
 MOST_EPOCHS = max(EPOCHS.values())
 PAIR_COUNTS = (6000, 3000, 1000, 600, 300, 100, 40, 20)  # as many as the held-out people allow
@@ -145,12 +148,14 @@ def plan(
         ConfigError: a change names no field of TrainConfig, or has a value that cannot work.
     """
     runs, trunk = [], str(out / "trunk.safetensors")
+    layer_norms = any(isinstance(one, nn.LayerNorm) for one in btnet.trunk.modules())
+    recipe = RECIPE | (LAYER_NORMS if layer_norms else {})
     for r in btnet.resolutions[-2::-1]:
         run = methods.distillation_only(data, r, trunk)
         if options.labels:
             run = methods.phi_bt(data, r, trunk, str(kappa))
         own = {"name": f"branch_{r}", "btnet": str(out), "epochs": EPOCHS.get(r, MOST_EPOCHS)}
-        fields = {**run.to_dict(), **RECIPE, **own, **options.changes}
+        fields = {**run.to_dict(), **recipe, **own, **options.changes}
         runs.append(TrainConfig.from_dict(fields))
     return runs
 

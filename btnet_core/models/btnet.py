@@ -29,7 +29,7 @@ from btnet_core.models.backbone import Backbone, embed_features
 from btnet_core.models.weights import build_from, load_strictly, read_config
 
 log = logging.getLogger(__name__)
-# which a route has of its own; layer norms are no part of the paper's trunks
+# Of which a route has its own; the paper's trunks have no layer norms.
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm)
 INDICATORS = ("min", "max", "avg")
 ROUNDINGS = ("floor", "near", "ceil")
@@ -86,7 +86,7 @@ class Route(nn.Module):
     """B_r followed by T_r: normalised ``(B, 3, r, r')`` -> embedding ``(B, D)``, any length.
 
     ``branch`` (B_r) starts as a copy of the trunk's first units with every stride 1. ``shared`` and
-    ``head`` (T_r) hold the trunk's own Parameters; only their BatchNorms (affine and running
+    ``head`` (T_r) hold the trunk's own Parameters; only their norms (NORMS: affine and running
     statistics) are copies, one set for each resolution (paper 3.4). ``couple_at`` moves the end of
     the branch to any unit (Figure 7); units between it and the layer of resolution r then stay
     shared but run at stride 1.
@@ -133,7 +133,7 @@ class Route(nn.Module):
         return self.finish(self.encode(x))
 
     def shared_norms(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name, BatchNorm) of T_r, in order."""
+        """(name, norm) of T_r, in order."""
         for part in ("shared", "head"):
             for name, module in getattr(self, part).named_modules():
                 if isinstance(module, NORMS):
@@ -169,7 +169,7 @@ class Route(nn.Module):
 
 
 def share(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` with the same Parameter objects, except those of BatchNorms: copies."""
+    """A copy of ``module`` with the same Parameter objects, except those of NORMS: copies."""
     norms = [norm for norm in module.modules() if isinstance(norm, NORMS)]
     own = {id(parameter) for norm in norms for parameter in norm.parameters()}
     return copy.deepcopy(module, {id(p): p for p in module.parameters() if id(p) not in own})

@@ -450,7 +450,7 @@ def test_the_rule_on_patches_layer_norms_and_attention() -> None:
         assert net.eval()(torch.rand(2, 3, r, r), r).shape == (2, 8)
         assert route.shared[-1][0].tokens == 14 * 14
         own = {name for name in route.trainable() if not name.startswith("branch.")}
-        assert {"head.2.weight", "shared.s1_1.norm.bias"} <= own  # layer norms of each resolution
+        assert {"head.2.weight", "shared.s1_1.0.norm.bias"} <= own  # layer norms of each resolution
         assert all("norm" in name or name.startswith("head.2.") for name in own)
         assert route.head[2].weight is not trunk.head[2].weight
         assert route.head[3].weight is trunk.head[3].weight

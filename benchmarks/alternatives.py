@@ -41,6 +41,7 @@ from btnet_paper.super_resolution import (
     NETWORKS,
     VDSR,
     SuperResolvingEmbedder,
+    bicubic,
     entered,
     load_published,
     loss,
@@ -49,8 +50,12 @@ from btnet_paper.super_resolution import (
 SMALL = (28, 14, 7)  # rows, px
 # Faces that each network sees; a batch has 32. As many as fit into half an hour of one core.
 SEEN = {"SRCNN": 13_000, "FSRCNN": 80_000, "VDSR": 6_000, "LapSRN": 13_000, "identity": 26_000}
-IDENTITY = 0.02  # of 1 - cosine of phi_hr's embeddings, beside the mean squared error of pixels in [0, 1]
-EMBEDDING = 30.0  # of 1 - cosine to phi_hr's embedding, beside the margin loss, as in a branch's recipe
+IDENTITY = (
+    0.02  # of 1 - cosine of phi_hr's embeddings, beside the mean squared error of pixels in [0, 1]
+)
+EMBEDDING = (
+    30.0  # of 1 - cosine to phi_hr's embedding, beside the margin loss, as in a branch's recipe
+)
 MARGIN = {"margin": 0.2, "s": 32.0}  # of the branches
 STRONG = {"sizes": (112, 28, 14, 7), "faces": 32, "seen": 26_000, "lr": 0.025, "triplet": 1.0}
 
@@ -71,7 +76,9 @@ class Training:
         place = self.folder / f"phi_hr_{r}.safetensors"
         if not place.is_file():
             embedder = UpsamplingEmbedder(self.trunk, device="cpu")
-            z = embed_images(embedder, lambda rows: self.pixels.get(torch.as_tensor(rows)), len(self.labels), r)
+            z = embed_images(
+                embedder, lambda rows: self.pixels.get(torch.as_tensor(rows)), len(self.labels), r
+            )
             write_safetensors(place, {"z": z}, {})
         return read_safetensors(place)[0]["z"]
 
@@ -87,7 +94,10 @@ class Training:
             self.minutes[name] = float(facts["minutes"])
             return module.eval()
         began, steps, lr = time.monotonic(), seen // batch, optimiser.param_groups[0]["lr"]
-        generator, order = torch.Generator().manual_seed(self.study.seed), torch.empty(0, dtype=torch.long)
+        generator, order = (
+            torch.Generator().manual_seed(self.study.seed),
+            torch.empty(0, dtype=torch.long),
+        )
         for number in range(steps):
             if len(order) < batch:
                 order = torch.cat([order, torch.randperm(len(self.labels), generator=generator)])
@@ -108,7 +118,9 @@ class Training:
     def faces(self, rows: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) as phi_hr is given them, half of them mirrored."""
         faces = self.trunk.crop(self.pixels.get(rows)).float()
-        return torch.where((torch.rand(len(rows)) < 0.5)[:, None, None, None], faces.flip(-1), faces)
+        return torch.where(
+            (torch.rand(len(rows)) < 0.5)[:, None, None, None], faces.flip(-1), faces
+        )
 
 
 def small(faces: Tensor, r: int) -> Tensor:
@@ -119,7 +131,9 @@ def small(faces: Tensor, r: int) -> Tensor:
 # ---- super-resolution ----
 
 
-def super_resolution(training: Training, name: str, *, identity: float = 0.0) -> dict[int, nn.Module]:
+def super_resolution(
+    training: Training, name: str, *, identity: float = 0.0
+) -> dict[int, nn.Module]:
     """A network for each of SMALL, of the row ``name``; VDSR is one for all. With ``identity`` phi_hr's answer counts, too."""
     title = f"{name}+identity" if identity else name
     torch.manual_seed(training.study.seed)
@@ -128,7 +142,10 @@ def super_resolution(training: Training, name: str, *, identity: float = 0.0) ->
         one = fit_pixels(training, title, network, SMALL, SEEN[name], identity)
         return dict.fromkeys(SMALL, one)
     seen = SEEN["identity" if identity else name]
-    return {r: fit_pixels(training, f"{title}_{r}", NETWORKS[name](112 // r), (r,), seen, identity) for r in SMALL}
+    return {
+        r: fit_pixels(training, f"{title}_{r}", NETWORKS[name](112 // r), (r,), seen, identity)
+        for r in SMALL
+    }
 
 
 def fit_pixels(
@@ -141,7 +158,9 @@ def fit_pixels(
     def step(rows: Tensor) -> Tensor:
         faces = training.faces(rows)
         high, r = faces / 255, sizes[int(torch.randint(len(sizes), ()))]
-        x = entered(network, small(faces, r), tuple(high.shape[-2:])).contiguous(memory_format=torch.channels_last)
+        x = entered(network, small(faces, r), tuple(high.shape[-2:])).contiguous(
+            memory_format=torch.channels_last
+        )
         with autocast(torch.device("cpu"), "auto"):
             value = loss(network, x, high)
             if identity:
@@ -151,7 +170,9 @@ def fit_pixels(
                 value = value + identity * losses.embedding_loss(z, true, "cosine")
         return value
 
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-3 if name.startswith(("FSR", "SRC")) else 3e-4)
+    optimiser = torch.optim.Adam(
+        network.parameters(), lr=1e-3 if name.startswith(("FSR", "SRC")) else 3e-4
+    )
     return training.learn(name, network, step, seen=seen, batch=32, optimiser=optimiser)
 
 
@@ -162,8 +183,10 @@ def psnr_gain(networks: dict[int, nn.Module], faces: Tensor) -> dict[str, float]
         size, low, high = tuple(faces.shape[-2:]), small(faces, r), faces / 255
         with torch.inference_mode():
             out = torch.cat([network(entered(network, x, size)).clamp(0, 1) for x in low.split(32)])
-        bicubic = F.interpolate(low, size, mode="bicubic").clamp(0, 1)
-        error = [(image - high).square().flatten(1).mean(1) for image in (bicubic, out)]
+        error = [
+            (image - high).square().flatten(1).mean(1)
+            for image in (bicubic(low, size).clamp(0, 1), out)
+        ]
         gains[str(r)] = float((10 * (error[0] / error[1]).log10()).mean())
     return gains
 
@@ -177,8 +200,8 @@ def published_gains(study: Study, faces: Tensor) -> dict[str, float]:
         network = load_published(find(f"weights/{name}.safetensors"))
         for factor in factors:
             size = tuple(side // factor for side in luminance.shape[-2:])
-            low = F.interpolate(luminance, size, mode="bicubic", antialias=True)
-            big = F.interpolate(low, luminance.shape[-2:], mode="bicubic")
+            low = bicubic(luminance, size)
+            big = bicubic(low, tuple(luminance.shape[-2:]))
             with torch.inference_mode():
                 images = [network(big)] if network.enlarged else [*network.pyramid(low)]
             out = next(image for image in images if image.shape == big.shape)
@@ -214,7 +237,11 @@ def ridge(training: Training, r: int) -> nn.Linear:
     mean, best = inner.diagonal().mean(), (-1.0, torch.empty(0))
     for decay in (1e-4, 1e-3, 1e-2, 1e-1):
         found = torch.linalg.solve(inner + decay * mean * torch.eye(len(inner)).double(), outer)
-        best = max(best, (float(F.cosine_similarity(x[held] @ found, y[held]).mean()), found), key=lambda row: row[0])
+        best = max(
+            best,
+            (float(F.cosine_similarity(x[held] @ found, y[held]).mean()), found),
+            key=lambda row: row[0],
+        )
     layer = nn.Linear(x.shape[1] - 1, y.shape[1]).requires_grad_(False)
     layer.weight.copy_(best[1][:-1].T)
     layer.bias.copy_(best[1][-1])
@@ -226,7 +253,9 @@ def perceptron(training: Training, r: int) -> nn.Module:
     x, y = training.embedded(r), training.embedded(112)
     torch.manual_seed(training.study.seed)
     width = x.shape[1]
-    layers = nn.Sequential(nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, width))
+    layers = nn.Sequential(
+        nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, width)
+    )
     optimiser = torch.optim.AdamW(layers.parameters(), lr=1e-3, weight_decay=0.01)
     step = lambda rows: losses.embedding_loss(layers(x[rows]), y[rows], "cosine")  # noqa: E731
     return training.learn(f"map_{r}", layers, step, seen=260_000, batch=128, optimiser=optimiser)
@@ -242,8 +271,14 @@ def own_norms(training: Training, r: int) -> Backbone:
     def step(rows: Tensor) -> Tensor:
         trunk.train()
         with autocast(torch.device("cpu"), "auto"):
-            z = trunk(trunk.normalise(degrade(training.faces(rows), r)).contiguous(memory_format=torch.channels_last))
-        return kappa(z, training.labels[rows]) + EMBEDDING * losses.embedding_loss(z, target[rows], "cosine")
+            z = trunk(
+                trunk.normalise(degrade(training.faces(rows), r)).contiguous(
+                    memory_format=torch.channels_last
+                )
+            )
+        return kappa(z, training.labels[rows]) + EMBEDDING * losses.embedding_loss(
+            z, target[rows], "cosine"
+        )
 
     optimiser = torch.optim.SGD(learns, lr=0.1, momentum=0.9)
     trunk.to(memory_format=torch.channels_last)
@@ -259,7 +294,9 @@ def strong_mr(training: Training) -> Backbone:
     def step(rows: Tensor) -> Tensor:
         trunk.train()
         faces = training.faces(rows)
-        x = trunk.normalise(torch.cat([degrade(faces, r) for r in sizes])).contiguous(memory_format=torch.channels_last)
+        x = trunk.normalise(torch.cat([degrade(faces, r) for r in sizes])).contiguous(
+            memory_format=torch.channels_last
+        )
         labels = training.labels[rows].repeat(len(sizes))
         with autocast(torch.device("cpu"), "auto"):
             z = trunk(x)
@@ -268,7 +305,9 @@ def strong_mr(training: Training) -> Backbone:
     learns = [*trunk.parameters(), kappa.weight]
     optimiser = torch.optim.SGD(learns, lr=STRONG["lr"], momentum=0.9, weight_decay=5e-4)
     trunk.to(memory_format=torch.channels_last)
-    return training.learn("strong_mr", trunk, step, seen=STRONG["seen"], batch=STRONG["faces"], optimiser=optimiser)
+    return training.learn(
+        "strong_mr", trunk, step, seen=STRONG["seen"], batch=STRONG["faces"], optimiser=optimiser
+    )
 
 
 def fixed_classifier(training: Training) -> Classifier:
@@ -277,7 +316,9 @@ def fixed_classifier(training: Training) -> Classifier:
     place = training.folder / "kappa.safetensors"
     if not place.is_file():
         write_safetensors(place, {"kappa": class_means(training.trunk, pixels, device, "bf16")}, {})
-    kappa = Classifier(read_safetensors(place)[0]["kappa"], losses.build_margin("curricularface", **MARGIN))
+    kappa = Classifier(
+        read_safetensors(place)[0]["kappa"], losses.build_margin("curricularface", **MARGIN)
+    )
     kappa.weight.requires_grad_(False)
     return kappa
 
@@ -294,7 +335,10 @@ def rows(training: Training) -> dict[str, Callable[[], tuple[Any, dict[str, Any]
         def make() -> tuple[Any, dict[str, Any]]:
             networks = super_resolution(training, name, identity=identity)
             own = {id(one): sum(p.numel() for p in one.parameters()) for one in networks.values()}
-            return SuperResolvingEmbedder(trunk, networks, **place), {"stored": sum(own.values()), "networks": networks}
+            single = {r: SuperResolvingEmbedder(trunk, one, **place) for r, one in networks.items()}
+            whole = MultiModelEmbedder({112: UpsamplingEmbedder(trunk, **place), **single})
+            return whole, {"stored": sum(own.values()), "networks": networks}
+
         return make  # fmt: skip
 
     def mapped(fit: Callable[[Training, int], nn.Module]) -> Callable:
@@ -302,12 +346,17 @@ def rows(training: Training) -> dict[str, Callable[[], tuple[Any, dict[str, Any]
             maps = {r: fit(training, r) for r in SMALL}
             stored = sum(p.numel() for one in maps.values() for p in one.parameters())
             return MappedEmbedder(trunk, maps, **place), {"stored": stored}
+
         return make  # fmt: skip
 
     def norms() -> tuple[Any, dict[str, Any]]:
         single = {r: UpsamplingEmbedder(own_norms(training, r), **place) for r in SMALL}
-        stored = len(SMALL) * sum(p.numel() for m in trunk.modules() if isinstance(m, NORMS) for p in m.parameters())
-        return MultiModelEmbedder({112: UpsamplingEmbedder(trunk, **place), **single}), {"stored": stored}
+        stored = len(SMALL) * sum(
+            p.numel() for m in trunk.modules() if isinstance(m, NORMS) for p in m.parameters()
+        )
+        return MultiModelEmbedder({112: UpsamplingEmbedder(trunk, **place), **single}), {
+            "stored": stored
+        }
 
     whole = sum(p.numel() for p in trunk.parameters())
     return {
@@ -326,30 +375,36 @@ def rows(training: Training) -> dict[str, Callable[[], tuple[Any, dict[str, Any]
     }  # fmt: skip
 
 
-def macs(embedder: Any, trunk: Backbone) -> dict[str, int]:
-    """Multiply-accumulates of a face by r."""
+def macs(embedder: Any, trunk: Backbone, networks: dict[int, nn.Module]) -> dict[str, int]:
+    """Multiply-accumulates of a face by r; ``networks`` are those that enlarge it."""
     size, found = trunk.config.size, {}
     for r in SMALL:
         network = embedder.network(r)
-        if isinstance(embedder, SuperResolvingEmbedder):
-            first = embedder.networks[r]
+        if first := networks.get(r):
             own = count_macs(first, size if first.enlarged else scaled_size(r, size))
             found[str(r)] = own + count_macs(trunk, size)
         elif isinstance(embedder, MappedEmbedder):
-            found[str(r)] = count_macs(trunk, size) + sum(p.numel() for p in embedder.maps[r].parameters() if p.ndim > 1)
+            found[str(r)] = count_macs(trunk, size) + sum(
+                p.numel() for p in embedder.maps[r].parameters() if p.ndim > 1
+            )
         else:
             found[str(r)] = count_macs(network, getattr(network, "size", size))
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", default="", help="folder of the scale's run (default: runs/lfw)")
     parser.add_argument("--rows", nargs="+", default=[], help="default: all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     study = Study("alternatives", scale="lfw", run_dir=options.run)
-    training, settings = Training(study), [*((112, r) for r in SMALL), *((r, r) for r in SMALL), (112, 112)]
+    training, settings = (
+        Training(study),
+        [*((112, r) for r in SMALL), *((r, r) for r in SMALL), (112, 112)],
+    )
     test = training.trunk.crop(study.pairs[0].images(range(0, 600, 2))).float()
     place = results.ROOT / "figures" / "results" / "lfw_alternatives.json"
     values = json.loads(place.read_text())["values"] if place.is_file() else {"rows": {}}
@@ -361,16 +416,30 @@ def main() -> None:
             continue
         training.minutes.clear()
         embedder, about = make()
-        networks = about.pop("networks", None)
-        report = summarise([evaluate_pairs(embedder, one, settings, keep=study.embeddings) for one in study.pairs])
-        row = {"accuracy": report, "macs": macs(embedder, training.trunk), **about}
+        networks = about.pop("networks", {})
+        report = summarise(
+            [evaluate_pairs(embedder, one, settings, keep=study.embeddings) for one in study.pairs]
+        )
+        row = {"accuracy": report, "macs": macs(embedder, training.trunk, networks), **about}
         row["minutes"] = sum(training.minutes.values()) or trained_minutes(study.models, name)
         if networks:
             row["psnr_gain"] = psnr_gain(networks, test)
         values["rows"][name] = row
         values["seconds"] = spent + time.monotonic() - began
-        print(name, {s: round(cell["accuracy"], 1) for s, cell in report.items()}, row["minutes"], flush=True)
-        config = {"seen": SEEN, "identity": IDENTITY, "embedding": EMBEDDING, "strong": STRONG, "seed": study.seed, **MARGIN}
+        print(
+            name,
+            {s: round(cell["accuracy"], 1) for s, cell in report.items()},
+            row["minutes"],
+            flush=True,
+        )
+        config = {
+            "seen": SEEN,
+            "identity": IDENTITY,
+            "embedding": EMBEDDING,
+            "strong": STRONG,
+            "seed": study.seed,
+            **MARGIN,
+        }
         results.record(results.ROOT / "figures", "lfw_alternatives", values, config=config, scale="lfw", kernel="bilinear+antialias, float",
                        data=" ".join([study.faces.checksum, *(one.checksum for one in study.pairs)]), seconds=values["seconds"])  # fmt: skip
 
@@ -378,7 +447,11 @@ def main() -> None:
 def trained_minutes(models: Path, name: str) -> float:
     """Minutes of the scale's own trainings of a method."""
     found = [models / name, *(models / f"{name}_{r}" for r in SMALL)]
-    records = [json.loads((folder / "run.json").read_text()) for folder in found if (folder / "run.json").is_file()]
+    records = [
+        json.loads((folder / "run.json").read_text())
+        for folder in found
+        if (folder / "run.json").is_file()
+    ]
     return sum(record["metrics"]["seconds"] for record in records) / 60
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from btnet_core.errors import CheckpointError, ConfigError
+from btnet_core.errors import CheckpointError
 from btnet_core.evaluation.embedders import UpsamplingEmbedder
 from btnet_core.files import read_safetensors
 from btnet_core.images import resize, scaled_size
@@ -22,11 +24,7 @@ from btnet_core.models.backbone import Backbone
 from btnet_core.models.weights import load_strictly
 
 WIDTH = 64  # channels of VDSR and LapSRN
-
-
-def convolution(inner: int, outer: int, kernel: int, *, bias: bool = True) -> nn.Conv2d:
-    """A convolution that keeps rows and columns."""
-    return nn.Conv2d(inner, outer, kernel, padding=kernel // 2, bias=bias)
+convolution = partial(nn.Conv2d, padding="same")  # keeps rows and columns
 
 
 class SRCNN(nn.Sequential):
@@ -61,8 +59,7 @@ class VDSR(nn.Module):
     def __init__(self, channels: int = 3, *, bias: bool = True) -> None:
         super().__init__()
         widths = [channels, *[WIDTH] * 19, channels]
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.layers = nn.ModuleList(convolution(*pair, 3, bias=bias) for pair in pairs)
+        self.layers = nn.ModuleList(convolution(*p, 3, bias=bias) for p in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         z = x
@@ -144,16 +141,18 @@ def loss(network: nn.Module, x: Tensor, high: Tensor) -> Tensor:
     """
     if not isinstance(network, LapSRN):
         return F.mse_loss(network(x), high)
-    total = high.new_zeros(())
-    for image in network.pyramid(x):
-        target = F.interpolate(high, image.shape[-2:], mode="bicubic", antialias=True)
-        total = total + ((image - target).square() + 1e-6).sqrt().mean()
-    return total
+    errors = [image - bicubic(high, image.shape[-2:]) for image in network.pyramid(x)]
+    return torch.stack([(error.square() + 1e-6).sqrt().mean() for error in errors]).sum()
 
 
 def entered(network: nn.Module, low: Tensor, size: tuple[int, int]) -> Tensor:
     """The input of a network for faces ``low`` (B, C, r, r'), whose output has ``size``."""
-    return F.interpolate(low, size, mode="bicubic") if network.enlarged else low
+    return bicubic(low, size) if network.enlarged else low
+
+
+def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Smaller or larger, as PIL and MATLAB do it: a = -0.5, which torch has where it antialiases."""
+    return F.interpolate(images, size, mode="bicubic", antialias=True)
 
 
 def load_published(path: Path | str) -> nn.Module:
@@ -163,8 +162,7 @@ def load_published(path: Path | str) -> nn.Module:
         CheckpointError: neither.
     """
     state, _ = read_safetensors(path)
-    vdsr, lapsrn = VDSR(1, bias=False), LapSRN(2, 1, bias=False, kernel=4)
-    for network in (vdsr, lapsrn):
+    for network in (VDSR(1, bias=False), LapSRN(2, 1, bias=False, kernel=4)):
         if len(state) == len(network.state_dict()):
             load_strictly(network, {_renamed(name): value for name, value in state.items()}, path)
             return network.eval()
@@ -177,34 +175,25 @@ def _renamed(name: str) -> str:
         return f"layers.{int(middle[1]) + 1}.weight"
     if body := re.match(r"convt_F(\d)\.0\.cov_block\.(\d+)\.", name):
         return f"levels.{int(body[1]) - 1}.body.{int(body[2]) // 2}.weight"
-    if other := re.match(r"convt_([IR])(\d)\.", name):
-        part = {"I": "image", "R": "residual"}[other[1]]
-        return f"levels.{int(other[2]) - 1}.{part}.weight"
+    if end := re.match(r"convt_([IR])(\d)\.", name):
+        return f"levels.{int(end[2]) - 1}.{'image' if end[1] == 'I' else 'residual'}.weight"
     ends = {"input": "layers.0", "output": "layers.19", "conv_input": "first"}
     return f"{ends.get(name.removesuffix('.weight'), name)}.weight"
 
 
 class SuperResolvingEmbedder(UpsamplingEmbedder):
-    """Shrink to r, enlarge with the network of r, embed with the trunk; 112 px as they are."""
+    """Shrink to r, enlarge with a network for that r, embed with the trunk."""
 
-    def __init__(self, backbone: Backbone, networks: dict[int, nn.Module], **options) -> None:
+    def __init__(self, backbone: Backbone, enlarge: nn.Module, **options) -> None:
         super().__init__(backbone, **options)
-        self.networks = networks
-        for one in networks.values():
-            one.to(self.device, memory_format=torch.channels_last).eval()
+        self.enlarge = enlarge.to(self.device, memory_format=torch.channels_last).eval()
 
     def network(self, r: int) -> nn.Module:
-        if r == self.backbone.config.size[0]:
-            return self.backbone
-        if r not in self.networks:
-            raise ConfigError(f"resolution {r}: there are networks for {sorted(self.networks)}")
-        return nn.ModuleList([self.networks[r], self.backbone])
+        return nn.ModuleList([self.enlarge, self.backbone])
 
     def _embed(self, pixels: Tensor, r: int) -> Tensor:
         size = self.backbone.config.size
-        if r == size[0]:
-            return super()._embed(pixels, r)
-        network = self.networks[r]
         low = resize(self.backbone.crop(pixels), scaled_size(r, size), self.how) / 255
-        x = entered(network, low, size).contiguous(memory_format=torch.channels_last)
-        return self.backbone(self.backbone.normalise(network(x).float().clamp(0, 1) * 255))
+        x = entered(self.enlarge, low, size).contiguous(memory_format=torch.channels_last)
+        high = 255 * self.enlarge(x).float().clamp(0, 1)
+        return self.backbone(self.backbone.normalise(high))

@@ -151,7 +151,7 @@ def entered(network: nn.Module, low: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Smaller or larger, as PIL and MATLAB do it: a = -0.5, which torch has where it antialiases."""
+    """Smaller or larger, as PIL and MATLAB do (a = -0.5: torch with antialiasing)."""
     return F.interpolate(images, size, mode="bicubic", antialias=True)
 
 

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -146,9 +147,11 @@ def python(*arguments: str) -> str:
         for one in reversed([process, *psutil.Process(process.pid).children(recursive=True)]):
             with suppress(psutil.NoSuchProcess):
                 one.send_signal(signal.SIGABRT)
+                time.sleep(0.5)  # so that their lines do not mix
         told, _ = process.communicate(timeout=60)
         logs = [path.read_text(errors="replace")[-3000:] for path in Path("runs").rglob("*.log")]
-        pytest.fail("\n".join([f"{arguments}: hangs", told[-20000:], *logs]))
+        reached = [line for line in told.splitlines() if line.startswith("[")]
+        pytest.fail("\n".join([told[-20000:], *logs, f"{arguments} hangs after:", *reached]))
     assert process.returncode == 0, told[-6000:]
     return told
 

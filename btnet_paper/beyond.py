@@ -1,4 +1,4 @@
-"""Beyond the paper (notebook 12): embeddings less their mean, and of fitted lengths."""
+"""Beyond the paper (notebook 12): embeddings less their mean, of fitted lengths; alternatives."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 
 from btnet_core.evaluation.verification import CANONICAL, Embedder, embed_images, unit_embeddings
@@ -62,3 +63,19 @@ def _spread(faces: Any, count: int) -> SimpleNamespace:
 def with_lengths(embed: Embedder, lengths: Mapping[int, float]) -> Embedder:
     """Returns ``embed(faces, r)`` times ``lengths[r]``; for one of ``native_embedder``, too."""
     return lambda faces, r: lengths[r] * embed(faces, r)
+
+
+def alternatives(values: Mapping[str, Any], r: int = 14) -> pd.DataFrame:
+    """Returns what benchmarks/alternatives.py recorded: a row for each way to treat small faces.
+
+    Accuracies in % by setting, the mean over the sets; GMACs of a face of ``r`` px; parameters
+    stored beside phi_hr, millions; minutes of training; dB of PSNR at r above bicubic enlargement.
+    """
+    rows = {}
+    for name, row in values["rows"].items():
+        cells = {setting: cell["accuracy"] for setting, cell in row["accuracy"].items()}
+        cells[f"GMACs, {r} px"] = row["macs"][str(r)] / 1e9
+        cells["stored, M"], cells["minutes"] = row["stored"] / 1e6, row["minutes"]
+        cells["PSNR, dB"] = row.get("psnr_gain", {}).get(str(r))
+        rows[name] = cells
+    return pd.DataFrame(rows).T.astype(float)

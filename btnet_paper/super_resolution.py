@@ -7,7 +7,7 @@ size take the face already enlarged (bicubic), the others the small one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -44,11 +44,9 @@ class FSRCNN(nn.Sequential):
 
     def __init__(self, scale: int, channels: int = 3) -> None:
         layers = [convolution(channels, 56, 5), nn.PReLU(56), convolution(56, 12, 1), nn.PReLU(12)]
-        for _ in range(4):
-            layers += [convolution(12, 12, 3), nn.PReLU(12)]
+        layers += [one for _ in range(4) for one in (convolution(12, 12, 3), nn.PReLU(12))]
         layers += [convolution(12, 56, 1), nn.PReLU(56)]
-        inner = {"stride": scale, "padding": 4, "output_padding": scale - 1}
-        super().__init__(*layers, nn.ConvTranspose2d(56, channels, 9, **inner))
+        super().__init__(*layers, nn.ConvTranspose2d(56, channels, 9, scale, 4, scale - 1))
 
 
 class VDSR(nn.Module):
@@ -89,12 +87,29 @@ class DRRN(nn.Module):
         return x + self.last(F.relu(z))
 
 
+class Level(nn.Module):
+    """One doubling of LapSRN: of the features by ``body``, of the image by a kernel that learns."""
+
+    def __init__(self, channels: int, bias: bool, kernel: int) -> None:
+        super().__init__()
+        up = nn.ConvTranspose2d(WIDTH, WIDTH, kernel, 2, 1, output_padding=kernel % 2, bias=bias)
+        self.body = nn.ModuleList(convolution(WIDTH, WIDTH, 3, bias=bias) for _ in range(10))
+        self.body.append(up)
+        self.image = nn.ConvTranspose2d(channels, channels, 4, 2, 1, groups=channels, bias=False)
+        bilinear = torch.tensor([0.25, 0.75, 0.75, 0.25])
+        self.image.weight.data.copy_(torch.outer(bilinear, bilinear))
+        self.residual = convolution(WIDTH, channels, 3, bias=bias)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.body:
+            z = F.leaky_relu(layer(z), 0.2)
+        return self.image(x) + self.residual(z), z
+
+
 class LapSRN(nn.Module):
     """The small face doubled level by level (Lai et al. 2017): x2, x4, x8, x16 for 1 to 4 levels.
 
-    Ten convolutions and a transposed one a level; the image is doubled by a bilinear kernel that
-    learns, for each channel, and the level's residual added. The published weights have no
-    biases and transposed convolutions of 4x4 (``kernel``) in place of 3x3.
+    The published weights have no biases, and transposed convolutions of 4x4 (``kernel``), not 3x3.
     """
 
     enlarged = False
@@ -102,26 +117,13 @@ class LapSRN(nn.Module):
     def __init__(self, levels: int, channels: int = 3, *, bias: bool = True, kernel: int = 3):
         super().__init__()
         self.first = convolution(channels, WIDTH, 3, bias=bias)
-        self.levels = nn.ModuleList()
-        twice = {"stride": 2, "padding": 1}
-        for _ in range(levels):
-            up = {**twice, "output_padding": kernel % 2, "bias": bias}
-            body = [convolution(WIDTH, WIDTH, 3, bias=bias) for _ in range(10)]
-            body.append(nn.ConvTranspose2d(WIDTH, WIDTH, kernel, **up))
-            image = nn.ConvTranspose2d(channels, channels, 4, groups=channels, bias=False, **twice)
-            ramp = torch.tensor([0.25, 0.75, 0.75, 0.25])
-            image.weight.data.copy_(torch.outer(ramp, ramp))
-            residual = convolution(WIDTH, channels, 3, bias=bias)
-            parts = {"body": nn.ModuleList(body), "image": image, "residual": residual}
-            self.levels.append(nn.ModuleDict(parts))
+        self.levels = nn.ModuleList(Level(channels, bias, kernel) for _ in range(levels))
 
     def pyramid(self, x: Tensor) -> Iterator[Tensor]:
         """The image after each level, each twice as large as the one before."""
         z = F.leaky_relu(self.first(x), 0.2)
         for level in self.levels:
-            for layer in level["body"]:
-                z = F.leaky_relu(layer(z), 0.2)
-            x = level["image"](x) + level["residual"](z)
+            x, z = level(x, z)
             yield x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,9 +152,9 @@ def entered(network: nn.Module, low: Tensor, size: tuple[int, int]) -> Tensor:
     return bicubic(low, size) if network.enlarged else low
 
 
-def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+def bicubic(images: Tensor, size: Sequence[int]) -> Tensor:
     """Smaller or larger, as PIL and MATLAB do (a = -0.5: torch with antialiasing)."""
-    return F.interpolate(images, size, mode="bicubic", antialias=True)
+    return F.interpolate(images, [*size], mode="bicubic", antialias=True)
 
 
 def load_published(path: Path | str) -> nn.Module:
@@ -164,7 +166,7 @@ def load_published(path: Path | str) -> nn.Module:
     state, _ = read_safetensors(path)
     for network in (VDSR(1, bias=False), LapSRN(2, 1, bias=False, kernel=4)):
         if len(state) == len(network.state_dict()):
-            load_strictly(network, {_renamed(name): value for name, value in state.items()}, path)
+            load_strictly(network, {_renamed(name): state[name] for name in state}, str(path))
             return network.eval()
     raise CheckpointError(f"{path}: {len(state)} tensors, neither VDSR's nor LapSRN's")
 
@@ -186,7 +188,7 @@ class SuperResolvingEmbedder(UpsamplingEmbedder):
 
     def __init__(self, backbone: Backbone, enlarge: nn.Module, **options) -> None:
         super().__init__(backbone, **options)
-        self.enlarge = enlarge.to(self.device, memory_format=torch.channels_last).eval()
+        self.enlarge = enlarge.to(self.device).eval()
 
     def network(self, r: int) -> nn.Module:
         return nn.ModuleList([self.enlarge, self.backbone])
@@ -194,6 +196,5 @@ class SuperResolvingEmbedder(UpsamplingEmbedder):
     def _embed(self, pixels: Tensor, r: int) -> Tensor:
         size = self.backbone.config.size
         low = resize(self.backbone.crop(pixels), scaled_size(r, size), self.how) / 255
-        x = entered(self.enlarge, low, size).contiguous(memory_format=torch.channels_last)
-        high = 255 * self.enlarge(x).float().clamp(0, 1)
-        return self.backbone(self.backbone.normalise(high))
+        high = self.enlarge(entered(self.enlarge, low, size)).float().clamp(0, 1)
+        return self.backbone(self.backbone.normalise(255 * high))

@@ -105,9 +105,9 @@ def main() -> None:
         "mean": {},
         "std": {},
     }
-    for key, take in (("mean", np.mean), ("std", lambda x: np.std(x, ddof=1))):
+    for key, take in (("mean", np.mean), ("std", spread)):
         values[key] = {
-            n: {s: float(take([row[n][s] for row in rows.values()])) for s in report}
+            n: {s: take([row[n][s] for row in rows.values()]) for s in report}
             for n, report in reports.items()
         }
     if selection:
@@ -115,6 +115,11 @@ def main() -> None:
     name = f"{scale.name}_seeds"
     results.record(ROOT / "figures", name, values, config={"seeds": options.seeds, "threads": options.threads or [scale.threads], "settings": settings},
                    data=" ".join(one.checksum for one in sets), kernel=Resize().name, seconds=time.monotonic() - began, scale=scale.name)  # fmt: skip
+
+
+def spread(found: list[float]) -> float | None:
+    """Standard deviation over runs; of a single one there is none."""
+    return float(np.std(found, ddof=1)) if len(found) > 1 else None
 
 
 def table2(

@@ -121,7 +121,9 @@ def numbers(record: Mapping[str, Any]) -> pd.DataFrame:
             return frame(_repeated(record["values"]), f"scale {scale}, {trained(record)}")
         if name.endswith("_seeds"):
             count = len({run.partition(",")[0] for run in record["values"]["by_seed"]})
-            return frame(_seeds(record["values"]), f"scale {scale}, {count} seeds")
+            return frame(
+                _seeds(record["values"]), f"scale {scale}, {count} seed{'s' * (count > 1)}"
+            )
         lines: list[Number] = []
         if name in READERS:
             lines = [*READERS[name](record["values"]), *_beyond(record["values"])]

@@ -111,7 +111,7 @@ def _alternatives() -> list[str]:
     record = results.load(ROOT / "figures", "lfw_alternatives")
     gains = ", ".join(f"{name} {gain:+.2f}" for name, gain in record["values"]["published"].items())
     about = (
-        "Scale lfw, one seed, the mean over LFW, CFP-FF and CFP-FP; `python benchmarks/alternatives.py` "
+        "Scale lfw, one seed, the mean over LFW and CFP-FF; `python benchmarks/alternatives.py` "
         f"on {record['machine']}, {record['precision']}. Stored: beside phi_hr, all resolutions together "
         "(phi_mr: in its place). PSNR: RGB, above bicubic enlargement. The published VDSR and LapSRN, on the luminance "
         f"of aligned faces, gain (dB): {gains}. DRRN: 92.6 GMACs at 112x112, not trained."

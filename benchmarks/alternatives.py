@@ -34,7 +34,8 @@ from btnet_core.models.btnet import NORMS
 from btnet_core.models.costs import count_macs, route_cost
 from btnet_core.models.weights import load_backbone
 from btnet_core.training.batches import open_pixels
-from btnet_core.training.classifier import Classifier, class_means
+from btnet_core.training.classifier import Classifier
+from btnet_core.training.run import class_means
 from btnet_paper import plans, results
 from btnet_paper.study import Study
 from btnet_paper.super_resolution import (

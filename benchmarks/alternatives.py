@@ -27,7 +27,7 @@ from btnet_core import losses
 from btnet_core.device import autocast
 from btnet_core.evaluation.embedders import MultiModelEmbedder, UpsamplingEmbedder
 from btnet_core.evaluation.verification import embed_images, evaluate_pairs, summarise
-from btnet_core.files import find, read_safetensors, write_safetensors
+from btnet_core.files import find, lock, read_safetensors, write_safetensors
 from btnet_core.images import degrade, resize, scaled_size
 from btnet_core.models.backbone import Backbone
 from btnet_core.models.btnet import NORMS
@@ -58,7 +58,7 @@ EMBEDDING = (
     30.0  # of 1 - cosine to phi_hr's embedding, beside the margin loss, as in a branch's recipe
 )
 MARGIN = {"margin": 0.2, "s": 32.0}  # of the branches
-STRONG = {"sizes": (112, 28, 14, 7), "faces": 32, "seen": 26_000, "lr": 0.025, "triplet": 1.0}
+STRONG = {"sizes": (112, 28, 14, 7), "faces": 32, "seen": 13_000, "lr": 0.025, "triplet": 1.0}
 
 
 class Training:
@@ -283,7 +283,7 @@ def own_norms(training: Training, r: int) -> Backbone:
 
     optimiser = torch.optim.SGD(learns, lr=0.1, momentum=0.9)
     trunk.to(memory_format=torch.channels_last)
-    return training.learn(f"norms_{r}", trunk, step, seen=26_000, batch=128, optimiser=optimiser)
+    return training.learn(f"norms_{r}", trunk, step, seen=13_000, batch=128, optimiser=optimiser)
 
 
 def strong_mr(training: Training) -> Backbone:
@@ -407,32 +407,45 @@ def main() -> None:
         [*((112, r) for r in SMALL), *((r, r) for r in SMALL), (112, 112)],
     )
     test = training.trunk.crop(study.pairs[0].images(range(0, 600, 2))).float()
-    place = results.ROOT / "figures" / "results" / "lfw_alternatives.json"
-    values = json.loads(place.read_text())["values"] if place.is_file() else {"rows": {}}
-    values["published"] = published_gains(study, study.pairs[0].images(range(0, 600, 20)).float())
-    print(values["published"], flush=True)
-    began, spent = time.monotonic(), values.get("seconds", 0.0)
-    for name, make in rows(training).items():
-        if options.rows and name not in options.rows:
-            continue
+    makers = rows(training)
+    gains = published_gains(study, study.pairs[0].images(range(0, 600, 20)).float())
+    for name in options.rows or makers:
+        began = time.monotonic()
         training.minutes.clear()
-        embedder, about = make()
+        embedder, about = makers[name]()
         networks = about.pop("networks", {})
-        report = summarise(
-            [evaluate_pairs(embedder, one, settings, keep=study.embeddings) for one in study.pairs[:2]]
-        )
-        row = {"accuracy": report, "macs": macs(embedder, training.trunk, networks), **about}
+        sets = [
+            evaluate_pairs(embedder, one, settings, keep=study.embeddings)
+            for one in study.pairs[:2]
+        ]
+        row = {
+            "accuracy": summarise(sets),
+            "macs": macs(embedder, training.trunk, networks),
+            **about,
+        }
         row["minutes"] = sum(training.minutes.values()) or trained_minutes(study.models, name)
         if networks:
             row["psnr_gain"] = psnr_gain(networks, test)
-        values["rows"][name] = row
-        values["seconds"] = spent + time.monotonic() - began
+        row["seconds"] = time.monotonic() - began
         print(
             name,
-            {s: round(cell["accuracy"], 1) for s, cell in report.items()},
+            {s: round(cell["accuracy"], 1) for s, cell in row["accuracy"].items()},
             row["minutes"],
             flush=True,
         )
+        record(study, [*makers], name, row, gains)
+
+
+def record(
+    study: Study, order: list[str], name: str, row: dict[str, Any], gains: dict[str, float]
+) -> None:
+    """Put one row beside those that are recorded, also by another process meanwhile."""
+    folder = results.ROOT / "figures"
+    with lock(folder / "results"):
+        place = folder / "results" / "lfw_alternatives.json"
+        there = json.loads(place.read_text())["values"]["rows"] if place.is_file() else {}
+        there[name] = row
+        values = {"rows": {one: there[one] for one in order if one in there}, "published": gains}
         config = {
             "seen": SEEN,
             "identity": IDENTITY,
@@ -441,8 +454,9 @@ def main() -> None:
             "seed": study.seed,
             **MARGIN,
         }
-        results.record(results.ROOT / "figures", "lfw_alternatives", values, config=config, scale="lfw", kernel="bilinear+antialias, float",
-                       data=" ".join([study.faces.checksum, *(one.checksum for one in study.pairs[:2])]), seconds=values["seconds"])  # fmt: skip
+        seconds = sum(one.get("seconds", 0.0) for one in there.values())
+        results.record(folder, "lfw_alternatives", values, config=config, scale="lfw", kernel="bilinear+antialias, float",
+                       data=" ".join([study.faces.checksum, *(one.checksum for one in study.pairs[:2])]), seconds=seconds)  # fmt: skip
 
 
 def trained_minutes(models: Path, name: str) -> float:

@@ -112,7 +112,7 @@ def _alternatives() -> list[str]:
     gains = ", ".join(f"{name} {gain:+.2f}" for name, gain in record["values"]["published"].items())
     about = (
         "Scale lfw, one seed, the mean over LFW and CFP-FF; `python benchmarks/alternatives.py` "
-        f"on {record['machine']}, {record['precision']}. Stored: beside phi_hr, all resolutions together "
+        f"on {record['cpu']} ({', '.join(record['instruction_sets'])}), {record['precision']}. Stored: beside phi_hr, all resolutions together "
         "(phi_mr: in its place). PSNR: RGB, above bicubic enlargement. The published VDSR and LapSRN, on the luminance "
         f"of aligned faces, gain (dB): {gains}. DRRN: 92.6 GMACs at 112x112, not trained."
     )

@@ -95,3 +95,19 @@ def test_fitted_lengths_are_the_least_squares_factors() -> None:
 def test_lengths_multiply_each_resolutions_embeddings() -> None:
     longer = beyond.with_lengths(lambda faces, r: faces * r, {7: 0.5, 14: 2.0})
     assert [longer(torch.ones(1), r).item() for r in (7, 14)] == [3.5, 28.0]
+
+
+def test_the_table_of_alternatives() -> None:
+    cell = {"accuracy": 90.0, "sets": [89.0, 91.0]}
+    plain = {
+        "accuracy": {"112&14": cell},
+        "macs": {"14": 2_000_000_000},
+        "stored": 500_000,
+        "minutes": 3,
+    }
+    found = beyond.alternatives(
+        {"rows": {"phi_bt": plain, "SRCNN": {**plain, "psnr_gain": {"14": 1.5}}}}
+    )
+    assert list(found.columns) == ["112&14", "GMACs, 14 px", "stored, M", "minutes", "PSNR, dB"]
+    assert found.loc["SRCNN"].tolist() == [90.0, 2.0, 0.5, 3.0, 1.5]
+    assert np.isnan(found.loc["phi_bt", "PSNR, dB"])

@@ -168,6 +168,10 @@ def test_rows_of_several_seeds_have_a_source_and_a_spread_of_their_own():
     assert at(long, "table2", "BTNet (max+ceil)", "0.3") == 11.0
     name = "BTNet (max+ceil), lengths fitted"
     assert at(long, "table2", name, "0.3", "spread") == pytest.approx(18**0.5)
+    single = {"by_seed": {"0": 1}, "std": {"phi_bt": {"14&14": None}}}
+    long = numbers("lfw_seeds", {"mean": values["mean"], **single}, "lfw")
+    assert set(long["source"]) == {"scale lfw, 1 seed"}
+    assert pd.isna(at(long, "table1", "phi_bt", "14&14", "spread"))
     rows = {"table3": {"Scratch": {"7&7": 82.0}}}
     again = {"mean": rows, "std": {"table3": {"Scratch": {"7&7": 0.0}}}, "by_seed": {"0": 1}}
     long = numbers("lfw_ablations_7px_6_epochs", again | {"resolution": 7, "epochs": 6}, "lfw")

@@ -441,7 +441,7 @@ def record(
 ) -> None:
     """Put one row beside those that are recorded, also by another process meanwhile."""
     folder = results.ROOT / "figures"
-    with lock(folder / "results"):
+    with lock(folder / "results", wait=True):
         place = folder / "results" / "lfw_alternatives.json"
         there = json.loads(place.read_text())["values"]["rows"] if place.is_file() else {}
         there[name] = row

@@ -46,7 +46,10 @@ class FSRCNN(nn.Sequential):
         layers = [convolution(channels, 56, 5), nn.PReLU(56), convolution(56, 12, 1), nn.PReLU(12)]
         layers += [one for _ in range(4) for one in (convolution(12, 12, 3), nn.PReLU(12))]
         layers += [convolution(12, 56, 1), nn.PReLU(56)]
-        super().__init__(*layers, nn.ConvTranspose2d(56, channels, 9, scale, 4, scale - 1))
+        step = min(scale, 8)  # larger ones leave holes between kernels of 9: the rest is bicubic
+        rest = nn.Upsample(scale_factor=scale // step, mode="bicubic")
+        last = nn.ConvTranspose2d(56, channels, 9, step, (10 - step) // 2, 1)  # centred
+        super().__init__(*layers, last, rest)
 
 
 class VDSR(nn.Module):
@@ -158,11 +161,7 @@ def bicubic(images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def load_published(path: Path | str) -> nn.Module:
-    """VDSR or LapSRN on luminance from github.com/twtygqyy's weights, as safetensors.
-
-    Raises:
-        CheckpointError: neither.
-    """
+    """VDSR or LapSRN on luminance, from github.com/twtygqyy as safetensors; else CheckpointError."""
     state, _ = read_safetensors(path)
     for network in (VDSR(1, bias=False), LapSRN(2, 1, bias=False, kernel=4)):
         if len(state) == len(network.state_dict()):

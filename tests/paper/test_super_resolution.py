@@ -40,7 +40,10 @@ def test_sizes_as_published(name: str, scale: int, parameters: int) -> None:
     if name == "DRRN":  # 92.6 GMACs at 112 x 112
         assert round(count_macs(network, (112, 112)) / 1e9, 1) == 92.6
         return
-    assert network(x).shape == (1, 3, 112, 96)
+    found = network(x)
+    assert found.shape == (1, 3, 112, 96)
+    change = (network(torch.rand_like(x)) - found).abs().sum(1)
+    assert float(change.min()) > 0  # no pixel is left out, as between kernels that are too small
 
 
 def test_a_network_without_effect_is_what_it_starts_from() -> None:

@@ -458,6 +458,16 @@ def test_the_rule_on_patches_layer_norms_and_attention() -> None:
     assert net.route(14).branch[0][0][1].tokens == 14 * 14  # and 28 * 28 in the trunk
 
 
+def test_a_trunk_with_layer_norms_learns_by_adamw(tmp_path: Path) -> None:
+    net, place = BTNet(Patches(), (14,)), (tmp_path, tmp_path / "kappa")
+    (run,) = plan(net, FACES, *place, AdaptOptions())
+    assert (run.optimiser, run.lr, run.warmup_epochs) == ("adamw", 0.008, 0.2)
+    (run,) = plan(net, FACES, *place, AdaptOptions(changes={"optimiser": "sgd", "lr": 0.1}))
+    assert (run.optimiser, run.lr) == ("sgd", 0.1)
+    (run,) = plan(BTNet(Strange(), (14,)), FACES, *place, AdaptOptions())
+    assert (run.optimiser, run.lr) == ("sgd", 0.5)
+
+
 def test_adapter_state_travels_with_the_btnet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

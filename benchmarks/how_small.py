@@ -143,7 +143,7 @@ def curves(found: dict[str, dict[str, Any]]) -> plt.Figure:
             axes.set_xscale("log", base=2)
             axes.set_xticks(NATIVE, [str(n) for n in NATIVE])
             axes.minorticks_off()
-            axes.set_ylim(0, 100)
+            axes.set_ylim(-2, 102)
             if row == 0:
                 axes.set_title(TRUNKS[scale])
             else:
@@ -165,17 +165,17 @@ def curves(found: dict[str, dict[str, Any]]) -> plt.Figure:
 def draw() -> None:
     """The figure from what is recorded."""
     folder = results.ROOT / "figures"
-    found = {
-        scale: results.load(folder, f"{scale}_how_small")["values"]
-        for scale in TRUNKS
-        if (folder / "results" / f"{scale}_how_small.json").is_file()
-    }
-    about = {
-        "notebook": "benchmarks/how_small.py",
-        "scale": "lfw",
-        "results": [f"{s}_how_small" for s in found],
-    }
-    save_figure(curves(found), folder / "lfw", "how_small", about, folder="")
+    names = [
+        name
+        for name in (f"{scale}_how_small" for scale in TRUNKS)
+        if (folder / "results" / f"{name}.json").is_file()
+    ]
+    found = {record["scale"]: record for record in (results.load(folder, name) for name in names)}
+    about = {"notebook": "benchmarks/how_small.py", "parameters": {"scale": "lfw", "seed": 0}}
+    about |= {"results": [f"results/{name}.json" for name in names], "commit": results.commit()}
+    about["seconds"] = sum(record["seconds"] for record in found.values())
+    drawn = curves({scale: record["values"] for scale, record in found.items()})
+    save_figure(drawn, folder / "lfw", "how_small", about, folder="")
 
 
 def main() -> None:

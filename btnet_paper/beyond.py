@@ -11,6 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from btnet_core.evaluation.verification import CANONICAL, Embedder, embed_images, unit_embeddings
+from btnet_paper import results
 
 
 def centres(
@@ -65,12 +66,15 @@ def with_lengths(embed: Embedder, lengths: Mapping[int, float]) -> Embedder:
     return lambda faces, r: lengths[r] * embed(faces, r)
 
 
-def alternatives(values: Mapping[str, Any], r: int = 14) -> pd.DataFrame:
+def alternatives(values: Mapping[str, Any] | None = None, r: int = 14) -> pd.DataFrame:
     """Returns what benchmarks/alternatives.py recorded: a row for each way to treat small faces.
 
     Accuracies in % by setting, the mean over the sets; GMACs of a face of ``r`` px; parameters
     stored beside phi_hr, millions; minutes of training; dB of PSNR at r above bicubic enlargement.
+    Without ``values`` those of the repository's record.
     """
+    if values is None:
+        values = results.load(results.ROOT / "figures", "lfw_alternatives")["values"]
     rows = {}
     for name, row in values["rows"].items():
         cells = {setting: cell["accuracy"] for setting, cell in row["accuracy"].items()}

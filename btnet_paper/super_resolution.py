@@ -161,7 +161,7 @@ def bicubic(images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def load_published(path: Path | str) -> nn.Module:
-    """VDSR or LapSRN on luminance, from github.com/twtygqyy as safetensors; else CheckpointError."""
+    """VDSR or LapSRN on luminance, github.com/twtygqyy's weights; CheckpointError if neither."""
     state, _ = read_safetensors(path)
     for network in (VDSR(1, bias=False), LapSRN(2, 1, bias=False, kernel=4)):
         if len(state) == len(network.state_dict()):

@@ -6,7 +6,8 @@
 Super-resolution before phi_hr (Table 2's rows; `super_resolution.py`), a map of embeddings, batch norms of each resolution,
 and a phi_mr whose batches hold every face at several sizes: each on the scale's training faces, then Table 1's settings on
 its two sets of frontal faces (LFW, CFP-FF), beside operations, parameters and minutes. Finished networks lie in runs/lfw/alternatives and are not trained
-again. Writes figures/results/lfw_alternatives.json. About two hours of one core with bfloat16; VDSR is the half of it.
+again. Writes figures/results/lfw_alternatives.json. Each row says what it
+took (`seconds`, `minutes` of training); VDSR, of 8.4 GMACs, takes longest.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from btnet_paper.super_resolution import (
 )
 
 SMALL = (28, 14, 7)  # rows, px
-# Faces that each network sees; a batch has 32. As many as fit into half an hour of one core.
+# Faces that each network sees; a batch has 32: minutes of one core, not what their papers spend.
 SEEN = {"SRCNN": 13_000, "FSRCNN": 80_000, "VDSR": 6_000, "LapSRN": 13_000, "identity": 26_000}
 IDENTITY = (
     0.02  # of 1 - cosine of phi_hr's embeddings, beside the mean squared error of pixels in [0, 1]

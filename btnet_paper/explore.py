@@ -7,6 +7,7 @@ under 300 ms on a CPU; `controls` puts ipywidgets around it. Faces are RGB pixel
 
 from __future__ import annotations
 
+import html
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -279,23 +280,31 @@ def _cost_boxes(explorer: Explorer, start: Choice) -> dict[str, Any]:
 
 
 def _linked(boxes: dict[str, Any], draw: Callable[[Choice], tuple[Figure, str]]) -> widgets.HBox:
-    """Controls, and beside them the picture that they change and a line about it."""
-    image = widgets.Image(format="png", layout={"max_width": "100%"})
+    """Controls, and beside them the picture that they change and a line about it.
 
-    def follow(path: str = "", upload: Any = (), **values: Any) -> None:
+    The line is no ``widgets.Output``: nbclient answers one past its own event loop, and can then
+    wait for ever for a cell that has ended.
+    """
+    image, told = widgets.Image(format="png", layout={"max_width": "100%"}), widgets.HTML()
+
+    def follow(change: Any = None) -> None:
         began = time.perf_counter()
+        values = {name: box.value for name, box in boxes.items()}
+        path, upload = values.pop("path", ""), values.pop("upload", ())
         if values.get("source") == "":
             values["source"] = path
             values["upload"] = bytes(upload[-1]["content"]) if upload and not path else b""
         try:
             figure, line = draw(Choice(**values))
             image.value = png(figure)
-            print(f"{line} · answered in {1e3 * (time.perf_counter() - began):.0f} ms")
+            line += f" · answered in {1e3 * (time.perf_counter() - began):.0f} ms"
         except BTNetError as error:
-            print(error)
+            line = str(error)
+        told.value = html.escape(line)
 
-    output = widgets.interactive_output(follow, boxes)
+    follow()
     for box in boxes.values():
+        box.observe(follow, "value")
         box.layout.width, box.style.description_width = "270px", "80px"
     column = widgets.VBox(list(boxes.values()), layout={"min_width": "290px"})
-    return widgets.HBox([column, widgets.VBox([image, output])])
+    return widgets.HBox([column, widgets.VBox([image, told])])

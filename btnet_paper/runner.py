@@ -171,16 +171,6 @@ def _stop(running: dict[Future[None], Running]) -> None:
             print(f"{one.notebook.name}: interrupted after {spent}; {one.again}")
 
 
-class Kernel(AsyncKernelManager):
-    """Knows its clients: nbclient leaves their sockets open where it was given the manager."""
-
-    clients: tuple[Any, ...] = ()
-
-    def client(self, **options: Any) -> Any:
-        self.clients = (*self.clients, super().client(**options))
-        return self.clients[-1]
-
-
 class Running:
     """A notebook in a kernel of its own; `run` in a thread, all else in the main one."""
 
@@ -190,7 +180,7 @@ class Running:
         self.fresh, run_dir = not work.resume, work.state.run_dir
         self.log = run_dir / "logs" / f"{notebook.name}.log"
         self.executed = run_dir / "notebooks" / notebook.path.name
-        self.kernel: Kernel | None = None
+        self.kernel: AsyncKernelManager | None = None
         self.again = (
             f"the same command {'without --fresh ' * self.fresh}goes on from {notebook.name}"
         )
@@ -221,8 +211,6 @@ class Running:
             finally:
                 if self.kernel.has_kernel:
                     run_sync(self.kernel.shutdown_kernel)()
-                for client in self.kernel.clients:
-                    client.stop_channels()
 
     def interrupt(self, done: bool, now: bool = False) -> None:
         """As Ctrl-C in the kernel, or the end of it ``now``, unless it is ``done``."""
@@ -248,7 +236,7 @@ class Running:
 
 
 @contextmanager
-def _kernel() -> Iterator[Kernel]:
+def _kernel() -> Iterator[AsyncKernelManager]:
     """A kernel to be, of this very Python; its sockets lie in a folder of their own.
 
     By default they lie in the folder of the notebooks, where those of two runs would meet.
@@ -256,7 +244,7 @@ def _kernel() -> Iterator[Kernel]:
     with tempfile.TemporaryDirectory(prefix="btnet-") as folder:
         short = os.name == "posix" and len(folder) < LONGEST_SOCKET
         # without folders of specs "python3" is ipykernel's own, whose command is sys.executable
-        yield Kernel(
+        yield AsyncKernelManager(
             kernel_name="python3",
             kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
             connection_file=str(Path(folder) / "kernel.json"),

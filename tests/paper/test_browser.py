@@ -179,14 +179,12 @@ def test_a_slider_changes_the_picture(page: Any, lab: tuple[str, str, Path]) -> 
     image = page.locator("img.widget-image").first
     image.scroll_into_view_if_needed()
     before = image.evaluate(READ_IMAGE)
-    line = page.locator(".jp-OutputArea-output pre", has_text="answered in").first
+    line = page.locator(".widget-html", has_text="answered in").first
     assert "12 x 14 px, max + ceil: branch 14" in line.inner_text()
     page.locator(".widget-slider", has_text="height (px)").locator(".noUi-handle").press(
         "ArrowRight"
     )
-    page.locator(
-        ".jp-OutputArea-output pre", has_text="13 x 15 px, max + ceil: branch 28 ·"
-    ).wait_for()
+    page.locator(".widget-html", has_text="13 x 15 px, max + ceil: branch 28 ·").wait_for()
     assert image.evaluate(READ_IMAGE) != before
 
     page.locator(

@@ -157,7 +157,7 @@ SMALL = {  # parameters of single notebooks
     "10_explore": {"known": 3, "strangers": 4},
     "12_beyond_the_paper": {"count": 12},
 }
-TIMED = ("study.record(", "ms a face", "seconds", "origins(")  # what they show varies
+TIMED = ("study.record(", "ms a face", "seconds", "origins(", "controls(")  # what they show varies
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
     python benchmarks/alternatives.py --rows SRCNN "map of embeddings (ridge)"    # only these; the others stay recorded
 
 Super-resolution before phi_hr (Table 2's rows; `super_resolution.py`), a map of embeddings, batch norms of each resolution,
-and a phi_mr whose batches hold every face at several sizes: each on the scale's training faces, then Table 1's settings on
+a phi_mr whose batches hold every face at several sizes, and branches on that phi_mr: each on the scale's training faces, then Table 1's settings on
 its two sets of frontal faces (LFW, CFP-FF), beside operations, parameters and minutes. Finished networks lie in runs/lfw/alternatives and are not trained
 again. Writes figures/results/lfw_alternatives.json. Each row says what it
 took (`seconds`, `minutes` of training); VDSR, of 8.4 GMACs, takes longest.
@@ -26,16 +26,17 @@ from torch.nn import functional as F
 
 from btnet_core import losses
 from btnet_core.device import autocast
-from btnet_core.evaluation.embedders import MultiModelEmbedder, UpsamplingEmbedder
+from btnet_core.evaluation.embedders import BranchEmbedder, MultiModelEmbedder, UpsamplingEmbedder
 from btnet_core.evaluation.verification import embed_images, evaluate_pairs, summarise
 from btnet_core.files import find, lock, read_safetensors, write_safetensors
 from btnet_core.images import degrade, resize, scaled_size
 from btnet_core.models.backbone import Backbone
-from btnet_core.models.btnet import NORMS
+from btnet_core.models.btnet import NORMS, BTNet
 from btnet_core.models.costs import count_macs, route_cost
-from btnet_core.models.weights import load_backbone
+from btnet_core.models.weights import load_backbone, save_backbone
 from btnet_core.training.batches import open_pixels
 from btnet_core.training.classifier import Classifier
+from btnet_core.training.loop import train
 from btnet_core.training.run import class_means
 from btnet_paper import plans, results
 from btnet_paper.study import Study
@@ -312,6 +313,17 @@ def strong_mr(training: Training) -> Backbone:
     )
 
 
+def strong_bt(training: Training) -> BTNet:
+    """Branches by the scale's own recipe, which join that phi_mr and learn from it."""
+    scale, models = training.study.scale, training.folder / "strong"
+    trunk = strong_mr(training)
+    save_backbone(trunk, models / "phi_hr" / "trunk.safetensors")  # trained before, as phi_hr is
+    for run in plans.branches(scale, models, training.study.seed):
+        train(run.replace(validation=(), threads=1), models / run.name, device="cpu", show="lines")
+    training.minutes["strong_bt"] = trained_minutes(models, "phi_bt")
+    return BTNet.load(models / "phi_bt")
+
+
 def fixed_classifier(training: Training) -> Classifier:
     """kappa* of phi_hr's class means, as the branches have it."""
     pixels, device = training.pixels, torch.device("cpu")
@@ -360,6 +372,11 @@ def rows(training: Training) -> dict[str, Callable[[], tuple[Any, dict[str, Any]
             "stored": stored
         }
 
+    def strong() -> tuple[Any, dict[str, Any]]:
+        net = strong_bt(training)
+        stored = whole + sum(route_cost(net, r).stored for r in SMALL)
+        return BranchEmbedder(net, **place), {"stored": stored}
+
     whole = sum(p.numel() for p in trunk.parameters())
     return {
         "phi_hr": lambda: (found["phi_hr"], {"stored": 0}),
@@ -369,6 +386,7 @@ def rows(training: Training) -> dict[str, Callable[[], tuple[Any, dict[str, Any]
         "map of embeddings (MLP)": mapped(perceptron),
         "batch norms of each resolution": norms,
         "phi_mr, every face at four sizes, triplet": lambda: (UpsamplingEmbedder(strong_mr(training), **place), {"stored": whole}),
+        "phi_bt on that phi_mr": strong,
         "FSRCNN": enlarging("FSRCNN"),
         "FSRCNN, identity term": enlarging("FSRCNN", IDENTITY),
         "SRCNN": enlarging("SRCNN"),
